@@ -1,0 +1,85 @@
+"""Which implementation runs: resolved once per call from the configured name and the tensors' device.
+
+    eager    plain torch operations; the reference, any device
+    triton   the Triton kernels; CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
+    cpp      the vectorised C++ operations; CPU tensors
+    fused    triton on CUDA tensors, cpp on CPU tensors
+
+What was asked for and is not there is an error saying why; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("eager", "fused", "triton", "cpp")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter. Read once: Triton itself decides when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def resolve(backend: str, *tensors: Tensor | None) -> str:
+    """``backend`` for these tensors as "eager", "triton" or "cpp". Raises if it is unknown, absent, or devices differ."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown kernel backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    device = tensors[0].device
+    for tensor in tensors[1:]:
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"tensors are on different devices: {device} and {tensor.device}")
+    if backend == "eager":
+        return "eager"
+    if backend == "fused":
+        backend = "cpp" if device.type == "cpu" else "triton"
+    if backend == "cpp" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpp' runs on CPU tensors, not {device.type}: use 'fused' or 'triton'")
+    if backend == "triton":
+        if not has_triton():
+            raise RuntimeError("backend 'triton' needs the package triton, which is not installed: use 'eager'")
+        if device.type != "cuda" and not interpreting():
+            raise RuntimeError(
+                f"backend 'triton' runs on CUDA tensors, not {device.type}: use 'fused', or set TRITON_INTERPRET=1"
+            )
+    return backend
+
+
+def cpu_op(name: str):
+    """The C++ operation ``name``, loading its library on first use. Raises RuntimeError when it is not built."""
+    from .extension import load_cpu
+
+    load_cpu()
+    return getattr(torch.ops.unite_kernels_cpu, name)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous: call .contiguous() on it")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Rows may be apart (a chunk of a wider matrix), but a row's elements must be adjacent."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(f"{name} must have adjacent elements in its last dimension, not stride {tensor.stride(-1)}")
