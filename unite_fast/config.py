@@ -1,0 +1,455 @@
+"""The configuration of a run: frozen dataclasses, read from YAML and dotted overrides.
+
+A field's default in this file is the only default. Unless its comment says otherwise, it is the value of
+the published UNITE-B run. To add an option, add a field; YAML keys, ``section.key=value`` overrides, types,
+``--help`` and error messages follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_DEPTH = 50
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Programs print its one line and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The Generative Encoder. YAML may name a size instead: small, base, medium, large, xl."""
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0  # SwiGLU hidden width is int(2/3 * mlp_ratio * width)
+    in_context_start: int = 4  # the block before which the class tokens are prepended
+    in_context_len: int = 32
+    rope: bool = True  # rotary positions; false leaves positions to the learned tables
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The ViT decoder. YAML may name a size instead: small, base, large."""
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_hidden: int = 3072
+    in_features: int = 768  # width between the latent-to-decoder Linear and the decoder's own embedding
+
+
+ENCODER_SIZES = {
+    "small": EncoderConfig(12, 384, 6),
+    "base": EncoderConfig(12, 768, 12),
+    "medium": EncoderConfig(12, 1024, 16),
+    "large": EncoderConfig(24, 1024, 16),
+    "xl": EncoderConfig(28, 1152, 16),
+}
+DECODER_SIZES = {
+    "small": DecoderConfig(12, 384, 6, 1536),
+    "base": DecoderConfig(12, 768, 12, 3072),
+    "large": DecoderConfig(24, 1024, 16, 4096),
+}
+SIZES: dict[type, dict[str, Any]] = {EncoderConfig: ENCODER_SIZES, DecoderConfig: DECODER_SIZES}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    image_size: int = 256
+    patch_size: int = 16
+    channels: int = 3
+    num_classes: int = 1000
+    latent_dim: int = 32
+    num_latents: int = 256  # latent register tokens
+    time_shift: float | Literal["total", "channels", "tokens"] = 0.5  # a of SPEC 2; a name means sqrt(size / 4096)
+    separate_denoiser: bool = False  # ablation: the denoiser gets its own weights
+    patch_positions: Literal["zeros", "learned"] = "zeros"  # published: a frozen table of zeros
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    pixel_loss: Literal["l1", "l2"] = "l1"  # mean over images in [0, 1]
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    perceptual_trunk: str = ""  # torchvision's VGG16 weights (.pth or .safetensors); required when the weight is > 0
+    perceptual_sha256: str = ""  # expected hash of that file; empty means torchvision's published vgg16-397923af.pth
+    perceptual_range: Literal["0_1", "-1_1"] = "0_1"  # the official code feeds LPIPS images in [0, 1]
+    perceptual_dropout: bool = False  # the official code leaves the heads' dropout active
+    tokenizer_t_max: float = 0.01
+    noising: Literal["interpolate", "add"] = "interpolate"  # t z + (1-t) eps, or the paper's z + sigma eps
+    noising_probability: float = 0.5
+    noising_t: tuple[float, float] = (0.7, 1.0)
+    noising_sigma: float = 0.7  # for "add"
+    flow_steps: int = 3  # flow steps per reconstruction; published B and L checkpoints: 14
+    flow_weight: float = 1.0
+    flow_loss: Literal["velocity", "x0"] = "velocity"
+    flow_reduction: Literal["sum", "mean"] = "sum"  # over flow steps
+    flow_time: Literal["logit_normal", "uniform"] = "logit_normal"
+    flow_time_mean: float = 0.0
+    flow_time_std: float = 1.0
+    label_dropout: float = 0.1
+    stop_gradient: bool = True  # detach the latents before the flow
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    lr_reference_batch: int = 384  # lr is scaled by max(1, global_batch / this); 0 switches the scaling off
+    muon: bool = True  # false: AdamW for every tensor
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+    newton_schulz_steps: int = 5
+    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip: float = 3.0
+    ema_decay: float = 0.9978
+    schedule: Literal["two_stage", "cosine", "constant"] = "two_stage"
+    warmup_epochs: float = 20.0
+    flat_epochs: float = 30.0  # two_stage: constant until here
+    decay_epochs: float = 50.0  # two_stage: first cosine ends here; cosine: 0 means the end of training
+    mid_lr: float = 5e-5
+    second_flat_epochs: float = 3000.0
+    second_decay_epochs: float = 380.0  # clamped to come after second_flat_epochs, as published
+    final_lr: float = 1e-5
+    epoch_unit: Literal["images", "micro_batches"] = "images"  # micro_batches: the official code's longer epochs
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["digits", "folder", "synthetic"] = "folder"
+    path: str = ""  # folder: one sub-folder per class
+    crop: Literal["adm", "resize_random", "random_resized"] = "adm"
+    flip: bool = True
+    workers: int = 8  # decoding processes per rank
+    timeout: float = 120.0  # seconds to wait for a batch before the run stops with an error
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    solver: Literal["dopri5", "heun", "euler"] = "heun"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_order: Literal["norm_first", "cfg_first", "both"] = "norm_first"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch: int = 1024  # images per optimizer step, over all ranks
+    micro_batch: int = 64  # images per forward pass on one rank
+    epochs: float = 600.0
+    max_steps: int = 0  # when > 0, ends training early
+    log_every: int = 20  # optimizer steps
+    image_every: int = 2000  # picture grids; 0 switches them off
+    checkpoint_every: int = 2000
+    keep_last: int = 3
+    collapse_std: float = 0.1  # warn when the latents' standard deviation over samples falls below
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Options that change speed and memory, not results (each rung is held to the eager losses by a test)."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast around forward; weights and residual stay fp32
+    kernels: Literal["eager", "fused"] = "eager"
+    compile_decoder: bool = False
+    checkpoint_blocks: bool = False  # recompute block activations in backward
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "unite"
+    seed: int = 0
+    run_dir: str = ""  # empty: runs/<name>
+    resume: str = "auto"  # auto | never | must | path of a checkpoint
+    init_from: str = ""  # weights only, from a checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and refuses duplicate keys and extreme nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):  # type: ignore[override]
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise UserError(f"nesting deeper than {MAX_YAML_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"line {line}: a key must be a plain name")
+            if key in seen:
+                raise UserError(f"line {line}: key '{key}' stands twice (first in line {seen[key]}); remove one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes; this is not a configuration")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{where}: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _unknown(key: str, known: list[str], path: str, where: str) -> UserError:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{path}{close[0]}'?" if close else "known: " + ", ".join(known)
+    return UserError(f"{where}: unknown key '{path}{key}'; {hint}")
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    """``value`` as the annotated type ``kind``, or a UserError that names the key."""
+    wrong = UserError(f"{where}: {key} must be {_describe(kind)}, got {value!r}")
+    origin = get_origin(kind)
+    if origin is Literal:
+        if value in get_args(kind) and not isinstance(value, bool):
+            return value
+        close = difflib.get_close_matches(str(value), [str(a) for a in get_args(kind)], n=1)
+        raise UserError(f"{wrong}; did you mean '{close[0]}'?") if close else wrong
+    if origin in (typing.Union, types.UnionType):
+        for option in get_args(kind):
+            try:
+                return _convert(value, option, key, where)
+            except UserError:
+                continue
+        raise wrong
+    if origin is tuple:
+        items = get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(items):
+            raise wrong
+        return tuple(_convert(v, k, key, where) for v, k in zip(value, items, strict=True))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            return float(value)
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+        if value is None:
+            return ""
+    raise wrong
+
+
+def _describe(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + "|".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is tuple:
+        return f"[{', '.join(a.__name__ for a in args)}]"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _merge(base: Any, values: Any, path: str, where: str) -> Any:
+    """``base`` (a config dataclass) with ``values`` (a mapping, or a size's name) laid over it."""
+    sizes = SIZES.get(type(base))
+    if sizes is not None and isinstance(values, str):
+        if values not in sizes:
+            raise _unknown(values, list(sizes), path, where)
+        return sizes[values]
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {path.rstrip('.') or 'the file'} must be a section of keys, got {values!r}")
+    hints = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key == "size" and sizes is not None:
+            continue
+        if key not in hints:
+            raise _unknown(str(key), list(hints), path, where)
+        if dataclasses.is_dataclass(hints[key]):
+            changes[key] = _merge(getattr(base, key), value, f"{path}{key}.", where)
+        else:
+            changes[key] = _convert(value, hints[key], path + key, where)
+    if sizes is not None and "size" in values:
+        base = _merge(base, str(values["size"]), path, where)
+    return dataclasses.replace(base, **changes)
+
+
+def from_dict(values: dict[str, Any], where: str = "config", base: Config | None = None) -> Config:
+    """A checked Config from nested dictionaries. Raises UserError."""
+    return _merge(base or Config(), values, "", where)
+
+
+def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads ``path`` (YAML), then applies ``section.key=value`` overrides in order, then validates. Raises UserError."""
+    config = Config()
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--config {path}: not a text file") from None
+        values = parse_yaml(text, str(path))
+        config = from_dict({} if values is None else values, str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}': write it as section.key=value")
+        nested: Any = parse_yaml(text, f"override {override}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = from_dict(nested, f"override {override}", config)
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Checks that span several fields. Raises UserError."""
+    m, o, t, s = config.model, config.objective, config.train, config.sample
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    for section in (m, m.encoder, m.decoder, t):
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            may_be_zero = f.name in ("in_context_start", "in_context_len", "image_every", "max_steps", "collapse_std")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                require(value > 0 or (may_be_zero and value == 0), f"{f.name} must be positive, got {value}")
+    require(
+        m.image_size % m.patch_size == 0,
+        f"model.image_size {m.image_size} is not a multiple of model.patch_size {m.patch_size}",
+    )
+    for name, part in (("encoder", m.encoder), ("decoder", m.decoder)):
+        require(
+            part.width % part.heads == 0,
+            f"model.{name}.width {part.width} does not divide by model.{name}.heads {part.heads}",
+        )
+    require(not m.encoder.rope or (m.encoder.width // m.encoder.heads) % 2 == 0, "rotary positions need even head size")
+    require(m.decoder.width % 4 == 0, f"model.decoder.width {m.decoder.width} must be a multiple of 4 (2-D sin-cos)")
+    require(
+        m.encoder.in_context_start < m.encoder.depth,
+        f"model.encoder.in_context_start {m.encoder.in_context_start} must be below its depth {m.encoder.depth}",
+    )
+    require(0 <= s.cfg_interval[0] < s.cfg_interval[1] <= 1, f"sample.cfg_interval {list(s.cfg_interval)} must satisfy "
+            "0 <= low < high <= 1")  # fmt: skip
+    require(s.steps >= 1, f"sample.steps must be at least 1, got {s.steps}")
+    require(0 <= o.noising_t[0] <= o.noising_t[1] <= 1, f"objective.noising_t {list(o.noising_t)} must satisfy "
+            "0 <= low <= high <= 1")  # fmt: skip
+    for name in ("noising_probability", "label_dropout", "tokenizer_t_max"):
+        require(0 <= getattr(o, name) <= 1, f"objective.{name} must be within 0 and 1, got {getattr(o, name)}")
+    require(o.flow_steps >= 0, f"objective.flow_steps must not be negative, got {o.flow_steps}")
+    require(0 < config.optim.ema_decay < 1, f"optim.ema_decay must be between 0 and 1, got {config.optim.ema_decay}")
+    require(config.optim.lr > 0 and config.optim.clip > 0, "optim.lr and optim.clip must be positive")
+
+
+def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """(micro_batch, accumulation steps) on each of ``world_size`` ranks. Raises UserError naming batches that divide."""
+    per_rank, rest = divmod(train.global_batch, world_size)
+    if rest or per_rank == 0:
+        low = max(1, per_rank) * world_size
+        raise UserError(
+            f"train.global_batch {train.global_batch} does not divide over {world_size} ranks; "
+            f"nearest that do: {low} or {low + world_size}"
+        )
+    micro = min(train.micro_batch, per_rank)
+    if per_rank % micro:
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - micro))[:2]
+        raise UserError(
+            f"train.micro_batch {micro} does not divide the {per_rank} images of each rank "
+            f"(global_batch {train.global_batch} / {world_size} ranks); nearest that do: "
+            + " or ".join(str(d) for d in sorted(near))
+        )
+    return micro, per_rank // micro
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of plain values, ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def help_text() -> str:
+    """Every key with its type and default, grouped by section, for ``--help``."""
+    lines: list[str] = []
+
+    def section(kind: type, path: str) -> None:
+        hints = typing.get_type_hints(kind)
+        default = kind()
+        nested = []
+        for f in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[f.name]):
+                nested.append(f.name)
+            else:
+                value = to_yaml_value(getattr(default, f.name))
+                lines.append(f"  {path}{f.name}={value:<14} {_describe(hints[f.name])}")
+        for name in nested:
+            sizes = SIZES.get(hints[name])
+            lines.append(f"\n{path}{name}" + (f"  (or a size: {', '.join(sizes)})" if sizes else ""))
+            section(hints[name], f"{path}{name}.")
+
+    section(Config, "")
+    return "\n".join(lines)
+
+
+def to_yaml_value(value: Any) -> str:
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return text.replace("\n...", "").strip()

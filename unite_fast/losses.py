@@ -1,0 +1,87 @@
+"""Reconstruction losses: pixels, and LPIPS with the lpips package's heads on a VGG16 trunk the user provides."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.config import ObjectiveConfig, UserError
+
+TORCHVISION_VGG16 = "397923af"  # the first digits of the sha256 that torchvision publishes in the file's name
+MEND = "download torchvision's vgg16-397923af.pth and set objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
+
+
+def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
+    """Mean absolute ("l1") or squared ("l2") difference of (B, Q, S, S) images, a float32 scalar."""
+    difference = reconstruction.float() - images.float()
+    return difference.abs().mean() if kind == "l1" else difference.square().mean()
+
+
+class Perceptual(nn.Module):
+    """LPIPS (Zhang et al., CVPR 2018): VGG16, v0.1 linear heads; a frozen module returning the batch mean."""
+
+    def __init__(self, trunk: dict[str, Tensor] | None, input_range: str = "0_1", dropout: bool = False) -> None:
+        """trunk: torchvision VGG16 state dict; None leaves random weights (for benchmarks and tests only)."""
+        super().__init__()
+        import lpips  # here: it imports torchvision, which takes seconds
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's deprecated "pretrained" argument
+            self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if trunk is not None:
+            own = self.net.net.state_dict()
+            wanted = {name: f"features.{re.sub(r'^slice[0-9]+.', '', name)}" for name in own}
+            missing = [source for source in wanted.values() if source not in trunk]
+            if missing:
+                raise UserError(f"the perceptual trunk is not a VGG16: it lacks {missing[0]}; {MEND}")
+            self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
+        self.net.requires_grad_(False)
+        self.input_range, self.dropout = input_range, dropout
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Perceptual:
+        """The heads' dropout follows the configuration, not the training mode of whoever holds this module."""
+        super().train(False)
+        for head in self.net.lins:
+            head.train(self.dropout)
+        return self
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Two (B, 3, S, S) image batches in [0, 1] -> scalar; differentiable in ``reconstruction``."""
+        if self.input_range == "-1_1":
+            images, reconstruction = images * 2 - 1, reconstruction * 2 - 1
+        return self.net(images, reconstruction).mean()
+
+
+def load_perceptual(config: ObjectiveConfig, channels: int) -> Perceptual | None:
+    """The LPIPS module that ``config`` asks for, or None at weight 0. Raises UserError on a missing or altered file."""
+    if config.perceptual_weight <= 0:
+        return None
+    if channels != 3:
+        raise UserError(f"LPIPS needs 3 colour channels, the model has {channels}; set objective.perceptual_weight=0")
+    if not config.perceptual_trunk:
+        raise UserError(f"objective.perceptual_weight is {config.perceptual_weight} but no VGG16 weights are named; {MEND}")
+    path = Path(config.perceptual_trunk)
+    if not path.is_file():
+        raise UserError(f"objective.perceptual_trunk: no file {path}; {MEND}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(config.perceptual_sha256 or TORCHVISION_VGG16):
+        raise UserError(
+            f"objective.perceptual_trunk {path} has sha256 {digest}, expected "
+            f"{config.perceptual_sha256 or TORCHVISION_VGG16 + '...'}; {MEND}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            trunk = load_file(path)
+        else:
+            trunk = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"objective.perceptual_trunk {path}: {str(error).splitlines()[0]}; {MEND}") from None
+    return Perceptual(trunk, config.perceptual_range, config.perceptual_dropout)

@@ -1,0 +1,75 @@
+"""The decoder: a plain pre-norm ViT from latent tokens to pixels.
+
+With one latent per patch (published) each latent token becomes its patch. With any other number the latents
+are followed by one query per patch, and the queries become the patches.
+
+Shape letters: B batch, K latents, M = side**2 patches, D width, H heads, E head size, P patch size, Q channels.
+Key names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unite_fast.config import DecoderConfig
+from unite_fast.model.attention import attention
+from unite_fast.model.layers import adamw_parameter, sincos_2d
+
+EPS = 1e-12
+
+
+class DecoderLayer(nn.Module):
+    """x + proj(attn(LN x)), then x + down(gelu(up(LN x))), exact GELU."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layernorm_before = nn.LayerNorm(width, eps=EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attn_proj = nn.Linear(width, width)
+        self.layernorm_after = nn.LayerNorm(width, eps=EPS)
+        self.ffn_up = nn.Linear(width, hidden)
+        self.ffn_down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.layernorm_before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.ffn_down(F.gelu(self.ffn_up(self.layernorm_after(x))))
+
+
+class Decoder(nn.Module):
+    """(B, K, in_features) -> (B, Q, side * P, side * P). Not clamped."""
+
+    def __init__(self, config: DecoderConfig, num_latents: int, side: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.side, self.patch_size, self.channels = side, patch_size, channels
+        self.queries = num_latents != side**2
+        self.trainable_cls_token = nn.Parameter(torch.zeros(config.width))
+        self.decoder_embed = nn.Linear(config.in_features, config.width)
+        self.decoder_layers = nn.ModuleList(
+            DecoderLayer(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
+        )
+        self.decoder_norm = nn.LayerNorm(config.width, eps=EPS)
+        self.decoder_pred = nn.Linear(config.width, patch_size**2 * channels)
+        positions = torch.cat([torch.zeros(1, config.width), sincos_2d(side, config.width)])
+        self.register_buffer("positions", positions[None], persistent=False)
+        if self.queries:
+            self.latent_positions = adamw_parameter(torch.randn(1, num_latents, config.width) * 0.5)
+            self.query_token = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.decoder_embed(z)
+        if self.queries:
+            latents, x = x + self.latent_positions, self.query_token.to(x.dtype).expand(len(x), self.side**2, -1)
+        x = torch.cat([self.trainable_cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions
+        if self.queries:
+            x = torch.cat([x, latents], dim=1)
+        for layer in self.decoder_layers:
+            x = layer(x)
+        x = self.decoder_pred(self.decoder_norm(x[:, : self.side**2 + 1]))[:, 1:]
+        x = x.reshape(-1, self.side, self.side, self.patch_size, self.patch_size, self.channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, self.channels, self.side * self.patch_size, self.side * self.patch_size
+        )

@@ -1,0 +1,149 @@
+"""One training step's losses from (images, labels, draws). Every random draw of a step is made here, in ``Draws``.
+
+Shape letters: B batch, N flow steps, K registers, C latent dim, Q channels, S image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from unite_kernels import corruption
+
+from unite_fast import flow
+from unite_fast.config import ObjectiveConfig
+from unite_fast.losses import Perceptual, pixel_loss
+from unite_fast.model.unite import UNITE
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of one step. Field names follow SPEC section 6 with underscores for dots."""
+
+    tokenize_noise: Tensor  # (B, K, C) the registers' input
+    tokenize_t: Tensor  # (B,)
+    noising_mask: Tensor  # (B,) bool: which samples are decoded from noised latents
+    noising_t: Tensor  # (B,)
+    noising_noise: Tensor  # (B, K, C)
+    flow_t: Tensor  # (N, B), after the shift
+    flow_noise: Tensor  # (N, B, K, C)
+    flow_class_dropped: Tensor  # (N, B) bool
+
+    @classmethod
+    def make(cls, model: UNITE, objective: ObjectiveConfig, seed: int, samples: Tensor) -> Draws:
+        """The draws of the global sample positions ``samples`` (B,) int64, on their device.
+
+        A value depends on (seed, sample, use) alone: not on the batch around it, the world size or the past.
+        """
+        shape, o = model.latent_shape, objective
+        noise, t = corruption.draw_tokenizer(seed, samples, shape, o.tokenizer_t_max)
+        mask, noising_t, noising_noise = corruption.draw_noising(seed, samples, shape, o.noising_probability, *o.noising_t)
+        law = (o.flow_time, o.flow_time_mean, o.flow_time_std, model.time_shift, o.label_dropout)
+        if o.flow_steps:
+            flow_t, flow_noise, dropped = corruption.draw_flow(seed, samples, o.flow_steps, shape, *law)
+        else:
+            flow_t = t.new_empty(0, len(samples))
+            flow_noise, dropped = noise.new_empty(0, *noise.shape), flow_t.bool()
+        return cls(noise, t, mask, noising_t, noising_noise, flow_t, flow_noise, dropped)
+
+    @classmethod
+    def from_mapping(cls, tensors: Mapping[str, Any]) -> Draws:
+        """From tensors named as in SPEC section 6 ("flow.class_dropped") or as the fields; other names are ignored."""
+        named = {key.replace(".", "_"): value for key, value in tensors.items()}
+        missing = [f.name for f in fields(cls) if f.name not in named]
+        if missing:
+            raise ValueError(f"draws lack {', '.join(missing)}")
+        return cls(**{f.name: named[f.name] for f in fields(cls)})
+
+
+def noise_latents(z: Tensor, draws: Draws, objective: ObjectiveConfig) -> Tensor:
+    """The decoder's input: latents (B, K, C), noised where ``draws.noising_mask`` is set."""
+    if objective.noising == "add":  # arXiv 2603.22283, section 3.2
+        noised = z + objective.noising_sigma * draws.noising_noise
+    else:
+        noised = flow.interpolate(z, draws.noising_noise, draws.noising_t)
+    return torch.where(draws.noising_mask[:, None, None], noised, z)
+
+
+def reconstruction_losses(
+    model: UNITE, images: Tensor, draws: Draws, objective: ObjectiveConfig, perceptual: Perceptual | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(latents (B, K, C), {"l1", "lpips"}) of images (B, Q, S, S) in [0, 1]. "l1" is the pixel loss of the config."""
+    z = model.tokenize(images, draws.tokenize_noise, draws.tokenize_t)
+    reconstruction = model.decode(noise_latents(z, draws, objective))
+    l1 = pixel_loss(images, reconstruction, objective.pixel_loss)
+    lpips = l1.new_zeros(()) if perceptual is None else perceptual(images, reconstruction).float()
+    return z, {"l1": l1, "lpips": lpips}
+
+
+def flow_loss(
+    model: UNITE, z: Tensor, labels: Tensor, draws: Draws, step: int, objective: ObjectiveConfig
+) -> Tensor:
+    """The loss of flow step ``step`` on latents z (B, K, C), labels (B,); scaled so that the N losses just add up."""
+    t = draws.flow_t[step]
+    zt = flow.interpolate(z.float(), draws.flow_noise[step], t)
+    labels = torch.where(draws.flow_class_dropped[step], model.null_class, labels)
+    x0 = model.denoise(zt, t, labels)
+    loss = flow.LOSSES[objective.flow_loss](x0.float(), z.float(), zt, t)
+    return loss / len(draws.flow_t) if objective.flow_reduction == "mean" else loss
+
+
+def reconstruction_total(losses: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
+    return objective.pixel_weight * losses["l1"] + objective.perceptual_weight * losses["lpips"]
+
+
+def joint_loss(
+    model: UNITE,
+    images: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    objective: ObjectiveConfig | None = None,
+    perceptual: Perceptual | None = None,
+) -> dict[str, Tensor]:
+    """Both passes at once: {"l1", "lpips", "flow", "total"} scalars with a graph, and "latents" (B, K, C) detached.
+
+    images (B, Q, S, S) in [0, 1], labels int64 (B,). Without ``perceptual`` the LPIPS term is 0. The published
+    objective is the default; the number of flow steps is that of the draws.
+    """
+    objective = objective or ObjectiveConfig()
+    z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
+    target = z.detach() if objective.stop_gradient else z
+    steps = [flow_loss(model, target, labels, draws, s, objective) for s in range(len(draws.flow_t))]
+    losses["flow"] = torch.stack(steps).sum() if steps else losses["l1"].new_zeros(())
+    losses["total"] = reconstruction_total(losses, objective) + objective.flow_weight * losses["flow"]
+    losses["latents"] = z.detach()
+    return losses
+
+
+def backward(
+    model: UNITE,
+    images: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    objective: ObjectiveConfig,
+    perceptual: Perceptual | None = None,
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Accumulates the gradients of ``scale * total``; returns the losses of ``joint_loss``, detached.
+
+    The latents are detached for the flow, so each flow step's backward follows its forward at once: memory
+    holds one pass at a time.
+    """
+    if not objective.stop_gradient:
+        losses = joint_loss(model, images, labels, draws, objective, perceptual)
+        (losses["total"] * scale).backward()
+        return {name: value.detach() for name, value in losses.items()}
+    z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
+    total = reconstruction_total(losses, objective)
+    (total * scale).backward()
+    z = z.detach()
+    flow_total = torch.zeros_like(total, requires_grad=False)
+    for step in range(len(draws.flow_t)):
+        loss = flow_loss(model, z, labels, draws, step, objective)
+        (loss * (objective.flow_weight * scale)).backward()
+        flow_total = flow_total + loss.detach()
+    losses = {name: value.detach() for name, value in losses.items()}
+    return losses | {"flow": flow_total, "total": total.detach() + objective.flow_weight * flow_total, "latents": z}
