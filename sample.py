@@ -1,0 +1,89 @@
+"""Samples images from a checkpoint, or reconstructs a folder: python sample.py --checkpoint runs/digits --seeds 0-99."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from unite_fast import checkpoint, command, sampling
+from unite_fast.config import Config, UserError
+from unite_fast.generate import Request, generate, merge, parse_labels, parse_seeds
+from unite_fast.reconstruct import reconstruct_folder
+from unite_fast.runtime import distributed, precision
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
+    add("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (default: ema)")
+    add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
+    add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
+    add("--labels", default="equal", help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)")
+    add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's)")
+    add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's)")
+    add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
+    add("--solver", choices=sampling.SOLVERS, help="dopri5 depends slightly on batch mates (default: the run's)")
+    add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
+    add("--batch", type=int, default=64, help="images per forward pass on one process (default: 64)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the ODE state is fp32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--reconstruct", metavar="FOLDER", help="instead of sampling: originals beside reconstructions, with PSNR")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def request(arguments: argparse.Namespace, config: Config) -> Request:
+    """What to generate, from options and, where they are silent, from the run's ``sample`` section."""
+    s = config.sample
+    interval = s.cfg_interval
+    if arguments.cfg_interval is not None:
+        try:
+            low, high = (float(x) for x in arguments.cfg_interval.split(","))
+        except ValueError:
+            raise UserError(f"--cfg-interval {arguments.cfg_interval}: write LOW,HIGH such as 0.1,1.0") from None
+        interval = (low, high)
+    if arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+    seeds = parse_seeds(arguments.seeds)
+    return Request(
+        seeds=seeds,
+        labels=parse_labels(arguments.labels, seeds, config.model.num_classes),
+        solver=arguments.solver or s.solver,
+        steps=s.steps if arguments.steps is None else arguments.steps,
+        cfg_scale=s.cfg_scale if arguments.cfg is None else arguments.cfg,
+        cfg_interval=interval,
+        cfg_order=arguments.cfg_order or s.cfg_order,
+        batch=arguments.batch,
+    )
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    located = checkpoint.locate(arguments.checkpoint)
+    model, config = checkpoint.load_model(located, arguments.weights)
+    wanted = request(arguments, config)
+    wanted.check()
+    ranks = distributed.start(arguments.device)
+    try:
+        precision.setup(ranks.device)
+        model.to(ranks.device)
+        with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):
+            if arguments.reconstruct:
+                print(reconstruct_folder(model, arguments.reconstruct, arguments.out, arguments.batch, ranks))
+                return 0
+            identity = f"{checkpoint.identity(located)} {arguments.weights} {arguments.precision}"
+            made = generate(model, wanted, arguments.out, ranks, identity)
+        ranks.barrier()
+        if ranks.is_main:
+            merge(wanted, arguments.out)
+            print(f"{made}; {len(wanted.seeds)} images in {arguments.out}")
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,181 @@
+"""Batch sampling to files: one image per seed, whatever the batch size and the number of processes.
+
+Images are first written one by one to a folder (``OUT`` itself, or ``OUT.parts`` for a grid, npz or tar). A rerun makes
+only what is missing; a folder made with other options or another checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from unite_kernels import philox
+
+from unite_fast import pictures, sampling
+from unite_fast.config import UserError
+from unite_fast.model.unite import UNITE
+from unite_fast.runtime.distributed import Ranks
+
+LABEL_STREAM = 1 << 17
+MAX_SEEDS = 10_000_000
+GRID_COLUMNS = 10
+PROTOCOL = "protocol.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    seeds: list[int]
+    labels: list[int]
+    solver: str
+    steps: int
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    cfg_order: str
+    batch: int
+
+    def check(self) -> None:
+        """Raises UserError on options that make no sense."""
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+
+    def protocol(self, identity: str) -> dict[str, object]:
+        """What an image depends on besides its own seed and label."""
+        return {
+            "checkpoint": identity,
+            "solver": self.solver,
+            "steps": self.steps,
+            "cfg_scale": self.cfg_scale,
+            "cfg_interval": list(self.cfg_interval),
+            "cfg_order": self.cfg_order,
+        }
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-3,8" -> [0, 1, 2, 3, 8]. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        try:
+            first = int(low)
+            last = int(high) if dash else first
+        except ValueError:
+            raise UserError(f"--seeds {text}: write ranges and numbers such as 0-49,100") from None
+        if last < first or len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"--seeds {text}: the range {part} is empty or too long")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text}: a seed stands twice; each makes one image")
+    return seeds
+
+
+def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
+    """One class per seed. "equal": seed modulo classes; "random": a function of the seed; else a list used in turn."""
+    if text == "equal":
+        return [seed % num_classes for seed in seeds]
+    if text == "random":
+        u = philox.uniform(0, LABEL_STREAM, torch.tensor(seeds))
+        return (u * num_classes).long().clamp(max=num_classes - 1).tolist()
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels {text}: write equal, random, or classes such as 3,7") from None
+    wrong = [c for c in classes if not 0 <= c < num_classes]
+    if wrong:
+        raise UserError(f"--labels {text}: class {wrong[0]} does not exist; this model has 0 to {num_classes - 1}")
+    return [classes[i % len(classes)] for i in range(len(seeds))]
+
+
+def _parts(out: str) -> Path:
+    path = Path(out)
+    return path.with_name(path.name + ".parts") if path.suffix in (".png", ".npz", ".tar") else path
+
+
+def _name(seed: int, label: int) -> str:
+    return f"{seed:07d}_class{label}.png"
+
+
+def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
+    """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
+    file = folder / PROTOCOL
+    if file.is_file():
+        if json.loads(file.read_text()) != protocol:
+            raise UserError(f"{folder} holds images of another checkpoint or other options; choose another --out")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
+    ranks.barrier()
+    if ranks.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(protocol, indent=1))
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error.strerror}") from None
+    ranks.barrier()
+
+
+def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: str) -> str:
+    """Writes this rank's missing images; returns a line on the speed."""
+    folder = _parts(out)
+    _open(folder, request.protocol(identity), ranks)
+    pairs = list(zip(request.seeds, request.labels, strict=True))[ranks.rank :: ranks.world_size]
+    missing = [(s, y) for s, y in pairs if not (folder / _name(s, y)).is_file()]
+    started = time.perf_counter()
+    for begin in range(0, len(missing), request.batch):
+        chunk = missing[begin : begin + request.batch]
+        images = sampling.sample(
+            model,
+            torch.tensor([y for _, y in chunk]),
+            solver=request.solver,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+            cfg_interval=request.cfg_interval,
+            cfg_order=request.cfg_order,
+            seeds=[s for s, _ in chunk],
+        )
+        if not torch.isfinite(images).all():
+            raise UserError(f"the model gives images that are not finite (seeds {chunk[0][0]} to {chunk[-1][0]})")
+        for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
+            pictures.save_png(folder / _name(seed, label), image)
+    seconds = time.perf_counter() - started
+    rate = f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes" if missing else "nothing was missing"
+    return f"made {len(missing)} of {len(pairs)} ({rate})" if ranks.world_size == 1 else rate
+
+
+def _read(path: Path) -> Tensor:
+    from PIL import Image
+
+    array = np.asarray(Image.open(path))
+    return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def merge(request: Request, out: str) -> None:
+    """Turns OUT.parts into the grid, npz (uint8 "images" (n, S, S, Q), "labels", "seeds") or tar that OUT names."""
+    folder, path = _parts(out), Path(out)
+    if folder == path:
+        return
+    names = [_name(s, y) for s, y in zip(request.seeds, request.labels, strict=True)]
+    temporary = path.with_name(path.name + ".incomplete")
+    if path.suffix == ".tar":
+        with tarfile.open(temporary, "w") as tar:
+            for name in names:
+                content = (folder / name).read_bytes()
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        images = torch.stack([_read(folder / name) for name in names])
+        if path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": np.array(request.labels)}
+                np.savez(file, **arrays, seeds=np.array(request.seeds))
+        else:
+            pictures.save_grid(temporary, list((images.float() / 255).split(GRID_COLUMNS)))
+    os.replace(temporary, path)
+    shutil.rmtree(folder)

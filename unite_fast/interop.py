@@ -1,0 +1,285 @@
+"""Published checkpoints in and out: the official .pt format of SPEC section 5.
+
+Files are read with ``weights_only=True``: nothing in them is executed. Prefixes that wrappers leave in key names
+(``module.``, ``_orig_mod.``) are removed wherever they stand; tables that are derived from sizes are ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig, UserError
+from unite_fast.model.layers import sincos_2d
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.optimizer import Optimizer
+
+DERIVED = re.compile(
+    r"^lpips_loss\.|(^|\.)feat_rope\w*\.freqs_(cos|sin)$|^(encoder|denoiser)\.pos_embed$|^decoder\.decoder_pos_embed$"
+)
+OPTIONAL = re.compile(r"\.special_time_emb$|^patch_embed\.position_embeddings$")
+ALIASES = {"hidden_size": "width", "num_heads": "heads"}
+
+
+def read_official(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's dict. Raises UserError when the file is missing, damaged, unsafe or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        text = str(error)
+        if "Unsupported global" in text or "weights_only" in text.lower():
+            name = re.search(r"GLOBAL ([\w.]+)", text)
+            what = name.group(1) if name else "code"
+            raise UserError(f"{path} wants to execute {what} while loading; refused, nothing was run") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({text.splitlines()[0][:120]}); fetch it again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} is not a UNITE checkpoint: it has no 'model' state dict")
+    return content
+
+
+def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stock names without derived tables; works on any state dict of the official code."""
+    cleaned = {}
+    for key, value in state.items():
+        key = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", key)
+        if not DERIVED.search(key):
+            cleaned[key] = value
+    return cleaned
+
+
+def infer_config(state: dict[str, Tensor], overrides: dict[str, Any] | None = None, where: str = "checkpoint") -> ModelConfig:
+    """The ModelConfig whose parameters have the shapes of ``state`` (cleaned keys).
+
+    What shapes do not tell keeps the published value unless overridden: the block at which class tokens enter, the
+    decoder's heads (one per 64 of width), the time shift.
+    """
+    depth = {
+        part: 1 + max((int(m.group(1)) for k in state if (m := re.match(rf"{part}\.(\d+)\.", k))), default=-1)
+        for part in (r"encoder\.blocks", r"decoder\.decoder_layers")
+    }
+    try:
+        hidden, width = state["encoder.blocks.0.mlp.w3.weight"].shape[::-1]
+        patches, head = state["patch_embed.position_embeddings"].shape[1] - 1, len(state["encoder.blocks.0.attn.q_norm.weight"])
+        _, channels, patch, _ = state["patch_embed.patch_embeddings.projection.weight"].shape
+        decoder_width, in_features = state["decoder.decoder_embed.weight"].shape
+        encoder = EncoderConfig(
+            depth=depth[r"encoder\.blocks"],
+            width=width,
+            heads=width // head,
+            mlp_ratio=next(r for r in (4.0, (hidden + 0.5) * 1.5 / width) if int(2 / 3 * r * width) == hidden),
+            in_context_len=state["encoder.in_context_posemb"].shape[1],
+        )
+        decoder = DecoderConfig(
+            depth=depth[r"decoder\.decoder_layers"],
+            width=decoder_width,
+            heads=max(1, decoder_width // 64),
+            mlp_hidden=state["decoder.decoder_layers.0.ffn_up.weight"].shape[0],
+            in_features=in_features,
+        )
+        config = ModelConfig(
+            image_size=round(patches**0.5) * patch,
+            patch_size=patch,
+            channels=channels,
+            num_classes=state["encoder.y_embedder.embedding_table.weight"].shape[0] - 2,
+            latent_dim=len(state["encoder_layer_norm.weight"]),
+            num_latents=state["latent_tokens"].shape[1],
+            separate_denoiser=any(k.startswith("denoiser.") for k in state),
+            encoder=encoder,
+            decoder=decoder,
+        )
+    except (KeyError, StopIteration, ValueError) as error:
+        raise UserError(f"{where} is not a UNITE model: {error} is missing or has an unknown shape") from None
+    for key, value in (overrides or {}).items():
+        config = _override(config, key, value)
+    if config.encoder.in_context_start >= config.encoder.depth:
+        raise UserError(f"{where}: set in_context_start=... below the encoder's depth {config.encoder.depth}")
+    if config.decoder.width % config.decoder.heads:
+        raise UserError(f"{where}: the decoder's heads cannot be told from its width {decoder_width}; pass decoder_heads=...")
+    return config
+
+
+def _override(config: ModelConfig, key: str, value: Any) -> ModelConfig:
+    """One override: a field of ModelConfig, {"encoder": {...}}, "decoder.heads", decoder_heads, or an encoder field."""
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    for part in ("encoder", "decoder"):
+        if key == part and isinstance(value, dict):
+            for name, item in value.items():
+                config = _override(config, f"{part}.{name}", item)
+            return config
+        if key.startswith((part + ".", part + "_")):
+            section, name = getattr(config, part), key[len(part) + 1 :]
+            name = ALIASES.get(name, name)
+            if name in {f.name for f in dataclasses.fields(section)}:
+                return dataclasses.replace(config, **{part: dataclasses.replace(section, **{name: value})})
+            if name == "qk_norm" and value is True:
+                return config
+            raise UserError(f"unknown model option '{key}'")
+    if key in own:
+        return dataclasses.replace(config, **{key: value})
+    if ALIASES.get(key, key) in {f.name for f in dataclasses.fields(EncoderConfig)}:
+        return _override(config, f"encoder.{key}", value)
+    raise UserError(f"unknown model option '{key}'")
+
+
+def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
+    """Loads a state dict of either format into ``model``. Raises UserError that lists what does not fit; all or nothing."""
+    state = clean_keys(state)
+    check_weights(model, state, where)
+    model.load_state_dict(state, strict=False)
+
+
+def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
+    """Raises UserError that lists what of ``state`` (cleaned keys) does not fit ``model``."""
+    own = model.state_dict()
+    wrong = [f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    wrong += [f"{k} is missing" for k in own if k not in state and not OPTIONAL.search(k)]
+    wrong += [f"{k} is unknown to the model" for k in state if k not in own]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{where} holds another model: {'; '.join(wrong[:3])}{more}")
+
+
+def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> UNITE:
+    """A model in evaluation mode from an official checkpoint; sizes are inferred from shapes.
+
+    weights: "ema" or "model". overrides: ModelConfig fields that shapes do not tell, as ``in_context_start=2``,
+    ``decoder_heads=3`` or ``decoder={"heads": 3}``; a JSON file of the same stem beside the checkpoint is read for
+    "encoder" and "decoder" sections first. Raises UserError.
+    """
+    if weights not in ("ema", "model"):
+        raise UserError(f"weights must be 'ema' or 'model', got '{weights}'")
+    content = read_official(path)
+    if not isinstance(content.get(weights), dict):
+        raise UserError(f"{path} has no '{weights}' weights")
+    state = clean_keys(content[weights])
+    config = infer_config(state, {**_sidecar(Path(path)), **overrides}, str(path))
+    model = UNITE(config)
+    load_weights(model, state, str(path))
+    return model.eval()
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return {}
+    try:
+        content = json.loads(beside.read_text())
+    except ValueError:
+        raise UserError(f"{beside} is not valid JSON; mend or remove it") from None
+    return {k: content[k] for k in ("encoder", "decoder") if isinstance(content.get(k), dict)}
+
+
+# --- training state ---------------------------------------------------------------------------------------
+
+
+def load_training(content: dict[str, Any], model: UNITE, optimizer: Optimizer, where: str) -> None:
+    """Model, EMA and both optimizers of an official checkpoint into ours. Raises UserError; all or nothing for weights."""
+    ema = clean_keys(content.get("ema", content["model"]))
+    tensors: dict[str, Tensor] = {}
+    steps = 0
+    sources = (("optimizer", optimizer.adamw, ("exp_avg", "exp_avg_sq")), ("optimizer_muon", optimizer.muon, ("momentum",)))
+    for key, params, parts in sources:
+        saved = content.get(key)
+        if not isinstance(saved, dict) or "state" not in saved:
+            raise UserError(f"{where} has no '{key}' state; use init_from={where} to start from its weights alone")
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        if len(indices) != len(params):
+            raise UserError(f"{where}: '{key}' holds {len(indices)} tensors, this model has {len(params)}")
+        for index, (name, parameter) in zip(indices, params.items(), strict=True):
+            state = saved["state"].get(index, {})
+            steps = max(steps, int(state.get("step", 0)))
+            for part in parts:
+                official = "momentum_buffer" if part == "momentum" else part
+                tensors[f"{part}.{name}"] = state.get(official, torch.zeros_like(parameter))
+    load_weights(model, content["model"], where)
+    try:
+        optimizer.load_state_dict(tensors, steps)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    with torch.no_grad():
+        for name, value in optimizer.ema.items():
+            value.copy_(ema.get(name, model.get_parameter(name)))
+
+
+def save_reference(
+    path: str | Path,
+    model: UNITE,
+    optimizer: Optimizer | None = None,
+    lr: float = 0.0,
+    step: int = 0,
+    epoch: int = 0,
+    best_cfg_scale: float = 1.0,
+    ema: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes the official format (temporary file, then rename). ``ema`` defaults to the optimizer's, else the weights."""
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()} | derived_tables(model)
+    averaged = ema or (optimizer.ema if optimizer else {})
+    content: dict[str, Any] = {
+        "step": step,
+        "epoch": epoch,
+        "model": weights,
+        "ema": weights | {k: v.detach().cpu() for k, v in averaged.items()},
+        "current_best_cfg_scale": best_cfg_scale,
+        "optimizer": {},
+        "scheduler": {},
+        "optimizer_muon": {},
+        "scheduler_muon": {},
+    }
+    if optimizer is not None:
+        content["optimizer"], content["optimizer_muon"] = _official_optimizers(model, optimizer, lr)
+    temporary = Path(f"{path}.incomplete")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts that torch.optim.AdamW and torch.optim.Muon load."""
+    c = optimizer.config
+    muon, adamw = split_parameters(model, c.muon)
+    groups = (
+        torch.optim.AdamW([torch.empty(1)], lr=lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay),
+        torch.optim.Muon([torch.empty(1, 1)], lr=lr, momentum=c.muon_momentum, weight_decay=c.muon_weight_decay,
+                         eps=1e-6, adjust_lr_fn="match_rms_adamw"),
+    )  # fmt: skip
+    result = []
+    for group, names in zip(groups, (adamw, muon), strict=True):
+        content = group.state_dict()
+        content["param_groups"][0]["params"] = list(range(len(names)))
+        for i, name in enumerate(names):
+            if name in optimizer.momentum:
+                content["state"][i] = {"momentum_buffer": optimizer.momentum[name].cpu()}
+            elif not name.endswith("special_time_emb"):  # never has a gradient, so it has no state
+                content["state"][i] = {
+                    "step": torch.tensor(float(optimizer.steps)),
+                    "exp_avg": optimizer.exp_avg[name].cpu(),
+                    "exp_avg_sq": optimizer.exp_avg_sq[name].cpu(),
+                }
+        result.append(content)
+    return result[0], result[1]
+
+
+def derived_tables(model: UNITE) -> dict[str, Tensor]:
+    """The tables that the official state dict holds although sizes determine them."""
+    c, encoder = model.config, model.encoder
+    tables = {"decoder.decoder_pos_embed": model.decoder.positions.cpu()}
+    names = ["encoder", "denoiser"] if c.separate_denoiser else ["encoder"]
+    side = round(c.num_latents**0.5)
+    for name in names:
+        tables[f"{name}.pos_embed"] = sincos_2d(side, c.encoder.width)[None]
+        for table in ("cos", "sin"):
+            angles = getattr(encoder, f"rotary_{table}").cpu().repeat_interleave(2, dim=1)
+            prefix = torch.full((c.encoder.in_context_len, angles.shape[1]), 1.0 if table == "cos" else 0.0)
+            tables[f"{name}.feat_rope.freqs_{table}"] = angles
+            tables[f"{name}.feat_rope_incontext.freqs_{table}"] = torch.cat([prefix, angles])
+    return tables

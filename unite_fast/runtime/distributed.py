@@ -1,0 +1,87 @@
+"""Processes: one per GPU under torchrun or SLURM, gloo on CPUs, or a single process without any launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unite_fast.config import UserError
+
+TIMEOUT = timedelta(minutes=10)
+BUCKET_ELEMENTS = 1 << 25  # gradients are averaged in flat pieces of at most this many elements
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its mean over ranks. All ranks must pass tensors of equal shapes in equal order."""
+        if self.world_size == 1 or not tensors:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for i, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            size += tensor.numel()
+            following = tensors[i + 1] if i + 1 < len(tensors) else None
+            if following is None or following.dtype != tensor.dtype or size + following.numel() > BUCKET_ELEMENTS:
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+                flat /= self.world_size
+                pieces = [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)]
+                torch._foreach_copy_(bucket, pieces)
+                bucket, size = [], 0
+
+
+def _environment(name: str, slurm: str, default: int) -> int:
+    return int(os.environ.get(name, os.environ.get(slurm, default)))
+
+
+def rank_of_environment() -> int:
+    """The rank that torchrun or SLURM gave this process, before anything is set up."""
+    return _environment("RANK", "SLURM_PROCID", 0)
+
+
+def start(device: str = "auto") -> Ranks:
+    """Joins the process group that the environment describes (none for a single process). Raises UserError."""
+    world, rank = _environment("WORLD_SIZE", "SLURM_NTASKS", 1), rank_of_environment()
+    local = _environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here; use device=cpu or check the driver")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local >= torch.cuda.device_count():
+        raise UserError(f"local rank {local} has no GPU of its own; start at most {torch.cuda.device_count()} per node")
+    chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(f"{world} processes but no MASTER_ADDR; launch with torchrun")
+        os.environ.setdefault("RANK", str(rank))
+        os.environ.setdefault("WORLD_SIZE", str(world))
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=chosen if use_cuda else None)
+    return Ranks(rank, world, chosen)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

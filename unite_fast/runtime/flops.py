@@ -1,0 +1,65 @@
+"""Floating-point operations of a training step, counted from sizes; utilisation against a device's peak.
+
+A multiply-add is 2 operations; only matrix products and convolutions count. Backward costs one product for each
+operand that needs a gradient; inputs (pixels, noise) need none.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from unite_fast.config import ModelConfig
+
+# Dense bf16 peak, FLOP/s, from the vendor's data sheets.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+# VGG16's convolutions: (channels in, channels out, pooling steps before).
+VGG16 = (
+    (3, 64, 0), (64, 64, 0), (64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 2), (256, 256, 2),
+    (256, 512, 3), (512, 512, 3), (512, 512, 3), (512, 512, 4), (512, 512, 4), (512, 512, 4),
+)  # fmt: skip
+
+
+def encoder_forward(model: ModelConfig, tokens: int) -> float:
+    """One pass of the Generative Encoder over ``tokens`` tokens (before the class tokens), FLOPs per image."""
+    e = model.encoder
+    d, hidden = e.width, int(2 / 3 * e.mlp_ratio * e.width)
+    per_token = 2 * (4 * d * d + 3 * d * hidden)  # qkv and projection, SwiGLU
+    total = 0.0
+    for block in range(e.depth):
+        t = tokens + (e.in_context_len if block >= e.in_context_start else 0)
+        total += t * per_token + 4 * t * t * d + 2 * 6 * d * d
+    total += 2 * model.num_latents * model.latent_dim * d * 2 + 2 * 2 * d * d  # registers in, latents out, final adaLN
+    return total + 2 * (512 * d + d * d)  # time MLP
+
+
+def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool) -> dict[str, float]:
+    """FLOPs per image and part, forward and backward: tokenize, flow, decode, perceptual, total."""
+    e, d = model.encoder, model.decoder
+    patches = (model.image_size // model.patch_size) ** 2
+    pixels = model.patch_size**2 * model.channels
+    registers_in = 2 * model.num_latents * model.latent_dim * e.width
+    no_gradient = registers_in + 2 * 512 * e.width  # the inputs of these products need no gradient
+    embed = 2 * patches * pixels * e.width
+    tokenize = 3 * encoder_forward(model, model.num_latents + patches) - no_gradient + 2 * embed
+    flow = 3 * encoder_forward(model, model.num_latents) - no_gradient
+    tokens = patches + 1 + (model.num_latents if model.num_latents != patches else 0)
+    layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
+    decode = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
+    decode = 3 * (decode + d.depth * layer + 2 * (patches + 1) * d.width * pixels)
+    vgg = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)
+    parts = {
+        "tokenize": tokenize,
+        "flow": flow * flow_steps,
+        "decode": decode,
+        "perceptual": 3.0 * vgg if perceptual else 0.0,  # two forwards and the gradient of one input
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s where the table knows it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16.items() if key in name), None)

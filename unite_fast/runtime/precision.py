@@ -1,0 +1,18 @@
+"""Precision recipes: the one place that decides which dtype runs where."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def setup(device: torch.device) -> None:
+    """Process-wide switches: denormals are flushed on CPUs, where they cost a factor in AdamW and EMA."""
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+
+
+def autocast(recipe: str, device: torch.device) -> AbstractContextManager[None]:
+    """The context of every forward pass. bf16: matrix products in bfloat16; weights, residual stream and losses fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe == "bf16")

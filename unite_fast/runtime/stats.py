@@ -1,0 +1,160 @@
+"""What a run reports: means of device-side metrics, one progress line, metrics.csv and metrics.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unite_fast.runtime.distributed import Ranks
+
+
+class Means:
+    """Running means of device scalars. Nothing leaves the device until ``drain`` or ``sums``."""
+
+    def __init__(self, names: tuple[str, ...], ranks: Ranks) -> None:
+        self.names, self.ranks = names, ranks
+        self.total = torch.zeros(len(names), dtype=torch.float64, device=ranks.device)
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.total += torch.stack([metrics[name].detach() for name in self.names])
+        self.count += 1
+
+    def sums(self) -> dict[str, float]:
+        """The sums so far, averaged over ranks (all of them must call), and their count: what a checkpoint keeps."""
+        self.ranks.average_([self.total])
+        values: dict[str, float] = dict(zip(self.names, self.total.tolist(), strict=True)) if self.count else {}
+        return values | {"count": float(self.count)}
+
+    def restore(self, sums: dict[str, float]) -> None:
+        """Continues from ``sums()``."""
+        self.count = int(sums.get("count", 0))
+        self.total.copy_(torch.tensor([sums.get(name, 0.0) for name in self.names], dtype=torch.float64))
+
+    def drain(self) -> dict[str, float]:
+        """The means since the last drain, over steps and ranks. The step's only host sync."""
+        sums = self.sums()
+        count = max(1.0, sums.pop("count"))
+        self.total.zero_()
+        self.count = 0
+        return {name: value / count for name, value in sums.items()}
+
+
+class Log:
+    """metrics.jsonl and metrics.csv of a run folder: one row per log line, kept in step with checkpoints on resume."""
+
+    def __init__(self, folder: Path, resumed_step: int, tensorboard: bool = False) -> None:
+        self.json_path, self.csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
+        rows = [r for r in read_metrics(self.json_path) if r["step"] <= resumed_step]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        temporary = self.json_path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, self.json_path)
+        self.header = list(rows[0]) if rows else []
+        table = [self.header, *([row[k] for k in self.header] for row in rows)]
+        self.csv_path.write_text(_csv(table) if rows else "")
+        self.writer: Any = None
+        self.warned = False
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional package: asked for, so an error if absent
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, float]) -> None:
+        """A full or read-only disk costs the row and one warning, never the run."""
+        try:
+            with self.json_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            with self.csv_path.open("a", newline="") as file:
+                if not self.header:
+                    self.header = list(row)
+                    file.write(_csv([self.header]))
+                file.write(_csv([[row[k] for k in self.header]]))
+            if self.writer is not None:
+                for name, value in row.items():
+                    self.writer.add_scalar(name, value, int(row["step"]))
+        except Exception as error:
+            if not self.warned:
+                warnings.warn(f"metrics cannot be written ({error}); training goes on", stacklevel=2)
+            self.warned = True
+
+
+def _csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class Meter:
+    """Images per second and time to go, from the wall clock."""
+
+    def __init__(self, total_images: int, images_seen: int, flops_per_image: float, peak: float | None, world: int) -> None:
+        self.total, self.flops, self.peak, self.world = total_images, flops_per_image, peak, world
+        self.last_time, self.last_images = time.perf_counter(), images_seen
+
+    def rates(self, images_seen: int) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (images_seen - self.last_images) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_images = now, images_seen
+        values = {"images_per_second": rate, "tflops": rate * self.flops / 1e12, "seconds_left": (self.total - images_seen) / max(rate, 1e-9)}
+        if self.peak:
+            values["mfu"] = rate * self.flops / (self.peak * self.world)
+        return values
+
+
+def progress_line(row: dict[str, float], total_steps: int) -> str:
+    """One line of the terminal: step, images, losses, gradient norm, speed, time to go."""
+    left = int(row["seconds_left"])
+    speed = f"mfu {row['mfu']:.1%}" if "mfu" in row else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
+    lpips = f" lpips {row['lpips']:.4f}" if row["lpips"] else ""
+    return (
+        f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
+        f"pixel {row['l1']:.4f}{lpips}  flow {row['flow']:.4f}  latent std {row['latent_std']:.3f}  "
+        f"|grad| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
+        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    )
+
+
+class CollapseAlarm:
+    """Latents that stop varying over samples carry nothing to decode (SPEC section 7).
+
+    Speaks once: when the standard deviation falls below the threshold after having been above it, or when it never
+    rose above it in the first ``patience`` steps.
+    """
+
+    def __init__(self, threshold: float, patience: int = 200) -> None:
+        self.threshold, self.patience = threshold, patience
+        self.seen_healthy = self.spoken = False
+
+    def check(self, row: dict[str, float]) -> str:
+        """The warning, or an empty string."""
+        healthy = row["latent_std"] >= self.threshold
+        self.seen_healthy |= healthy
+        if healthy or self.spoken or not (self.seen_healthy or row["step"] >= self.patience):
+            return ""
+        self.spoken = True
+        return (
+            f"warning: the latents collapse: their standard deviation over samples is {row['latent_std']:.3f}, below "
+            f"train.collapse_std {self.threshold}; lower objective.flow_weight"
+        )
