@@ -134,10 +134,12 @@ class OptimConfig:
 class DataConfig:
     source: Literal["digits", "folder", "synthetic"] = "folder"
     path: str = ""  # folder: one sub-folder per class
+    heldout_path: str = ""  # folder: held-out images, same sub-folders; needed for evaluation only
     crop: Literal["adm", "resize_random", "random_resized"] = "adm"
     flip: bool = True
     workers: int = 8  # decoding processes per rank
     timeout: float = 120.0  # seconds to wait for a batch before the run stops with an error
+    on_error: Literal["fail", "skip"] = "fail"  # an unreadable image; skip: the next image replaces it, up to 0.1 %
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ def from_dict(values: dict[str, Any], where: str = "config", base: Config | None
 
 
 def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads ``path`` (YAML), then applies ``section.key=value`` overrides in order, then validates. Raises UserError."""
+    """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises UserError."""
     config = Config()
     if path is not None:
         try:
@@ -392,7 +394,7 @@ def validate(config: Config) -> None:
 
 
 def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(micro_batch, accumulation steps) on each of ``world_size`` ranks. Raises UserError naming batches that divide."""
+    """(micro_batch, accumulation steps) on each of ``world_size`` ranks. Raises UserError with batches that divide."""
     per_rank, rest = divmod(train.global_batch, world_size)
     if rest or per_rank == 0:
         low = max(1, per_rank) * world_size

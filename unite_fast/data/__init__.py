@@ -1,0 +1,54 @@
+"""Batches of images and labels from one table of sources.
+
+    source = open_source(config.data, config.model)              # or split="heldout"
+    for batch in stream(source, seed, start=images_seen, global_batch=1024): ...
+
+A new kind of source is one file with an opener ``(DataConfig, ModelConfig, split) -> Source`` and one row of
+``SOURCES``. Order, sharding and resume are in ``stream.py`` and do not depend on the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data.digits import open_digits
+from unite_fast.data.folder import open_folder
+from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
+from unite_fast.data.stream import all_images, stream
+from unite_fast.data.synthetic import open_synthetic
+
+__all__ = [
+    "SOURCES",
+    "BadImage",
+    "Batch",
+    "Source",
+    "WorkerError",
+    "all_images",
+    "open_source",
+    "stream",
+    "to_float",
+]
+
+SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {
+    "digits": open_digits,
+    "folder": open_folder,
+    "synthetic": open_synthetic,
+}
+
+
+def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> Source:
+    """The source that ``data.source`` names, producing images of (model.channels, model.image_size, model.image_size).
+
+    ``split`` is "train" or "heldout". Everything that can be wrong without decoding an image is raised here, as
+    UserError: missing or empty folders, class counts that differ from model.num_classes, unsupported channels.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    if data.source not in SOURCES:
+        raise UserError(f"data.source {data.source!r} is not known; one of {', '.join(SOURCES)}")
+    if data.workers < 0:
+        raise UserError(f"data.workers must not be negative, got {data.workers}")
+    if data.timeout <= 0:
+        raise UserError(f"data.timeout must be positive (seconds), got {data.timeout}")
+    return SOURCES[data.source](data, model, split)

@@ -1,0 +1,206 @@
+"""Batches of a FileSource: images are read by worker processes in chunks and land on the device in order.
+
+The plan is cut into chunks of at most CHUNK images. torch's DataLoader hands them to the workers round-robin and
+returns them in order, so the result does not depend on the number of workers. Each chunk goes straight into its
+place in the batch's device tensor (from pinned memory when that is a GPU).
+
+Unreadable images. Workers report them instead of raising; the policy is applied here, in the training process:
+``fail`` stops with the path and the reason. ``skip`` puts the next readable image of the source (and its label) in
+the place, logs each path once, and stops when more than 0.1 % of the source's images (but at least MIN_SKIPPED)
+have turned out unreadable. The replacement is a function of the index, so runs repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from unite_fast.config import UserError
+from unite_fast.data.source import BadImage, Batch, Request, Source, WorkerError, to_device
+
+CHUNK = 32  # images; bounds shared memory to 2 * workers * CHUNK images
+MAX_SKIPPED_SHARE, MIN_SKIPPED = 0.001, 5
+log = logging.getLogger("unite_fast.data")
+
+# images (B, C, H, W), the indices really used, and (index, reason) of unreadable ones
+Chunk = tuple[Tensor, Tensor, list[tuple[int, str]]]
+
+
+def skip_limit(n: int) -> int:
+    """How many distinct images of a source of ``n`` may be unreadable under on_error=skip."""
+    return max(MIN_SKIPPED, int(n * MAX_SKIPPED_SHARE))
+
+
+class _Chunks(Dataset):
+    """Runs in the workers: a request to a chunk."""
+
+    def __init__(self, source: Source, seed: int, progress: Tensor) -> None:
+        self.source, self.seed = source, seed
+        self.progress = progress  # (workers, 2) int64 in shared memory: each worker's pid and the index it is reading
+
+    def _read(self, index: int, draw: Tensor | None, bad: list[tuple[int, str]]) -> tuple[Tensor | None, int]:
+        """The image of ``index`` or, when that is unreadable and may be skipped, of the next readable one."""
+        attempts = 1 if self.source.on_error == "fail" else skip_limit(len(self.source)) + 1
+        for used in range(index, index + attempts):
+            used %= len(self.source)
+            info = get_worker_info()
+            if info is not None:
+                self.progress[info.id, 1] = used
+            try:
+                return self.source.read(used, draw, self.seed), used
+            except BadImage as error:
+                bad.append((used, str(error)))
+        return None, index
+
+    def __getitem__(self, request: Request) -> Chunk:
+        draws = self.source.uniforms(self.seed, request.positions) if request.augment else None
+        images: Tensor | None = None
+        used, bad = request.indices.clone(), []
+        for i, index in enumerate(request.indices.tolist()):
+            image, used_index = self._read(index, None if draws is None else draws[i], bad)
+            if image is None:  # the training process stops on what is in ``bad``
+                return torch.empty(0), used, bad
+            if images is None:
+                images = torch.empty(len(used), *image.shape, dtype=image.dtype)
+            images[i], used[i] = image, used_index
+        assert images is not None, "a request is never empty"
+        return images, used, bad
+
+
+class _StartWorker:
+    """Runs first in each worker. Signals for the training process are not for its workers."""
+
+    def __init__(self, progress: Tensor) -> None:
+        self.progress = progress
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the training process
+        self.progress[worker, 0] = os.getpid()
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _apply_policy(source: Source, bad: list[tuple[int, str]]) -> None:
+    """Stops, or logs and counts. Raises UserError."""
+    limit = skip_limit(len(source))
+    for index, reason in bad:
+        path = source.name(index)
+        if source.on_error == "fail":
+            raise UserError(f"{path}: {reason}; mend or remove it, or set data.on_error=skip")
+        if path in source.skipped:
+            continue
+        source.skipped[path] = reason
+        log.warning("unreadable image replaced by the next one: %s: %s", path, reason)
+        if len(source.skipped) > limit:
+            raise UserError(
+                f"{len(source.skipped)} of {len(source)} images are unreadable, more than the {limit} that "
+                f"data.on_error=skip allows; the last is {path}: {reason}"
+            )
+
+
+def _explain(error: RuntimeError, source: Source, progress: Tensor, chunk: int, timeout: float) -> WorkerError | None:
+    """The WorkerError for a DataLoader failure, or None when the error is something else."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if text.startswith("DataLoader timed out"):
+        path = source.name(int(progress[chunk % len(progress), 1]))
+        return WorkerError(
+            f"data: no images for {timeout:g} s (data.timeout); a worker is still reading {path}; "
+            "check that storage, or raise data.timeout"
+        )
+    if not text.startswith("DataLoader worker"):
+        return None
+    died = [int(pid) for pid in re.findall(r"\d+", text)]
+    reading = [source.name(int(index)) for pid, index in progress.tolist() if pid in died]
+    where = f" while reading {', '.join(reading)}" if reading else ""
+    return WorkerError(
+        f"data: a decoding worker (pid {', '.join(map(str, died))}) died{where}; out of memory? "
+        "lower data.workers, or free memory and /dev/shm"
+    )
+
+
+def _stop_workers(iterator: object) -> None:
+    """Ends the workers now. Left to the garbage collector, a dead worker's siblings would be reported once more."""
+    stop = getattr(iterator, "_shutdown_workers", None)
+    if stop is not None:
+        with contextlib.suppress(RuntimeError):  # DataLoader's SIGCHLD handler, naming a worker already reported
+            stop()
+
+
+def load_batches(
+    source: Source, plan: Iterator[Request], seed: int, device: torch.device, workers: int, timeout: float
+) -> Iterator[Batch]:
+    """One Batch on ``device`` per request of ``plan``; see the top of this file.
+
+    ``workers=0`` reads in this process (then ``timeout``, in seconds per chunk, cannot act). Raises UserError for
+    unreadable images, WorkerError for a worker that dies or hangs.
+    """
+    pending: deque[Request] = deque()
+
+    def chunks() -> Iterator[Request]:
+        for request in plan:
+            pending.append(request)
+            for low in range(0, len(request.indices), CHUNK):
+                part = slice(low, low + CHUNK)
+                yield Request(request.indices[part], request.positions[part], request.augment)
+
+    progress = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
+    loader: DataLoader[Chunk] = DataLoader(
+        _Chunks(source, seed, progress),
+        batch_size=None,
+        sampler=chunks(),  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else DataLoader would advance the global one
+        timeout=timeout if workers else 0,
+        worker_init_fn=_StartWorker(progress) if workers else None,
+        prefetch_factor=2 if workers else None,
+    )
+    iterator = iter(loader)
+    count = 0
+
+    def next_chunk() -> Chunk | None:
+        nonlocal count
+        try:
+            images, used, bad = next(iterator)
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            explained = _explain(error, source, progress, count, timeout)
+            if explained is None:
+                raise
+            raise explained from None
+        count += 1
+        _apply_policy(source, bad)
+        return images, used, bad
+
+    try:
+        while (chunk := next_chunk()) is not None:
+            request = pending.popleft()
+            n = len(request.indices)
+            images = torch.empty(n, *chunk[0].shape[1:], dtype=chunk[0].dtype, device=device)
+            used = torch.empty(n, dtype=torch.int64)
+            filled = 0
+            while chunk is not None:
+                high = filled + len(chunk[1])
+                images[filled:high].copy_(chunk[0], non_blocking=True)
+                used[filled:high] = chunk[1]
+                filled = high
+                chunk = next_chunk() if filled < n else None
+            yield Batch(images, to_device(source.labels[used], device), to_device(request.positions, device))
+    finally:
+        _stop_workers(iterator)

@@ -1,0 +1,151 @@
+"""What a source of images is, and the two ways to make batches from one.
+
+``FileSource`` reads one image at a time, in worker processes (loader.py). ``ResidentSource`` holds its images in
+memory and gathers whole batches on the device. Both follow a plan: an iterator of requests, one per batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import UserError
+from unite_kernels.philox import uniform
+
+AUGMENT_STREAM = 1 << 20  # lane 0: flip; further lanes: random crop. Streams of the model are below 1 << 20
+PIXEL_STREAM = AUGMENT_STREAM + 1  # synthetic pixels
+
+
+class Batch(NamedTuple):
+    """Images and what they are, on one device."""
+
+    images: Tensor  # (B, C, H, W), uint8 or float32 in [0, 1]
+    labels: Tensor  # (B,) int64
+    samples: Tensor  # (B,) int64: positions in the run (stream) or indices in the source (all_images)
+
+
+class Request(NamedTuple):
+    """One batch to make: which images, for which positions, with or without random transforms."""
+
+    indices: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64
+    augment: bool
+
+
+class BadImage(Exception):
+    """A file that cannot be read as an image. The message is the reason, without the path."""
+
+
+class WorkerError(RuntimeError):
+    """A decoding process died or hung: the machine's trouble rather than the data's. One line."""
+
+
+def to_float(images: Tensor) -> Tensor:
+    """float32 in [0, 1] on the same device, from uint8 (divided by 255) or float32 (returned as it is)."""
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32) / 255
+    if images.dtype == torch.float32:
+        return images
+    raise TypeError(f"images are {images.dtype}; expected uint8 or float32")
+
+
+def check_classes(found: int, expected: int, where: str) -> None:
+    """Raises UserError when a source's class count differs from model.num_classes."""
+    if found != expected:
+        raise UserError(f"{where} has {found} classes but model.num_classes is {expected}; make them equal")
+
+
+def check_channels(channels: int, where: str) -> None:
+    """Raises UserError unless ``channels`` is 1 (gray) or 3 (RGB)."""
+    if channels not in (1, 3):
+        raise UserError(f"{where} gives images of 1 or 3 channels, but model.channels is {channels}")
+
+
+class Source(ABC):
+    """Labelled images of one size. Subclasses implement ``read`` and ``batches``."""
+
+    lanes = 1  # uniform numbers per sample that ``read`` takes: the flip, then the crop
+
+    def __init__(self, labels: Tensor, class_names: list[str], flip: bool) -> None:
+        self.labels = labels  # (n,) int64, on the CPU
+        self.class_names = class_names
+        self.flip = flip  # mirror half of the images when augmenting
+        self.on_error = "fail"  # or "skip": see loader.py
+        self.skipped: dict[str, str] = {}  # path -> reason, of images that were replaced so far in this process
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def name(self, index: int) -> str:
+        """What to call a sample in a message: for files, the path."""
+        return f"sample {index}"
+
+    def uniforms(self, seed: int, positions: Tensor) -> Tensor:
+        """The random numbers of samples at ``positions`` (B,) int64: float32 (B, lanes) in [0, 1), on the CPU."""
+        return uniform(seed, AUGMENT_STREAM, positions, (self.lanes,))
+
+    def load(self, index: int, position: int | None = None, seed: int = 0) -> Tensor:
+        """One image (C, H, W): a function of (index, position, seed); without a position, no random transform.
+
+        Raises BadImage when the image cannot be read.
+        """
+        if position is None:
+            return self.read(index, None, seed)
+        return self.read(index, self.uniforms(seed, torch.tensor([position]))[0], seed)
+
+    @abstractmethod
+    def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
+        """One image (C, H, W), transformed by the uniform numbers ``draw`` (lanes,). Raises BadImage."""
+
+    @abstractmethod
+    def batches(
+        self, plan: Iterator[Request], seed: int, device: torch.device, workers: int, timeout: float
+    ) -> Iterator[Batch]:
+        """One Batch on ``device`` per request. ``samples`` are the request's positions."""
+
+
+class FileSource(Source):
+    """A source whose images are read one by one by worker processes."""
+
+    def batches(
+        self, plan: Iterator[Request], seed: int, device: torch.device, workers: int, timeout: float
+    ) -> Iterator[Batch]:
+        from unite_fast.data.loader import load_batches
+
+        return load_batches(self, plan, seed, device, workers, timeout)
+
+
+class ResidentSource(Source):
+    """A source whose images stay in the device's memory; ``workers`` and ``timeout`` have no meaning for it."""
+
+    @abstractmethod
+    def gather(self, indices: Tensor, seed: int, device: torch.device) -> Tensor:
+        """Images (B, C, H, W) on ``device`` of the samples ``indices`` (B,), int64, on the CPU."""
+
+    def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
+        image = self.gather(torch.tensor([index]), seed, torch.device("cpu"))[0]
+        mirrored = self.flip and draw is not None and bool(draw[0] < 0.5)
+        return image.flip(-1) if mirrored else image
+
+    def batches(
+        self, plan: Iterator[Request], seed: int, device: torch.device, workers: int, timeout: float
+    ) -> Iterator[Batch]:
+        for indices, positions, augment in plan:
+            images = self.gather(indices, seed, device)
+            if augment and self.flip:
+                mirror = to_device(self.uniforms(seed, positions)[:, 0] < 0.5, device)
+                images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            yield Batch(images, to_device(self.labels[indices], device), to_device(positions, device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``; to a GPU through pinned memory, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
