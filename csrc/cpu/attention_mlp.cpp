@@ -1,0 +1,132 @@
+// QK-norm + RoPE and SwiGLU operations: checks, outputs, second stage of the shared gradients.
+
+#include "ops.h"
+
+namespace unite {
+namespace {
+
+// Fills what forward and backward share: shapes, weights and tables.
+struct QkInputs {
+  QkNormRope args{};
+  Small q_weight, k_weight, cos, sin;
+
+  QkInputs(const char* op, const Tensor& qkv, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
+           int64_t heads, int64_t prefix) {
+    const bool bf16 = check_large(op, "qkv", qkv);
+    require(qkv.dim() == 3, op, ": qkv must have shape (batch, tokens, 3 width), not ", shape_text(qkv));
+    require(heads > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * heads) == 0, op, ": the last dimension of qkv, ",
+            qkv.size(2), ", is not 3 * heads * head_dim with ", heads, " heads");
+    const int64_t tokens = qkv.size(1), head_dim = qkv.size(2) / (3 * heads);
+    require(head_dim % 2 == 0, op, ": head_dim ", head_dim, " is odd, so it has no pairs to rotate");
+    require(prefix >= 0, op, ": prefix is negative: ", prefix);
+    q_weight = Small(op, "q_weight", q, {head_dim});
+    k_weight = Small(op, "k_weight", k, {head_dim});
+    require(c.dim() == 2, op, ": cos must have shape (positions, head_dim / 2), not ", shape_text(c));
+    const int64_t positions = c.size(0);
+    require(positions >= tokens - prefix, op, ": cos has ", positions, " positions for ", tokens - prefix, " tokens");
+    cos = Small(op, "cos", torch::stable::contiguous(c), {positions, head_dim / 2});
+    sin = Small(op, "sin", torch::stable::contiguous(s), {positions, head_dim / 2});
+    args.shape = {qkv.size(0), tokens, qkv.size(2)};
+    args.types = {bf16, bf16};
+    args.heads = heads;
+    args.head_dim = head_dim;
+    args.prefix = prefix;
+    args.qkv = qkv.data_ptr();
+    args.q_weight = q_weight.data();
+    args.k_weight = k_weight.data();
+    args.cos = cos.data();
+    args.sin = sin.data();
+  }
+};
+
+struct SwigluInputs {
+  Swiglu args{};
+  Small bias;
+  std::vector<int64_t> y_sizes;
+
+  SwigluInputs(const char* op, const Tensor& x, const std::optional<Tensor>& b) {
+    const bool bf16 = check_large(op, "x", x);
+    require(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && x.size(x.dim() - 1) % 2 == 0, op,
+            ": the last dimension of x must be even (two halves), but its shape is ", shape_text(x));
+    y_sizes.assign(x.sizes().begin(), x.sizes().end());
+    y_sizes.back() /= 2;
+    args.width = y_sizes.back();
+    args.rows = x.numel() / (2 * args.width);
+    args.types = {bf16, bf16};
+    args.x = x.data_ptr();
+    if (b.has_value()) {
+      bias = Small(op, "bias", *b, {2 * args.width});
+      args.bias = bias.data();
+    }
+  }
+  int64_t tasks() const { return (args.rows + kRowsPerTask - 1) / kRowsPerTask; }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+                                            int64_t heads, int64_t prefix, double eps) {
+  QkInputs in("qk_norm_rope_fwd", qkv, q_weight, k_weight, cos, sin, heads, prefix);
+  Tensor out = torch::stable::empty_like(qkv);
+  Tensor rstd = empty_float(qkv, {in.args.shape.samples, in.args.shape.rows, 2, heads});
+  in.args.eps = float(eps);
+  in.args.out = out.data_ptr();
+  in.args.rstd = floats(rstd);
+  run(kernels().qk_norm_rope_forward, in.args, in.args.shape.tasks());
+  return {out, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
+                                                    Tensor sin, Tensor rstd, int64_t heads, int64_t prefix) {
+  const char* op = "qk_norm_rope_bwd";
+  QkInputs in(op, qkv, q_weight, k_weight, cos, sin, heads, prefix);
+  check_large(op, "dqkv_out", dout);
+  check_same_shape(op, "dqkv_out", dout, "qkv", qkv);
+  require(dout.scalar_type() == qkv.scalar_type(), op, ": dqkv_out must have the dtype of qkv");
+  check_float32(op, "rstd", rstd);
+  check_shape(op, "rstd", rstd, {in.args.shape.samples, in.args.shape.rows, 2, heads});
+  const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks();
+  Tensor dqkv = torch::stable::empty_like(qkv);
+  Tensor dq = empty_float(qkv, {hd}), dk = empty_float(qkv, {hd});
+  const Scratch partial = scratch(tasks * 2 * hd);
+  in.args.dout = dout.data_ptr();
+  in.args.out = dqkv.data_ptr();
+  in.args.rstd = floats(rstd);
+  in.args.partial = partial.get();
+  run(kernels().qk_norm_rope_backward, in.args, tasks);
+  kernels().sum_rows(partial.get(), tasks, 2 * hd, hd, floats(dq));
+  kernels().sum_rows(partial.get() + hd, tasks, 2 * hd, hd, floats(dk));
+  return {dqkv, as_type_of(dq, q_weight), as_type_of(dk, k_weight)};
+}
+
+Tensor swiglu_fwd(Tensor x, std::optional<Tensor> bias) {
+  SwigluInputs in("swiglu_fwd", x, bias);
+  Tensor y = torch::stable::new_empty(x, {in.y_sizes.data(), in.y_sizes.size()});
+  in.args.out = y.data_ptr();
+  run(kernels().swiglu_forward, in.args, in.tasks());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy, Tensor x, std::optional<Tensor> bias) {
+  const char* op = "swiglu_bwd";
+  SwigluInputs in(op, x, bias);
+  check_large(op, "dy", dy);
+  require(dy.scalar_type() == x.scalar_type(), op, ": dy must have the dtype of x");
+  bool equal = dy.dim() == x.dim();
+  for (int64_t i = 0; equal && i < dy.dim(); ++i) equal = dy.size(i) == in.y_sizes[i];
+  require(equal, op, ": dy must have shape ", shape_text(in.y_sizes.data(), x.dim()), ", not ", shape_text(dy));
+  const int64_t columns = 2 * in.args.width, tasks = in.tasks();
+  Tensor dx = torch::stable::empty_like(x), dbias = empty_float(x, {bias.has_value() ? columns : 0});
+  const Scratch partial = scratch(bias.has_value() ? tasks * columns : 0);
+  in.args.dy = dy.data_ptr();
+  in.args.out = dx.data_ptr();
+  in.args.partial = bias.has_value() ? partial.get() : nullptr;
+  run(kernels().swiglu_backward, in.args, tasks);
+  if (!bias.has_value()) return {dx, dbias};
+  torch::stable::parallel_for(0, columns, 1024, [&](int64_t begin, int64_t end) {
+    kernels().sum_rows(partial.get() + begin, tasks, columns, end - begin, floats(dbias) + begin);
+  });
+  return {dx, as_type_of(dbias, *bias)};
+}
+
+}  // namespace unite
