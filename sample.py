@@ -1,4 +1,4 @@
-"""Samples images from a checkpoint, or reconstructs a folder: python sample.py --checkpoint runs/digits --seeds 0-99."""
+"""Samples images from a checkpoint, or reconstructs a folder of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (default: ema)")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
     add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
-    add("--labels", default="equal", help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)")
+    add(
+        "--labels",
+        default="equal",
+        help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)",
+    )
     add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's)")
     add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's)")
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")

@@ -28,7 +28,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, memory and batch split, and stop")
-    parser.add_argument("--fast-dev-run", type=int, metavar="N", default=0, help="N steps, pictures, checkpoint and resume")
+    parser.add_argument(
+        "--fast-dev-run", type=int, metavar="N", default=0, help="N steps, pictures, checkpoint and resume"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
@@ -84,7 +86,9 @@ def train(settings: config.Config, ranks: distributed.Ranks, dry_run: bool = Fal
         means.add(step(state, next(batches)))
         last = state.step == total
         if state.step % t.log_every == 0 or last:
-            row = {"step": state.step, "images_seen": state.images_seen} | means.drain() | meter.rates(state.images_seen)
+            row = (
+                {"step": state.step, "images_seen": state.images_seen} | means.drain() | meter.rates(state.images_seen)
+            )
             if log is not None:
                 log.write(row)
                 print(stats.progress_line(row, total), flush=True)

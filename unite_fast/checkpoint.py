@@ -75,7 +75,12 @@ def save(folder: Path, state: TrainState, config: Config, means: dict[str, float
     tensors |= {f"ema.{k}": v for k, v in state.optimizer.ema.items()} | state.optimizer.state_dict()
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "training.safetensors")
     _sync(temporary / "training.safetensors")
-    counters = {"format": FORMAT, "step": state.step, "images_seen": state.images_seen, "optimizer_steps": state.optimizer.steps}
+    counters = {
+        "format": FORMAT,
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "optimizer_steps": int(state.optimizer.steps),
+    }
     _write(temporary / "state.json", json.dumps(counters | {"means": means, "config": to_dict(config)}, indent=1))
     manifest = {name: _digest(temporary / name) for name in ("training.safetensors", "state.json")}
     _write(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -170,7 +175,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         content = interop.read_official(path)
         interop.load_training(content, state.model, state.optimizer, str(path))
         # The official counter counts micro-batches; the optimizer's counts updates.
-        state.step = state.optimizer.steps
+        state.step = int(state.optimizer.steps)
         state.images_seen = state.step * config.train.global_batch
         return {}
     tensors, counters = _read(path)
@@ -191,7 +196,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
 
 
 def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
-    """(state dict of the "ema" or raw "model" weights, the run's Config or None for an official .pt). Raises UserError."""
+    """(state dict of the "ema" or raw "model" weights, the run's Config or None for an official .pt)."""
     path = locate(path)
     if path.is_file():
         content = interop.read_official(path)

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from unite_kernels import philox
 
 from unite_fast import pictures, sampling
 from unite_fast.config import UserError
 from unite_fast.model.unite import UNITE
 from unite_fast.runtime.distributed import Ranks
+from unite_kernels import philox
 
 LABEL_STREAM = 1 << 17
 MAX_SEEDS = 10_000_000
@@ -144,7 +144,11 @@ def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: s
         for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
             pictures.save_png(folder / _name(seed, label), image)
     seconds = time.perf_counter() - started
-    rate = f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes" if missing else "nothing was missing"
+    rate = (
+        f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes"
+        if missing
+        else "nothing was missing"
+    )
     return f"made {len(missing)} of {len(pairs)} ({rate})" if ranks.world_size == 1 else rate
 
 
@@ -173,8 +177,8 @@ def merge(request: Request, out: str) -> None:
         images = torch.stack([_read(folder / name) for name in names])
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
-                arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": np.array(request.labels)}
-                np.savez(file, **arrays, seeds=np.array(request.seeds))
+                labels, seeds = np.array(request.labels), np.array(request.seeds)
+                np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels, seeds=seeds)
         else:
             pictures.save_grid(temporary, list((images.float() / 255).split(GRID_COLUMNS)))
     os.replace(temporary, path)

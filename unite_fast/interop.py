@@ -42,7 +42,9 @@ def read_official(path: str | Path) -> dict[str, Any]:
             name = re.search(r"GLOBAL ([\w.]+)", text)
             what = name.group(1) if name else "code"
             raise UserError(f"{path} wants to execute {what} while loading; refused, nothing was run") from None
-        raise UserError(f"{path} is damaged or not a checkpoint ({text.splitlines()[0][:120]}); fetch it again") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({text.splitlines()[0][:120]}); fetch it again"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a UNITE checkpoint: it has no 'model' state dict")
     return content
@@ -58,7 +60,9 @@ def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return cleaned
 
 
-def infer_config(state: dict[str, Tensor], overrides: dict[str, Any] | None = None, where: str = "checkpoint") -> ModelConfig:
+def infer_config(
+    state: dict[str, Tensor], overrides: dict[str, Any] | None = None, where: str = "checkpoint"
+) -> ModelConfig:
     """The ModelConfig whose parameters have the shapes of ``state`` (cleaned keys).
 
     What shapes do not tell keeps the published value unless overridden: the block at which class tokens enter, the
@@ -70,7 +74,10 @@ def infer_config(state: dict[str, Tensor], overrides: dict[str, Any] | None = No
     }
     try:
         hidden, width = state["encoder.blocks.0.mlp.w3.weight"].shape[::-1]
-        patches, head = state["patch_embed.position_embeddings"].shape[1] - 1, len(state["encoder.blocks.0.attn.q_norm.weight"])
+        patches, head = (
+            state["patch_embed.position_embeddings"].shape[1] - 1,
+            len(state["encoder.blocks.0.attn.q_norm.weight"]),
+        )
         _, channels, patch, _ = state["patch_embed.patch_embeddings.projection.weight"].shape
         decoder_width, in_features = state["decoder.decoder_embed.weight"].shape
         encoder = EncoderConfig(
@@ -105,7 +112,9 @@ def infer_config(state: dict[str, Tensor], overrides: dict[str, Any] | None = No
     if config.encoder.in_context_start >= config.encoder.depth:
         raise UserError(f"{where}: set in_context_start=... below the encoder's depth {config.encoder.depth}")
     if config.decoder.width % config.decoder.heads:
-        raise UserError(f"{where}: the decoder's heads cannot be told from its width {decoder_width}; pass decoder_heads=...")
+        raise UserError(
+            f"{where}: the decoder's heads cannot be told from its width {decoder_width}; pass decoder_heads=..."
+        )
     return config
 
 
@@ -133,7 +142,7 @@ def _override(config: ModelConfig, key: str, value: Any) -> ModelConfig:
 
 
 def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
-    """Loads a state dict of either format into ``model``. Raises UserError that lists what does not fit; all or nothing."""
+    """Loads a state dict of either format into ``model``. Raises UserError that lists what does not fit."""
     state = clean_keys(state)
     check_weights(model, state, where)
     model.load_state_dict(state, strict=False)
@@ -142,7 +151,11 @@ def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
 def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
     """Raises UserError that lists what of ``state`` (cleaned keys) does not fit ``model``."""
     own = model.state_dict()
-    wrong = [f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    wrong = [
+        f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
     wrong += [f"{k} is missing" for k in own if k not in state and not OPTIONAL.search(k)]
     wrong += [f"{k} is unknown to the model" for k in state if k not in own]
     if wrong:
@@ -184,11 +197,14 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def load_training(content: dict[str, Any], model: UNITE, optimizer: Optimizer, where: str) -> None:
-    """Model, EMA and both optimizers of an official checkpoint into ours. Raises UserError; all or nothing for weights."""
+    """Model, EMA and both optimizers of an official checkpoint into ours. Raises UserError."""
     ema = clean_keys(content.get("ema", content["model"]))
     tensors: dict[str, Tensor] = {}
     steps = 0
-    sources = (("optimizer", optimizer.adamw, ("exp_avg", "exp_avg_sq")), ("optimizer_muon", optimizer.muon, ("momentum",)))
+    sources = (
+        ("optimizer", optimizer.adamw, ("exp_avg", "exp_avg_sq")),
+        ("optimizer_muon", optimizer.muon, ("momentum",)),
+    )
     for key, params, parts in sources:
         saved = content.get(key)
         if not isinstance(saved, dict) or "state" not in saved:
@@ -222,7 +238,7 @@ def save_reference(
     best_cfg_scale: float = 1.0,
     ema: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the official format (temporary file, then rename). ``ema`` defaults to the optimizer's, else the weights."""
+    """Writes the official format (temporary file, then rename). ``ema`` defaults to the optimizer's, else weights."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()} | derived_tables(model)
     averaged = ema or (optimizer.ema if optimizer else {})
     content: dict[str, Any] = {
@@ -261,7 +277,7 @@ def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple
                 content["state"][i] = {"momentum_buffer": optimizer.momentum[name].cpu()}
             elif not name.endswith("special_time_emb"):  # never has a gradient, so it has no state
                 content["state"][i] = {
-                    "step": torch.tensor(float(optimizer.steps)),
+                    "step": optimizer.steps.cpu(),
                     "exp_avg": optimizer.exp_avg[name].cpu(),
                     "exp_avg_sq": optimizer.exp_avg_sq[name].cpu(),
                 }
@@ -278,7 +294,7 @@ def derived_tables(model: UNITE) -> dict[str, Tensor]:
     for name in names:
         tables[f"{name}.pos_embed"] = sincos_2d(side, c.encoder.width)[None]
         for table in ("cos", "sin"):
-            angles = getattr(encoder, f"rotary_{table}").cpu().repeat_interleave(2, dim=1)
+            angles = encoder.get_buffer(f"rotary_{table}").cpu().repeat_interleave(2, dim=1)
             prefix = torch.full((c.encoder.in_context_len, angles.shape[1]), 1.0 if table == "cos" else 0.0)
             tables[f"{name}.feat_rope.freqs_{table}"] = angles
             tables[f"{name}.feat_rope_incontext.freqs_{table}"] = torch.cat([prefix, angles])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unite_fast.config import ObjectiveConfig, UserError
 
 TORCHVISION_VGG16 = "397923af"  # the first digits of the sha256 that torchvision publishes in the file's name
-MEND = "download torchvision's vgg16-397923af.pth and set objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
+MEND = "get torchvision's vgg16-397923af.pth and set objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
 
 
 def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
@@ -65,7 +65,9 @@ def load_perceptual(config: ObjectiveConfig, channels: int) -> Perceptual | None
     if channels != 3:
         raise UserError(f"LPIPS needs 3 colour channels, the model has {channels}; set objective.perceptual_weight=0")
     if not config.perceptual_trunk:
-        raise UserError(f"objective.perceptual_weight is {config.perceptual_weight} but no VGG16 weights are named; {MEND}")
+        raise UserError(
+            f"objective.perceptual_weight is {config.perceptual_weight} but no VGG16 weights are named; {MEND}"
+        )
     path = Path(config.perceptual_trunk)
     if not path.is_file():
         raise UserError(f"objective.perceptual_trunk: no file {path}; {MEND}")

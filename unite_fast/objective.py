@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unite_kernels import corruption
 
 from unite_fast import flow
 from unite_fast.config import ObjectiveConfig
 from unite_fast.losses import Perceptual, pixel_loss
 from unite_fast.model.unite import UNITE
+from unite_kernels import corruption
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Draws:
         """
         shape, o = model.latent_shape, objective
         noise, t = corruption.draw_tokenizer(seed, samples, shape, o.tokenizer_t_max)
-        mask, noising_t, noising_noise = corruption.draw_noising(seed, samples, shape, o.noising_probability, *o.noising_t)
+        mask, noising_t, noising_noise = corruption.draw_noising(
+            seed, samples, shape, o.noising_probability, *o.noising_t
+        )
         law = (o.flow_time, o.flow_time_mean, o.flow_time_std, model.time_shift, o.label_dropout)
         if o.flow_steps:
             flow_t, flow_noise, dropped = corruption.draw_flow(seed, samples, o.flow_steps, shape, *law)
@@ -79,9 +81,7 @@ def reconstruction_losses(
     return z, {"l1": l1, "lpips": lpips}
 
 
-def flow_loss(
-    model: UNITE, z: Tensor, labels: Tensor, draws: Draws, step: int, objective: ObjectiveConfig
-) -> Tensor:
+def flow_loss(model: UNITE, z: Tensor, labels: Tensor, draws: Draws, step: int, objective: ObjectiveConfig) -> Tensor:
     """The loss of flow step ``step`` on latents z (B, K, C), labels (B,); scaled so that the N losses just add up."""
     t = draws.flow_t[step]
     zt = flow.interpolate(z.float(), draws.flow_noise[step], t)

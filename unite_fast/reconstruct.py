@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from unite_kernels import corruption
 
 from unite_fast import pictures
 from unite_fast.config import UserError
@@ -14,6 +13,7 @@ from unite_fast.data.folder import decode, read_file
 from unite_fast.data.transforms import transform
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
 from unite_fast.runtime.distributed import Ranks
+from unite_kernels import corruption
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 

@@ -1,7 +1,7 @@
 """A run's folder and what is done before, around and after its training loop.
 
-    runs/<name>/   config.resolved.yaml  provenance.json  status.json  metrics.csv  metrics.jsonl
-                   samples/step_*.png    checkpoints/step-*/
+runs/<name>/   config.resolved.yaml  provenance.json  status.json  metrics.csv  metrics.jsonl
+               samples/step_*.png    checkpoints/step-*/
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
 
 
 def resume(config: Config, state: TrainState, path: Path) -> tuple[dict[str, float], list[str]]:
-    """Applies ``resume=auto|never|must|PATH``. Returns (running sums of the log line, lines that say what was chosen)."""
+    """Applies ``resume=auto|never|must|PATH``. Returns (running sums of the log line, what was chosen)."""
     if config.resume == "never":
         if any((path / "checkpoints").glob("step-*")):
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
@@ -126,7 +126,9 @@ def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def save_pictures(path: Path, state: TrainState, config: Config, images: Tensor, labels: Tensor, steps: int = 0) -> None:
+def save_pictures(
+    path: Path, state: TrainState, config: Config, images: Tensor, labels: Tensor, steps: int = 0
+) -> None:
     """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
 
     images (B, Q, S, S) in [0, 1] and labels (B,) are shown; the samples have the same labels.
@@ -149,7 +151,7 @@ def save_pictures(path: Path, state: TrainState, config: Config, images: Tensor,
 
 def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:
     """What ``--dry-run`` prints: sizes, FLOPs, batch split, memory, length."""
-    model, t, o = state.model, config.train, config.objective
+    model, t, o, e = state.model, config.train, config.objective, config.efficiency
     count = model.trainable_parameters()
     parts = {
         "encoder": model.encoder,
@@ -168,8 +170,8 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"optimizers     Muon {moments} tensors, AdamW {len(state.optimizer.adamw)} tensors",
             f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps})",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
-            f"memory         {persistent * 4 / 2**30:.2f} GiB per rank for weights, gradients, optimizer and EMA, without activations",
-            f"length         {images:,} images per epoch, {t.epochs:g} epochs, {min(total, t.max_steps or total):,} steps",
-            f"device         {ranks.device}, precision {config.efficiency.precision}, kernels {config.efficiency.kernels}",
+            f"memory         {persistent * 4 / 2**30:.2f} GiB per rank before activations",
+            f"length         {images:,} images/epoch, {t.epochs:g} epochs, {min(total, t.max_steps or total):,} steps",
+            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}",
         )
     )

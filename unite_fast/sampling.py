@@ -5,16 +5,17 @@ Shape letters: B batch, K registers, C latent dim, Q channels, S image size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from unite_kernels import philox
 
 from unite_fast import flow
 from unite_fast.config import UserError
 from unite_fast.model.unite import UNITE
+from unite_kernels import philox
 
 SOLVERS = ("dopri5", "heun", "euler")
 ORDERS = ("norm_first", "cfg_first", "both")
@@ -47,10 +48,9 @@ class GuidedField:
         times = t.expand(len(z)).to(torch.float32)
         if self.scale == 1 or not flow.inside(float(t), self.interval):
             return self.model.denoise(z, times, self.labels).to(z.dtype)
-        raw = self.model.denoise_raw(
-            torch.cat([z, z]), torch.cat([times, times]), torch.cat([self.null, self.labels])
-        )
-        return flow.combine(*raw.chunk(2), self.scale, self.order, self.model.normalise).to(z.dtype)
+        both = torch.cat([z, z]), torch.cat([times, times]), torch.cat([self.null, self.labels])
+        null, conditional = self.model.denoise_raw(*both).chunk(2)
+        return flow.combine(null, conditional, self.scale, self.order, self.model.normalise).to(z.dtype)
 
 
 def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
 
 
 def _euler(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in itertools.pairwise(grid):
         z = z + (t_next - t) * field(t, z)
     return z
 
 
 def _heun(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in itertools.pairwise(grid):
         h = t_next - t
         v = field(t, z)
         z = z + h / 2 * (v + field(t_next, z + h * v))

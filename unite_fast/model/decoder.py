@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from unite_fast.config import DecoderConfig
@@ -42,6 +43,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """(B, K, in_features) -> (B, Q, side * P, side * P). Not clamped."""
 
+    positions: Tensor  # (1, M + 1, D)
+
     def __init__(self, config: DecoderConfig, num_latents: int, side: int, patch_size: int, channels: int) -> None:
         super().__init__()
         self.side, self.patch_size, self.channels = side, patch_size, channels
@@ -69,7 +72,4 @@ class Decoder(nn.Module):
         for layer in self.decoder_layers:
             x = layer(x)
         x = self.decoder_pred(self.decoder_norm(x[:, : self.side**2 + 1]))[:, 1:]
-        x = x.reshape(-1, self.side, self.side, self.patch_size, self.patch_size, self.channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(
-            -1, self.channels, self.side * self.patch_size, self.side * self.patch_size
-        )
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=self.channels)

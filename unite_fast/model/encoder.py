@@ -22,6 +22,8 @@ from unite_fast.model.layers import RMSNorm, adamw_parameter, rotary_table, use_
 class TimeEmbedding(nn.Module):
     """t (B,) -> (B, D): random Fourier features of 256 fixed frequencies, then an MLP, all in float32."""
 
+    W: Tensor
+
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("W", torch.randn(frequencies))
@@ -154,12 +156,11 @@ class GenerativeEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        zeros = [block.adaLN_modulation[1] for block in self.blocks]
-        for linear in (*zeros, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("y_embedder", "t_embedder.mlp")) and parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self,

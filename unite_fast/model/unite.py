@@ -9,12 +9,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from unite_kernels import corruption
 
 from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.encoder import GenerativeEncoder
 from unite_fast.model.layers import adamw_parameter, sincos_1d, use_adamw
+from unite_kernels import corruption
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
@@ -68,7 +68,9 @@ class UNITE(nn.Module):
 
     def _generative_encoder(self) -> GenerativeEncoder:
         c = self.config
-        return GenerativeEncoder(c.encoder, c.latent_dim, c.num_classes, c.num_latents + (c.image_size // c.patch_size) ** 2)
+        return GenerativeEncoder(
+            c.encoder, c.latent_dim, c.num_classes, c.num_latents + (c.image_size // c.patch_size) ** 2
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int]:

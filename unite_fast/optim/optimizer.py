@@ -6,15 +6,16 @@ State is kept by parameter name, so a checkpoint does not depend on the order of
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from unite_kernels.newton_schulz import newton_schulz
 
 from unite_fast.config import OptimConfig
 from unite_fast.optim.groups import split_parameters
+from unite_kernels import multi_tensor
+from unite_kernels.newton_schulz import newton_schulz
 
 NS_EPS = 1e-6
 
@@ -23,18 +24,18 @@ class Optimizer:
     """Muon + AdamW + EMA of ``model`` (SPEC section 3).
 
     Attributes: ``momentum`` (Muon), ``exp_avg`` and ``exp_avg_sq`` (AdamW), ``ema``: tensors by parameter name;
-    ``steps``: updates done, the same for every AdamW tensor.
+    ``steps``: updates done (0-d float32 tensor), the same for every AdamW tensor.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimConfig, backend: str = "eager") -> None:
+        self.config, self.backend = config, backend
         self.muon, self.adamw = split_parameters(model, config.muon)
         self.parameters = self.muon | self.adamw
         self.momentum = {name: torch.zeros_like(p) for name, p in self.muon.items()}
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.steps = 0
+        self.steps = torch.zeros((), device=next(iter(self.ema.values())).device)
 
     def newton_schulz_dtype(self, device: torch.device) -> torch.dtype:
         choice = self.config.newton_schulz_dtype
@@ -48,57 +49,68 @@ class Optimizer:
 
         Parameters without a gradient keep their value.
         """
-        live = {name: p for name, p in self.parameters.items() if p.grad is not None}
-        grads = [p.grad for p in live.values()]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        coefficient = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, coefficient)
-        self.steps += 1
-        self._adamw([n for n in self.adamw if n in live], lr)
-        self._muon([n for n in self.muon if n in live], lr)
-        torch._foreach_lerp_(
-            list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - self.config.ema_decay
-        )
-        for p in live.values():
-            p.grad = None
+        live = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm, coefficient, _ = multi_tensor.clip(list(live.values()), self.config.clip, backend=self.backend)
+        rate = torch.full_like(norm, lr)
+        self._adamw({n: g for n, g in live.items() if n in self.adamw}, rate, coefficient)
+        self._muon({n: g for n, g in live.items() if n in self.muon}, rate, coefficient)
+        for name in live:
+            self.parameters[name].grad = None
         return norm
 
-    def _adamw(self, names: list[str], lr: float) -> None:
-        """Loshchilov & Hutter 2019, in the operation order of torch.optim.AdamW."""
-        if not names:
-            return
-        c, (beta1, beta2) = self.config, self.config.betas
-        params = [self.adamw[n] for n in names]
-        grads = [p.grad for p in params]
-        m, v = [self.exp_avg[n] for n in names], [self.exp_avg_sq[n] for n in names]
-        if c.weight_decay:
-            torch._foreach_mul_(params, 1 - lr * c.weight_decay)
-        torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominator, math.sqrt(1 - beta2**self.steps))
-        torch._foreach_add_(denominator, c.eps)
-        torch._foreach_addcdiv_(params, m, denominator, -lr / (1 - beta1**self.steps))
-
-    def _muon(self, names: list[str], lr: float) -> None:
-        """As torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw"."""
+    def _adamw(self, grads: dict[str, Tensor], lr: Tensor, coefficient: Tensor) -> None:
+        """Loshchilov & Hutter 2019."""
         c = self.config
-        by_shape: dict[torch.Size, list[str]] = defaultdict(list)
-        for name in names:
-            by_shape[self.muon[name].shape].append(name)
-        for shape, group in by_shape.items():
-            params = [self.muon[n] for n in group]
-            grads, buffers = [p.grad for p in params], [self.momentum[n] for n in group]
-            torch._foreach_lerp_(buffers, grads, 1 - c.muon_momentum)
-            update = torch.stack(torch._foreach_lerp(grads, buffers, c.muon_momentum))
-            update = newton_schulz(
-                update, c.newton_schulz_steps, eps=NS_EPS, dtype=self.newton_schulz_dtype(update.device)
+        if grads:
+            multi_tensor.adamw_step_(
+                [self.adamw[n].detach() for n in grads],
+                list(grads.values()),
+                [self.exp_avg[n] for n in grads],
+                [self.exp_avg_sq[n] for n in grads],
+                self.steps,
+                lr,
+                c.betas,
+                c.eps,
+                c.weight_decay,
+                clip_coef=coefficient,
+                ema=[self.ema[n] for n in grads],
+                ema_decay=c.ema_decay,
+                backend=self.backend,
             )
-            if c.muon_weight_decay:
-                torch._foreach_mul_(params, 1 - lr * c.muon_weight_decay)
-            scale = 0.2 * math.sqrt(max(shape))
-            torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=-lr * scale)
+
+    def _muon(self, grads: dict[str, Tensor], lr: Tensor, coefficient: Tensor) -> None:
+        """As torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw"."""
+        if not grads:
+            return
+        c = self.config
+        names = sorted(grads, key=lambda n: grads[n].shape)
+        batches, slices = [], []
+        for shape, group in itertools.groupby(names, key=lambda n: grads[n].shape):
+            batch = torch.empty(len(list(group)), *shape, device=lr.device, dtype=self.newton_schulz_dtype(lr.device))
+            batches.append(batch)
+            slices.extend(batch.unbind(0))
+        multi_tensor.muon_momentum_(
+            [grads[n] for n in names],
+            [self.momentum[n] for n in names],
+            c.muon_momentum,
+            clip_coef=coefficient,
+            out=slices,
+            backend=self.backend,
+        )
+        updates = []
+        for batch in batches:
+            orthogonal = newton_schulz(batch, c.newton_schulz_steps, eps=NS_EPS, dtype=batch.dtype)
+            updates.extend(orthogonal.contiguous().unbind(0))
+        multi_tensor.muon_apply_(
+            [self.muon[n].detach() for n in names],
+            updates,
+            lr,
+            [0.2 * math.sqrt(max(grads[n].shape)) for n in names],
+            c.muon_weight_decay,
+            ema=[self.ema[n] for n in names],
+            ema_decay=c.ema_decay,
+            backend=self.backend,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors "momentum.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; ``steps`` and ``ema`` apart."""
@@ -119,4 +131,4 @@ class Optimizer:
             raise ValueError("optimizer state " + "; ".join(problems[:3]))
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        self.steps = steps
+        self.steps.fill_(steps)

@@ -13,7 +13,12 @@ def lr_scale(optim: OptimConfig, global_batch: int) -> float:
 
 
 def learning_rate(
-    optim: OptimConfig, images_seen: int, images_per_epoch: int, global_batch: int, total_epochs: float, accumulation: int
+    optim: OptimConfig,
+    images_seen: int,
+    images_per_epoch: int,
+    global_batch: int,
+    total_epochs: float,
+    accumulation: int,
 ) -> float:
     """The rate of the next optimizer step; the first step of a warm-up has rate 0.
 

@@ -47,7 +47,9 @@ class Ranks:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 dist.all_reduce(flat)
                 flat /= self.world_size
-                pieces = [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)]
+                pieces = [
+                    piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)
+                ]
                 torch._foreach_copy_(bucket, pieces)
                 bucket, size = [], 0
 

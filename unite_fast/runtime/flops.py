@@ -47,8 +47,8 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool) -> dic
     layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
     decode = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
     decode = 3 * (decode + d.depth * layer + 2 * (patches + 1) * d.width * pixels)
-    vgg = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)
-    parts = {
+    vgg: float = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)
+    parts: dict[str, float] = {
         "tokenize": tokenize,
         "flow": flow * flow_steps,
         "decode": decode,

@@ -13,6 +13,6 @@ def setup(device: torch.device) -> None:
         torch.set_flush_denormal(True)
 
 
-def autocast(recipe: str, device: torch.device) -> AbstractContextManager[None]:
-    """The context of every forward pass. bf16: matrix products in bfloat16; weights, residual stream and losses fp32."""
+def autocast(recipe: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context of every forward pass. bf16: matrix products in bfloat16; weights, residual and losses fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe == "bf16")

@@ -109,7 +109,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class Meter:
     """Images per second and time to go, from the wall clock."""
 
-    def __init__(self, total_images: int, images_seen: int, flops_per_image: float, peak: float | None, world: int) -> None:
+    def __init__(
+        self, total_images: int, images_seen: int, flops_per_image: float, peak: float | None, world: int
+    ) -> None:
         self.total, self.flops, self.peak, self.world = total_images, flops_per_image, peak, world
         self.last_time, self.last_images = time.perf_counter(), images_seen
 
@@ -117,7 +119,11 @@ class Meter:
         now = time.perf_counter()
         rate = (images_seen - self.last_images) / max(now - self.last_time, 1e-9)
         self.last_time, self.last_images = now, images_seen
-        values = {"images_per_second": rate, "tflops": rate * self.flops / 1e12, "seconds_left": (self.total - images_seen) / max(rate, 1e-9)}
+        values = {
+            "images_per_second": rate,
+            "tflops": rate * self.flops / 1e12,
+            "seconds_left": (self.total - images_seen) / max(rate, 1e-9),
+        }
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.world)
         return values
