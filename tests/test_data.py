@@ -169,7 +169,10 @@ def test_all_images(world_size):
     batches = [b for r in range(world_size) for b in all_images(source, 64, r, world_size)]
     assert torch.equal(torch.cat([b.samples for b in batches]), torch.arange(300))
     assert torch.equal(torch.cat([b.labels for b in batches]), source.labels)
-    assert sum(len(b.samples) for b in all_images(source, 64, first=70)) == 70
+    some = torch.tensor([5, 299, 0, 7])
+    few = [b for r in range(world_size) for b in all_images(source, 3, r, world_size, indices=some)]
+    assert torch.equal(torch.cat([b.labels for b in few]), source.labels[some])
+    assert torch.equal(torch.cat([b.images for b in few]), torch.cat([b.images for b in batches])[some])
 
 
 def test_to_float():

@@ -95,11 +95,13 @@ class Source(ABC):
     def load(self, index: int, position: int | None = None, seed: int = 0) -> Tensor:
         """One image (C, H, W): a function of (index, position, seed); without a position, no random transform.
 
-        Raises BadImage when the image cannot be read.
+        Raises UserError, naming the file, when the image cannot be read (whatever on_error says).
         """
-        if position is None:
-            return self.read(index, None, seed)
-        return self.read(index, self.uniforms(seed, torch.tensor([position]))[0], seed)
+        draw = None if position is None else self.uniforms(seed, torch.tensor([position]))[0]
+        try:
+            return self.read(index, draw, seed)
+        except BadImage as error:
+            raise UserError(f"{self.name(index)}: {error}") from error
 
     @abstractmethod
     def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from unite_fast.config import UserError
 from unite_fast.data.order import Order, share
@@ -54,20 +55,22 @@ def all_images(
     workers: int = 0,
     timeout: float = 120.0,
     seed: int = 0,
-    first: int | None = None,
+    indices: Tensor | None = None,
 ) -> Iterator[Batch]:
     """The images 0 .. n - 1 once, in this order, without random transforms; ``samples`` are indices.
 
-    Rank r takes the r-th contiguous part; together the ranks cover everything, nothing twice. The last batch may be
-    smaller. ``first``: only the first so many images. ``seed`` matters to synthetic images alone.
+    ``indices`` (M,) int64 selects and orders others. Rank r takes the r-th contiguous part; together the ranks cover
+    everything, nothing twice. The last batch may be smaller. ``seed`` matters to synthetic images alone. Raises as
+    ``stream``; under on_error=skip an unreadable image is replaced here, too (see ``source.skipped``).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    low, high = share(0, len(source) if first is None else min(first, len(source)), rank, world_size)
+    chosen = torch.arange(len(source)) if indices is None else indices.cpu()
+    low, high = share(0, len(chosen), rank, world_size)
 
     def plan() -> Iterator[Request]:
         for begin in range(low, high, batch_size):
-            indices = torch.arange(begin, min(begin + batch_size, high))
-            yield Request(indices, indices, False)
+            part = chosen[begin : min(begin + batch_size, high)]
+            yield Request(part, part, False)
 
     return source.batches(plan(), seed, torch.device(device), workers, timeout)
