@@ -26,7 +26,8 @@ void check_residual_like(const char* op, const char* name, const Tensor& tensor,
   require(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
 }
 
-// Sums over the samples of weight(b) * sums(b): the gradient of a width-sized weight. `scale` adds the factor 1 + scale.
+// Sums over the samples of weight(b) * sums(b): the gradient of a width-sized weight. `scale` adds the factor 1 +
+// scale.
 Tensor weight_gradient(const Tensor& weight, const Shape& shape, const float* sums, const Rows* scale) {
   const int64_t d = shape.width;
   Tensor gradient = empty_float(weight, {d});
@@ -135,15 +136,15 @@ std::tuple<Tensor, Tensor, Tensor> adaln_mid_fwd(Tensor x, Tensor branch, Tensor
   const Small sh(op, "shift", shift, {b, d}), sc(op, "scale", scale, {b, d});
   Tensor x1 = torch::stable::empty_like(x), y = torch::stable::empty_like(branch);
   Tensor rstd = empty_float(x, {b, shape.rows});
-  AdalnForward args{shape, types, x.data_ptr(), branch.data_ptr(), ga.rows(), sc.rows(), sh.rows(), w.data(), nullptr,
-                    float(eps), x1.data_ptr(), y.data_ptr(), floats(rstd), nullptr};
+  AdalnForward args{shape,    types,   x.data_ptr(), branch.data_ptr(), ga.rows(),    sc.rows(),    sh.rows(),
+                    w.data(), nullptr, float(eps),   x1.data_ptr(),     y.data_ptr(), floats(rstd), nullptr};
   run(kernels().adaln_forward, args, shape.tasks());
   return {x1, y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor dx1, Tensor dy, Tensor x1, Tensor branch,
-                                                                         Tensor gate, Tensor weight, Tensor scale,
-                                                                         Tensor rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor dx1, Tensor dy, Tensor x1,
+                                                                         Tensor branch, Tensor gate, Tensor weight,
+                                                                         Tensor scale, Tensor rstd) {
   const char* op = "adaln_mid_bwd";
   const Types types = types_of(op, x1, "branch", branch);
   const Shape shape = shape_of(op, x1);
@@ -154,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor 
   check_float32(op, "rstd", rstd);
   check_shape(op, "rstd", rstd, {b, shape.rows});
   Tensor dx = torch::stable::empty_like(x1), dbranch = torch::stable::empty_like(branch);
-  AdalnBackward args{shape,       types,     dx1.data_ptr(), dy.data_ptr(), x1.data_ptr(), branch.data_ptr(), ga.rows(),
-                     sc.rows(),   w.data(),  nullptr,        floats(rstd),  nullptr,       dx.data_ptr(),
-                     dbranch.data_ptr(), nullptr, 0};
+  AdalnBackward args{
+      shape,    types,   dx1.data_ptr(), dy.data_ptr(), x1.data_ptr(), branch.data_ptr(),  ga.rows(), sc.rows(),
+      w.data(), nullptr, floats(rstd),   nullptr,       dx.data_ptr(), dbranch.data_ptr(), nullptr,   0};
   const Gradients g = backward(args, weight, nullptr, scale, &gate);
   return {dx, dbranch, g.dgate, g.dweight, g.dshift, g.dscale};
 }
@@ -171,15 +172,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_tail_fwd(Tensor x, Tensor branc
   const Small sh(op, "shift", shift, {b, d}), sc(op, "scale", scale, {b, d});
   Tensor x2 = torch::stable::empty_like(x), y = torch::stable::empty_like(branch);
   Tensor rstd3 = empty_float(x, {b, shape.rows}), rstd1 = empty_float(x, {b, shape.rows});
-  AdalnForward args{shape, types, x.data_ptr(), branch.data_ptr(), ga.rows(), sc.rows(), sh.rows(), w1.data(), w3.data(),
-                    float(eps), x2.data_ptr(), y.data_ptr(), floats(rstd1), floats(rstd3)};
+  AdalnForward args{shape,     types,     x.data_ptr(), branch.data_ptr(), ga.rows(),    sc.rows(),     sh.rows(),
+                    w1.data(), w3.data(), float(eps),   x2.data_ptr(),     y.data_ptr(), floats(rstd1), floats(rstd3)};
   run(kernels().adaln_forward, args, shape.tasks());
   return {x2, y, rstd3, rstd1};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(
-    Tensor dx2, Tensor dy, Tensor x, Tensor branch, Tensor gate, Tensor weight3, Tensor weight1, Tensor scale,
-    Tensor rstd3, Tensor rstd1) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(Tensor dx2, Tensor dy, Tensor x,
+                                                                                  Tensor branch, Tensor gate,
+                                                                                  Tensor weight3, Tensor weight1,
+                                                                                  Tensor scale, Tensor rstd3,
+                                                                                  Tensor rstd1) {
   const char* op = "adaln_tail_bwd";
   const Types types = types_of(op, x, "branch", branch);
   const Shape shape = shape_of(op, x);
@@ -193,9 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bw
     check_shape(op, name, rstd, {b, shape.rows});
   }
   Tensor dx = torch::stable::empty_like(x), dbranch = torch::stable::empty_like(branch);
-  AdalnBackward args{shape,     types,     dx2.data_ptr(), dy.data_ptr(), x.data_ptr(),  branch.data_ptr(), ga.rows(),
-                     sc.rows(), w1.data(), w3.data(),      floats(rstd1), floats(rstd3), dx.data_ptr(),
-                     dbranch.data_ptr(), nullptr, 0};
+  AdalnBackward args{
+      shape,     types,     dx2.data_ptr(), dy.data_ptr(), x.data_ptr(),  branch.data_ptr(),  ga.rows(), sc.rows(),
+      w1.data(), w3.data(), floats(rstd1),  floats(rstd3), dx.data_ptr(), dbranch.data_ptr(), nullptr,   0};
   const Gradients g = backward(args, weight1, &weight3, scale, &gate);
   return {dx, dbranch, g.dgate, g.dweight3, g.dweight, g.dshift, g.dscale};
 }

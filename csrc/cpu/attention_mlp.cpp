@@ -76,8 +76,9 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor 
   return {out, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
-                                                    Tensor sin, Tensor rstd, int64_t heads, int64_t prefix) {
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qkv, Tensor q_weight, Tensor k_weight,
+                                                    Tensor cos, Tensor sin, Tensor rstd, int64_t heads,
+                                                    int64_t prefix) {
   const char* op = "qk_norm_rope_bwd";
   QkInputs in(op, qkv, q_weight, k_weight, cos, sin, heads, prefix);
   check_large(op, "dqkv_out", dout);

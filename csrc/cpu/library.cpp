@@ -12,9 +12,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_bwd(Tensor, Tensor, Tensor, Ten
 std::tuple<Tensor, Tensor, Tensor> adaln_mid_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                                                          Tensor, Tensor);
-std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_tail_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                                                  Tensor, Tensor, Tensor, Tensor, Tensor);
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_tail_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                          double);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(Tensor, Tensor, Tensor, Tensor,
+                                                                                  Tensor, Tensor, Tensor, Tensor,
+                                                                                  Tensor, Tensor);
 std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, double);
 std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t,
                                                     int64_t);
@@ -23,8 +25,8 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor, Tensor, Maybe);
 Tensor philox_uniform(int64_t, int64_t, Tensor, int64_t);
 Tensor philox_normal(int64_t, int64_t, Tensor, int64_t);
 std::tuple<Tensor, Tensor> noise_injection(Tensor, Tensor, int64_t, double, double, double);
-std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool, double, double,
-                                                   double, double, int64_t);
+std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool, double,
+                                                   double, double, double, int64_t);
 std::tuple<Tensor, Tensor, Tensor> clip(List, double);
 void adamw_(List, List, List, List, Tensor, Tensor, double, double, double, double, Maybe, Maybe, List, double);
 void muon_momentum_(List, List, double, bool, Maybe, Maybe, List);
@@ -39,8 +41,7 @@ std::string instruction_set_of(Tensor) { return instruction_set(); }
 STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def("instruction_set(Tensor any) -> str");
   m.def("adaln_fwd(Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "adaln_bwd(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("adaln_bwd(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaln_mid_fwd(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps)"
       " -> (Tensor, Tensor, Tensor)");
@@ -63,8 +64,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("philox_uniform(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("philox_normal(int seed, int stream, Tensor samples, int count) -> Tensor");
-  m.def(
-      "noise_injection(Tensor z, Tensor samples, int seed, float p, float t_low, float t_high) -> (Tensor, Tensor)");
+  m.def("noise_injection(Tensor z, Tensor samples, int seed, float p, float t_low, float t_high) -> (Tensor, Tensor)");
   m.def(
       "flow_corruption(Tensor z, Tensor labels, Tensor samples, int seed, int steps, int first_step, bool uniform_law,"
       " float mu, float sigma, float shift, float label_drop, int null_label) -> (Tensor, Tensor, Tensor)");

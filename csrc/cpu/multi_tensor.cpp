@@ -106,16 +106,17 @@ void adamw_(List params, List grads, List exp_avg, List exp_avg_sq, Tensor step,
   const float c = scalar(op, "clip_coef", coef, 1.0f);
   if (skipped(op, skip)) return;
   const AdamwFactors factors{c,
-                             float(beta1),
+                             float(1.0 - beta1),
                              float(beta2),
+                             float(1.0 - beta2),
                              float(eps),
                              float(1.0 - rate * weight_decay),
                              float(rate / (1.0 - std::pow(beta1, count))),
                              float(1.0 / std::sqrt(1.0 - std::pow(beta2, count))),
                              float(1.0 - ema_decay)};
   for_chunks(params, [&](const Chunk& k) {
-    kernels().adamw(factors, p[k.tensor] + k.begin, g[k.tensor] + k.begin, m[k.tensor] + k.begin,
-                    v[k.tensor] + k.begin, with_ema ? e[k.tensor] + k.begin : nullptr, k.count);
+    kernels().adamw(factors, p[k.tensor] + k.begin, g[k.tensor] + k.begin, m[k.tensor] + k.begin, v[k.tensor] + k.begin,
+                    with_ema ? e[k.tensor] + k.begin : nullptr, k.count);
   });
   *floats(step) = float(count);
 }
@@ -126,8 +127,8 @@ void muon_momentum_(List grads, List buffers, double momentum, bool nesterov, st
   bool bf16 = false;
   const auto g = pointers_of(op, "grads", grads, grads), b = pointers_of(op, "buffers", buffers, grads);
   const auto u = updates_of(op, out, grads, bf16);
-  const MuonFactors factors{scalar(op, "clip_coef", coef, 1.0f), float(momentum), nesterov ? float(momentum) : 1.0f,
-                            0.0f, 0.0f, 0.0f};
+  const MuonFactors factors{
+      scalar(op, "clip_coef", coef, 1.0f), float(1.0 - momentum), nesterov ? float(momentum) : 1.0f, 0.0f, 0.0f, 0.0f};
   if (skipped(op, skip)) return;
   for_chunks(grads, [&](const Chunk& k) {
     kernels().muon_momentum(factors, g[k.tensor] + k.begin, b[k.tensor] + k.begin,

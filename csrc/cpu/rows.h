@@ -95,12 +95,14 @@ struct Chunk {
   int64_t begin;
 };
 
+// rest1 = 1 - beta1 and the like are taken in float64: 1.0f - 0.999f is wrong in its fifth digit.
 struct AdamwFactors {
-  float coef, beta1, beta2, eps, decay, step_size, inverse_correction2, ema_weight;
+  float coef, rest1, beta2, rest2, eps, decay, rate, inverse_correction2, ema_weight;
 };
 
+// nesterov is the momentum, or 1 for the plain buffer; rest = 1 - momentum.
 struct MuonFactors {
-  float coef, momentum, nesterov, decay, lr, ema_weight;
+  float coef, rest, nesterov, decay, lr, ema_weight;
 };
 
 struct Kernels {

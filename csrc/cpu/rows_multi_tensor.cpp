@@ -12,10 +12,9 @@ namespace {
 template <typename U>
 void momentum_chunk(const MuonFactors& f, const float* __restrict g, float* __restrict buffer, U* __restrict out,
                     int64_t count) {
-  // out = g' + nesterov (buffer - g'); nesterov is the momentum, or 1 for the plain buffer
   UNITE_SIMD
   for (int64_t i = 0; i < count; ++i) {
-    const float clipped = g[i] * f.coef, next = buffer[i] + (1.0f - f.momentum) * (clipped - buffer[i]);
+    const float clipped = g[i] * f.coef, next = buffer[i] + f.rest * (clipped - buffer[i]);
     buffer[i] = next;
     store(out, i, clipped + f.nesterov * (next - clipped));
   }
@@ -69,18 +68,18 @@ void adamw(const AdamwFactors& f, float* __restrict p, const float* __restrict g
     UNITE_SIMD
     for (int64_t i = 0; i < count; ++i) {
       const float clipped = g[i] * k.coef;
-      m[i] += (1.0f - k.beta1) * (clipped - m[i]);
-      v[i] = v[i] * k.beta2 + (1.0f - k.beta2) * clipped * clipped;
-      p[i] = p[i] * k.decay - k.step_size * m[i] / (std::sqrt(v[i]) * k.inverse_correction2 + k.eps);
+      m[i] += k.rest1 * (clipped - m[i]);
+      v[i] = v[i] * k.beta2 + k.rest2 * clipped * clipped;
+      p[i] = p[i] * k.decay - k.rate * m[i] / (std::sqrt(v[i]) * k.inverse_correction2 + k.eps);
     }
     return;
   }
   UNITE_SIMD
   for (int64_t i = 0; i < count; ++i) {
     const float clipped = g[i] * k.coef;
-    m[i] += (1.0f - k.beta1) * (clipped - m[i]);
-    v[i] = v[i] * k.beta2 + (1.0f - k.beta2) * clipped * clipped;
-    const float next = p[i] * k.decay - k.step_size * m[i] / (std::sqrt(v[i]) * k.inverse_correction2 + k.eps);
+    m[i] += k.rest1 * (clipped - m[i]);
+    v[i] = v[i] * k.beta2 + k.rest2 * clipped * clipped;
+    const float next = p[i] * k.decay - k.rate * m[i] / (std::sqrt(v[i]) * k.inverse_correction2 + k.eps);
     p[i] = next;
     e[i] += k.ema_weight * (next - e[i]);
   }
@@ -104,10 +103,22 @@ void ema(float weight, float* __restrict e, const float* __restrict p, int64_t c
 }
 
 extern const Kernels table;
-const Kernels table = {adaln_forward,  adaln_backward, qk_norm_rope_forward, qk_norm_rope_backward,
-                       swiglu_forward, swiglu_backward, sum_rows,            square_sum,
-                       adamw,          muon_momentum,  muon_apply,           ema,
-                       uniform,        normal,         corrupt,              logistic};
+const Kernels table = {adaln_forward,
+                       adaln_backward,
+                       qk_norm_rope_forward,
+                       qk_norm_rope_backward,
+                       swiglu_forward,
+                       swiglu_backward,
+                       sum_rows,
+                       square_sum,
+                       adamw,
+                       muon_momentum,
+                       muon_apply,
+                       ema,
+                       uniform,
+                       normal,
+                       corrupt,
+                       logistic};
 
 }  // namespace UNITE_ISA
 }  // namespace unite

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kLanes = 64;
 constexpr float kHalfTurn = 1.5707963267948966 / 4194304.0;
 
-constexpr float kLog[] = {0.3333333f,   -0.2499999f, 0.20000708f,  -0.1666848f, 0.14249937f,
+constexpr float kLog[] = {0.3333333f,  -0.2499999f, 0.20000708f,  -0.1666848f, 0.14249937f,
                           -0.1241105f, 0.11661511f, -0.11571201f, 0.07149754f};
 constexpr float kCos[] = {4.1666668e-02f, -1.3888888e-03f, 2.4800602e-05f, -2.7301070e-07f};
 constexpr float kSin[] = {-1.6666667e-01f, 8.3333319e-03f, -1.9840087e-04f, 2.7249964e-06f};
@@ -98,7 +98,8 @@ inline void draw_row(Draw draw, int64_t sample, int64_t first, int64_t count, fl
 inline void fill_uniform(const Words& words, float* __restrict values) {
   for (int lane = 0; lane < 4; ++lane) {
     UNITE_SIMD
-    for (int64_t i = 0; i < kLanes; ++i) values[4 * i + lane] = float(int32_t(words.word[lane][i] >> 8)) * 5.9604644775390625e-08f;
+    for (int64_t i = 0; i < kLanes; ++i)
+      values[4 * i + lane] = float(int32_t(words.word[lane][i] >> 8)) * 5.9604644775390625e-08f;
   }
 }
 

@@ -1,4 +1,4 @@
-"""The optimizer's elementwise work on whole lists of tensors: norm, clip, AdamW, Muon and EMA, one pass over memory each.
+"""The optimizer's elementwise work on lists of tensors: norm, clip, AdamW, Muon and EMA, one pass over memory each.
 
     norm     n = sqrt(sum over all tensors of |g|^2);   coef = min(1, max_norm / (n + 1e-6));   skip = n is not finite
     AdamW    g' = coef g;  m += (1 - b1)(g' - m);  v = b2 v + (1 - b2) g'^2;  p *= 1 - lr wd
@@ -8,10 +8,10 @@
     EMA      e += (1 - decay)(p - e), in the same pass as the update of p
 
 Shapes: every list holds tensors of any shape; lists of one call correspond element by element. float32, contiguous;
-Muon's update may be bfloat16. ``lr``, ``step``, ``coef`` and ``skip`` are 0-d tensors on the tensors' device: nothing is
-read back, so a step can be captured in a CUDA graph. Where ``skip`` is true every update leaves its tensors as they are.
+Muon's update may be bfloat16. ``lr``, ``step``, ``coef`` and ``skip`` are 0-d tensors on the tensors' device: nothing
+is read back, so a step can be captured in a CUDA graph. Where ``skip`` is true an update changes nothing.
 
-Bytes per element, fused: norm 4; AdamW 28 (+8 with EMA); Muon momentum 12 + update; Muon apply 8 + update (+8 with EMA).
+Bytes per element, fused: norm 4; AdamW 28, with EMA 36; Muon momentum 12 + update; Muon apply 8 + update, with EMA +8.
 Launches of a whole step on CUDA, up to 512 tensors per list: norm 2, momentum 1, Muon apply 1, AdamW 1, step count 1.
 """
 
@@ -23,7 +23,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BACKENDS = ("eager",)
+from . import backend as _backend
+from .extension import load_cpu, load_cuda
+
 NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
@@ -93,6 +95,24 @@ def eager_muon_apply_(params, updates, lr, scales, weight_decay, ema, ema_decay)
         eager_ema_(ema, params, ema_decay)
 
 
+# --- compiled operations ---------------------------------------------------------------------------------------------
+
+
+def _compiled(backend: str, tensors: Sequence[Tensor]):
+    """The namespace of the compiled operations for these tensors, or None for the eager form."""
+    first = _first(tensors)
+    resolved = _backend.resolve(backend, first)
+    if resolved == "eager":
+        return None
+    if resolved == "cpp":
+        load_cpu()
+        return torch.ops.unite_kernels_cpu
+    if first.device.type != "cuda":
+        raise RuntimeError("the multi-tensor updates have no Triton kernel: on CPU tensors use 'fused' or 'eager'")
+    load_cuda()
+    return torch.ops.unite_kernels_cuda
+
+
 # --- public functions --------------------------------------------------------------------------------------------
 
 
@@ -108,7 +128,9 @@ def clip(tensors: Sequence[Tensor], max_norm: float, backend: str = "eager") -> 
 
     The tensors stay as they are: the update functions below multiply by ``coef`` while they read the gradients.
     """
-    _check_lists(backend, {"tensors": tensors})
+    if ops := _compiled(backend, tensors):
+        return ops.clip(tensors, max_norm)
+    _check_lists({"tensors": tensors})
     return eager_clip(tensors, max_norm)
 
 
@@ -131,8 +153,12 @@ def adamw_step_(
 ) -> None:
     """AdamW on all ``params`` and, with ``ema``, their moving average. ``step`` counts the updates done before this
     one and is advanced; ``lr``, ``step``, ``clip_coef`` (float32) and ``skip`` (bool) are 0-d device tensors."""
-    _check_lists(backend, {"params": params, "grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema})
     _check_scalars(params, step=step, lr=lr, clip_coef=clip_coef, skip=skip)
+    if ops := _compiled(backend, params):
+        rates = (*betas, eps, weight_decay)
+        ops.adamw_(params, grads, exp_avg, exp_avg_sq, step, lr, *rates, clip_coef, skip, ema or [], ema_decay)
+        return
+    _check_lists({"params": params, "grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema})
     with _unless(skip, params, exp_avg, exp_avg_sq, ema, [step]):
         eager_adamw_(params, grads, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip_coef, ema, ema_decay)
 
@@ -156,8 +182,11 @@ def muon_momentum_(
     """
     if out is None:
         out = [torch.empty_like(grad, dtype=dtype) for grad in grads]
-    _check_lists(backend, {"grads": grads, "buffers": buffers}, updates=out)
     _check_scalars(grads, clip_coef=clip_coef, skip=skip)
+    if ops := _compiled(backend, grads):
+        ops.muon_momentum_(grads, buffers, momentum, nesterov, clip_coef, skip, out)
+        return out
+    _check_lists({"grads": grads, "buffers": buffers}, updates=out)
     with _unless(skip, buffers):
         eager_muon_momentum_(grads, buffers, momentum, nesterov, clip_coef, out)
     return out
@@ -179,8 +208,11 @@ def muon_apply_(
 
     The scale of ``adjust_lr_fn="match_rms_adamw"`` is 0.2 sqrt(max(rows, cols)). ``updates`` float32 or bfloat16.
     """
-    _check_lists(backend, {"params": params, "ema": ema}, updates=updates)
     _check_scalars(params, lr=lr, skip=skip)
+    if ops := _compiled(backend, params):
+        ops.muon_apply_(params, updates, lr, scales, weight_decay, skip, ema or [], ema_decay)
+        return
+    _check_lists({"params": params, "ema": ema}, updates=updates)
     if len(scales) != len(params):
         raise ValueError(f"{len(params)} params but {len(scales)} scales")
     with _unless(skip, params, ema):
@@ -196,23 +228,19 @@ def ema_lerp_(
     backend: str = "eager",
 ) -> None:
     """ema += (1 - decay)(params - ema): the moving average alone, for tensors no optimizer updates."""
-    _check_lists(backend, {"ema": ema, "params": params})
     _check_scalars(ema, skip=skip)
+    if ops := _compiled(backend, ema):
+        ops.ema_(ema, params, decay, skip)
+        return
+    _check_lists({"ema": ema, "params": params})
     with _unless(skip, ema):
         eager_ema_(ema, params, decay)
 
 
-def _check_lists(
-    backend: str, lists: dict[str, Sequence[Tensor] | None], updates: Sequence[Tensor] | None = None
-) -> None:
-    """Known backend, one length, equal shapes per position, float32 contiguous, one device. ``updates`` may be bfloat16 instead."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r} of the multi-tensor updates: choose one of {', '.join(BACKENDS)}"
-        )
+def _check_lists(lists: dict[str, Sequence[Tensor] | None], updates: Sequence[Tensor] | None = None) -> None:
+    """One length, equal shapes per position, float32, one device; ``updates`` may be bfloat16 instead. The compiled
+    operations check the same themselves: looking at a thousand tensors from Python would cost them a millisecond."""
     first_name, first = next(iter(lists.items()))
-    if not first:
-        raise ValueError(f"{first_name} is empty")
     device = first[0].device
     for name, group in (*lists.items(), ("updates", updates)):
         if group is None:
@@ -230,11 +258,18 @@ def _check_lists(
 
 
 def _check_scalars(tensors: Sequence[Tensor], **scalars: Tensor | None) -> None:
+    device = _first(tensors).device
     for name, scalar in scalars.items():
         if scalar is None:
             continue
         dtype = torch.bool if name == "skip" else torch.float32
         if not isinstance(scalar, Tensor) or scalar.ndim != 0 or scalar.dtype != dtype:
             raise TypeError(f"{name} must be a 0-d {dtype} tensor on the tensors' device, so that no step waits for it")
-        if scalar.device != tensors[0].device:
-            raise RuntimeError(f"{name} is on {scalar.device} and the tensors on {tensors[0].device}")
+        if scalar.device != device:
+            raise RuntimeError(f"{name} is on {scalar.device} and the tensors on {device}")
+
+
+def _first(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        raise ValueError("the list of tensors is empty")
+    return tensors[0]
