@@ -33,7 +33,7 @@ def has_triton() -> bool:
 
 
 def resolve(backend: str, *tensors: Tensor | None) -> str:
-    """``backend`` for these tensors as "eager", "triton" or "cpp". Raises if it is unknown, absent, or devices differ."""
+    """``backend`` for these tensors: "eager", "triton" or "cpp". Raises if unknown, absent, or on several devices."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     device = tensors[0].device

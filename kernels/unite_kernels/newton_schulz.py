@@ -15,12 +15,8 @@ Shapes: G (batch, rows, cols) or (rows, cols); the result has G's shape in the c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-from . import backend as _backend
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 METHODS = ("auto", "plain", "symmetric", "gram")
