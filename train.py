@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from unite_fast import checkpoint, command, config, data, run
+from unite_fast import checkpoint, command, config, config_io, data, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import load_perceptual
 from unite_fast.runtime import distributed, precision, stats
@@ -23,7 +23,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         prog="train.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration keys and their defaults:\n" + config.help_text().replace("%", "%%"),
+        epilog="configuration keys and their defaults:\n" + config_io.help_text().replace("%", "%%"),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    settings = config.load(arguments.config, arguments.overrides)
+    settings = config_io.load(arguments.config, arguments.overrides)
     if arguments.fast_dev_run:
         n = arguments.fast_dev_run
         train = dataclasses.replace(settings.train, max_steps=n, log_every=1, image_every=n, checkpoint_every=n)
@@ -119,7 +119,7 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
 def main(argv: list[str]) -> int:
     arguments, settings = parse(argv)
     if arguments.print_config:
-        print(config.to_yaml(settings), end="")
+        print(config_io.to_yaml(settings), end="")
         return 0
     ranks = distributed.start(settings.device)
     try:

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unite_fast import interop
-from unite_fast.config import Config, UserError, from_dict, to_dict
+from unite_fast.config import Config, UserError
+from unite_fast.config_io import from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.optimizer import Optimizer
 

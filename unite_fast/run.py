@@ -18,7 +18,8 @@ from torch import Tensor
 
 from unite_fast import __version__, checkpoint, data, interop, pictures, sampling
 from unite_fast.checkpoint import TrainState
-from unite_fast.config import Config, UserError, to_yaml
+from unite_fast.config import Config, UserError
+from unite_fast.config_io import to_yaml
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.runtime.distributed import Ranks

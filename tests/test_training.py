@@ -1,0 +1,163 @@
+"""Whole runs of train.py: resume, world size, accumulation, official checkpoints, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, process
+from safetensors.torch import load_file
+
+from unite_fast.checkpoint import load_model
+from unite_fast.runtime.stats import CollapseAlarm, read_metrics
+
+COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
+
+
+def train(config: Path, run: Path, *arguments: str, processes: int = 1) -> str:
+    options = ["train.py", "--config", config, f"run_dir={run}", *arguments]
+    if processes > 1:
+        result = process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options)
+    else:
+        result = command(*options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "training.safetensors")
+
+
+def rows(run: Path) -> list[list[float]]:
+    return [[row[k] for k in COMPARED] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_resume_is_bit_exact(tiny, tmp_path):
+    """20 steps equal 11 + resume + 9: parameters, EMA, both optimizers, log; also when log lines span the stop."""
+    for log_every in (1, 4):
+        straight, resumed = tmp_path / f"a{log_every}", tmp_path / f"b{log_every}"
+        every = f"train.log_every={log_every}"
+        train(tiny, straight, "train.max_steps=20", every)
+        train(tiny, resumed, "train.max_steps=20", "train.checkpoint_every=11", every)
+        for path in (resumed / "checkpoints" / "step-0000020").iterdir():
+            path.unlink()  # as if the run had died after step 11
+        said = train(tiny, resumed, "train.max_steps=20", every)
+        assert "resuming from" in said
+        assert "step 11" in said
+        one, two = tensors(straight, 20), tensors(resumed, 20)
+        assert set(one) == set(two)
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), name
+        assert rows(straight) == rows(resumed)
+        assert len(rows(straight)) == 20 // log_every
+        assert len((resumed / "metrics.csv").read_text().splitlines()) == 20 // log_every + 1
+
+
+def test_world_size_and_accumulation_do_not_change_the_run(tiny, tmp_path):
+    """One process, two processes, and one process without accumulation: the same losses and weights but for rounding."""
+    variants = {"one": 1, "two": 2, "whole": 1}
+    for name, processes in variants.items():
+        extra = ["train.micro_batch=16"] if name == "whole" else []
+        train(tiny, tmp_path / name, "train.max_steps=6", *extra, processes=processes)
+    expected, weights = rows(tmp_path / "one"), tensors(tmp_path / "one", 6)
+    for name in ("two", "whole"):
+        actual = rows(tmp_path / name)
+        for a, e in zip(actual, expected, strict=True):
+            # latent_std (index 6) is over a micro-batch, so it depends on the split
+            assert a[:6] + a[7:] == pytest.approx(e[:6] + e[7:], rel=1e-3), name
+        other = tensors(tmp_path / name, 6)
+        for key, value in weights.items():
+            if key.startswith("model."):
+                torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_continues_an_official_checkpoint(reference, tmp_path):
+    """resume=PATH of an official .pt takes weights, EMA and both optimizers; the next step moves on from them."""
+    config = tmp_path / "official.yaml"
+    config.write_text(
+        "model:\n  num_classes: 10\n"
+        "  encoder: {depth: 6, width: 64, heads: 4, in_context_start: 2, in_context_len: 8}\n"
+        "  decoder: {depth: 2, width: 48, heads: 3, mlp_hidden: 96}\n"
+        "objective: {perceptual_weight: 0, flow_steps: 1}\n"
+        "optim: {schedule: constant, warmup_epochs: 0}\n"
+        "data: {source: synthetic, flip: false}\n"
+        "sample: {solver: euler, steps: 1}\n"
+        "train: {global_batch: 1, micro_batch: 1, max_steps: 2, log_every: 1, image_every: 0}\n"
+        "efficiency: {precision: fp32}\n"
+    )
+    said = train(config, tmp_path / "run", f"resume={reference / 'tiny.pt'}")
+    assert "at step 1" in said
+    content = torch.load(reference / "tiny.pt", weights_only=True)
+    after = tensors(tmp_path / "run", 2)
+    for name in ("latent_tokens", "encoder.blocks.3.attn.qkv.weight"):
+        moved = (after[f"model.{name}"] - content["model"][name]).abs().max()
+        assert 0 < moved < 1e-2, name
+    momentum = content["optimizer_muon"]["state"][4]["momentum_buffer"]  # encoder.blocks.0.attn.qkv.weight
+    name = "momentum.encoder.blocks.0.attn.qkv.weight"
+    cosine = torch.nn.functional.cosine_similarity(after[name].flatten(), momentum.flatten(), dim=0)
+    assert cosine > 0.5
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json").read_text())
+    assert state["optimizer_steps"] == 2
+
+
+def test_run_folder(tiny, tmp_path):
+    run = tmp_path / "run"
+    train(tiny, run, "train.max_steps=4", "train.image_every=4", "train.checkpoint_every=1", "train.keep_last=2")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-0000003", "step-0000004"]
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(provenance)
+    assert (run / "samples" / "step_0000004.png").stat().st_size > 100
+    model, config = load_model(run)
+    assert config.model.encoder.width == 32
+    raw, _ = load_model(run, "model")
+    assert not torch.equal(model.latent_tokens, raw.latent_tokens)
+
+
+def test_dry_run_writes_nothing(tiny, tmp_path):
+    said = train(tiny, tmp_path / "run", "--dry-run")
+    assert "parameters" in said
+    assert "16 = 1 ranks x 2 accumulation x 8" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_fast_dev_run(tiny, tmp_path):
+    for _ in range(2):  # the second run clears away the first
+        said = train(tiny, tmp_path / "run", "--fast-dev-run", "2")
+        assert "checkpoint round trip" in said
+    assert (tmp_path / "run-dev" / "samples" / "step_0000002.png").is_file()
+
+
+def test_printed_config_reads_back(tiny, tmp_path):
+    printed = command("train.py", "--config", tiny, "--print-config", "optim.lr=3e-3").stdout
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert command("train.py", "--config", again, "--print-config").stdout == printed
+    assert "lr: 0.003" in printed
+
+
+def test_help_lists_every_section(tmp_path):
+    text = command("train.py", "--help").stdout
+    for key in ("model.encoder.width", "objective.flow_weight", "optim.lr", "efficiency.precision"):
+        assert key in text
+
+
+def test_init_from_takes_weights_only(tiny, tmp_path):
+    train(tiny, tmp_path / "a", "train.max_steps=3")
+    train(tiny, tmp_path / "b", "train.max_steps=1", "optim.warmup_epochs=0.5", f"init_from={tmp_path / 'a'}")
+    a, b = tensors(tmp_path / "a", 3), tensors(tmp_path / "b", 1)
+    name = "encoder.blocks.0.attn.proj.weight"
+    assert torch.equal(b[f"model.{name}"], a[f"ema.{name}"])  # the first step of a warm-up has rate 0
+    assert not torch.equal(b[f"momentum.{name}"], a[f"momentum.{name}"])
+
+
+def test_collapse_alarm():
+    alarm = CollapseAlarm(0.1, patience=200)
+    assert not alarm.check({"step": 10, "latent_std": 0.05})  # latents start small
+    assert not alarm.check({"step": 20, "latent_std": 0.3})
+    assert "collapse" in alarm.check({"step": 30, "latent_std": 0.09})
+    assert not alarm.check({"step": 40, "latent_std": 0.05})  # once
+    assert "collapse" in CollapseAlarm(0.1).check({"step": 200, "latent_std": 0.05})

@@ -1,0 +1,208 @@
+"""Users' mistakes: one clear line on stderr, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, command, process
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY)
+    result = command("train.py", "--config", folder / "tiny.yaml", f"run_dir={folder / 'run'}", "train.max_steps=2")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def fails(*arguments: object, says: str | tuple[str, ...]) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for text in (says,) if isinstance(says, str) else says:
+        assert text in lines[0]
+
+
+YAML = {
+    "unknown key": ("optim: {lrr: 1}", "did you mean 'optim.lr'"),
+    "duplicate key": ("optim:\n  lr: 1\n  lr: 2", ("line 3", "'lr' stands twice")),
+    "not a number": ("optim: {lr: fast}", ("optim.lr must be a number", "'fast'")),
+    "python tag": ("name: !!python/object/apply:os.system [ls]", "line 1"),
+    "not a section": ("optim: 3", "must be a section"),
+    "not YAML": ("a: [1", "line"),
+    "deep": ("a: " + "[" * 60 + "]" * 60, "nesting"),
+    "choice": ("data: {source: digit}", "did you mean 'digits'"),
+    "interval": ("sample: {cfg_interval: [0.5, 0.1]}", "low < high"),
+    "heads": ("model: {encoder: {width: 100, heads: 12}}", "does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_config_files(tmp_path, case):
+    text, says = YAML[case]
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    fails("train.py", "--config", path, f"run_dir={tmp_path / 'run'}", says=says)
+    assert not (tmp_path / "run").exists()
+
+
+OVERRIDES = {
+    "batch over accumulation": (["train.global_batch=24", "train.micro_batch=7"], ("does not divide", "6 or 8")),
+    "not an override": (["train.epochs"], "section.key=value"),
+    "perceptual weights": (
+        ["objective.perceptual_weight=1", "model.channels=3"],
+        ("VGG16", "objective.perceptual_trunk"),
+    ),
+    "missing data": (["data.source=folder", "data.path=no/such/folder"], "no/such/folder"),
+    "mirrored digits": (["data.flip=true"], "data.flip=false"),
+    "class count": (["model.num_classes=7"], ("10", "7")),
+    "missing checkpoint": (["resume=no/such/run"], "no/such/run"),
+    "must resume": (["resume=must"], "no usable checkpoint"),
+    "no GPU": (["device=cuda"], "no GPU"),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_overrides(tiny, tmp_path, case):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    overrides, says = OVERRIDES[case]
+    fails("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *overrides, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_1e_4_is_a_number(tiny):
+    assert "lr: 0.0001" in command("train.py", "--config", tiny, "--print-config", "optim.lr=1e-4").stdout
+
+
+def test_as_a_process(tiny):
+    result = process("train.py", "--config", tiny, "optim.lrr=1")
+    assert result.returncode == 2
+    assert result.stderr == "error: override optim.lrr=1: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
+    assert not result.stdout
+
+
+def test_missing_config_file():
+    fails("train.py", "--config", "no/such.yaml", says=("no/such.yaml", "No such file"))
+
+
+def test_empty_class_folder(tiny, tmp_path):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "dog").mkdir()
+    overrides = ["data.source=folder", f"data.path={tmp_path / 'data'}", "model.num_classes=2"]
+    fails("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *overrides, says=("no .jpg", "2 class folders"))
+    from PIL import Image
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "dog" / "0.png")
+    fails("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *overrides, says="cat")
+
+
+def test_unreadable_image(tiny, tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / "data" / name / f"{i}.png")
+    bad = tmp_path / "data" / "dog" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    overrides = ["data.source=folder", f"data.path={tmp_path / 'data'}", "model.num_classes=2", "data.workers=0"]
+    fails("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *overrides, says=str(bad))
+
+
+def test_checkpoint_of_another_model(trained, tmp_path):
+    arguments = ["--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", f"resume={trained / 'run'}"]
+    fails("train.py", *arguments, "model.encoder.width=64", says=("another model", "(", "the model has"))
+
+
+def damaged(trained, tmp_path, damage) -> object:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    damage(run / "checkpoints" / "step-0000002" / "training.safetensors")
+    return run
+
+
+def truncate(path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("damage", "says"), [(truncate, "bytes, expected"), (flip_a_bit, "sha256")])
+def test_damaged_checkpoint(trained, tmp_path, damage, says):
+    run = damaged(trained, tmp_path, damage)
+    named = run / "checkpoints" / "step-0000002"
+    config = ["--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'other'}"]
+    fails("train.py", *config, f"resume={named}", says=("damaged", says))
+    fails("train.py", "--config", trained / "tiny.yaml", f"run_dir={run}", "resume=must", says=says)
+    fails("sample.py", "--checkpoint", run, "--out", tmp_path / "x.png", says=says)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_automatic_resume_falls_back(trained, tmp_path):
+    run = tmp_path / "run"
+    options = ["train.max_steps=3", "train.checkpoint_every=1"]
+    config = ["--config", trained / "tiny.yaml", f"run_dir={run}", *options]
+    assert command("train.py", *config).returncode == 0
+    truncate(run / "checkpoints" / "step-0000003" / "training.safetensors")
+    said = command("train.py", *config).stdout
+    assert "skipping" in said
+    assert "step-0000002 at step 2: the newest that verifies" in said
+
+
+class Executes:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_pickle_that_executes_code(trained, tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"model": Executes()}, path)
+    (tmp_path / "evil_plain.pt").write_bytes(pickle.dumps(Executes()))
+    config = ["--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}"]
+    fails("train.py", *config, f"resume={path}", says=("execute", "refused"))
+    fails("sample.py", "--checkpoint", path, "--out", tmp_path / "x", says=("execute", "refused"))
+    fails("sample.py", "--checkpoint", tmp_path / "evil_plain.pt", "--out", tmp_path / "x", says="evil_plain.pt")
+    assert not (tmp_path / "executed").exists()
+    assert not os.path.exists("executed")
+
+
+def test_truncated_official_checkpoint(reference, tmp_path):
+    path = tmp_path / "short.pt"
+    path.write_bytes((reference / "tiny.pt").read_bytes()[:100_000])
+    fails("sample.py", "--checkpoint", path, "--out", tmp_path / "x", says="damaged or not a checkpoint")
+
+
+SAMPLING = {
+    "interval": (["--cfg-interval", "0.9,0.1"], "low < high"),
+    "interval text": (["--cfg-interval", "0.9"], "LOW,HIGH"),
+    "class": (["--labels", "3,12"], "class 12"),
+    "seeds": (["--seeds", "1,1"], "twice"),
+    "seed text": (["--seeds", "many"], "ranges"),
+    "steps": (["--solver", "heun", "--steps", "0"], "too few"),
+    "folder": (["--reconstruct", "no/such"], "no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_sampling_options(trained, tmp_path, case):
+    options, says = SAMPLING[case]
+    fails("sample.py", "--checkpoint", trained / "run", "--out", tmp_path / "out", *options, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_never_resume_protects_a_run(trained):
+    fails(
+        "train.py", "--config", trained / "tiny.yaml", f"run_dir={trained / 'run'}", "resume=never", says="resume=never"
+    )
