@@ -11,7 +11,6 @@ What was asked for and is not there is an error saying why; nothing falls back s
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -21,15 +20,9 @@ BACKENDS = ("eager", "fused", "triton", "cpp")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter. Read once: Triton itself decides when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+# Constants, so that compiled code sees no call. Triton likewise decides when a kernel is defined.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve(backend: str, *tensors: Tensor | None) -> str:
@@ -47,9 +40,9 @@ def resolve(backend: str, *tensors: Tensor | None) -> str:
     if backend == "cpp" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' runs on CPU tensors, not {device.type}: use 'fused' or 'triton'")
     if backend == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             raise RuntimeError("backend 'triton' needs the package triton, which is not installed: use 'eager'")
-        if device.type != "cuda" and not interpreting():
+        if device.type != "cuda" and not INTERPRETING:
             raise RuntimeError(
                 f"backend 'triton' runs on CUDA tensors, not {device.type}: use 'fused', or set TRITON_INTERPRET=1"
             )

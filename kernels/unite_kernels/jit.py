@@ -5,9 +5,9 @@ Without the package ``jit`` leaves a kernel undecorated; ``backend.resolve`` ref
 
 from __future__ import annotations
 
-from .backend import has_triton
+from .backend import HAS_TRITON
 
-if has_triton():
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
