@@ -1,0 +1,41 @@
+# Everything a newcomer or a developer runs. `make demo` and `make test` need Python 3.11 or 3.12, a C++ compiler and git.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test check check-kernels bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED)  ## make .venv and install the project and its tools into it
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}; set PYTHON=")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt torch setuptools wheel
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install  ## train, reconstruct and sample real images on this CPU, in minutes
+	$(RUN) train.py --config configs/digits.yaml
+	$(RUN) -m unite_fast.evaluation.digits runs/digits
+
+test: install  ## every test that needs no GPU
+	$(RUN) -m pytest -n 2
+
+check: install  ## lint, format, types, layout
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
+	$(RUN) -m pytest tests/test_layout.py
+
+check-kernels: install  ## compile every kernel for sm_90 without a GPU; registers, spills, shared memory
+	$(RUN) benchmarks/check_kernels.py
+
+bench: install  ## kernels of this machine's device against eager and torch.compile
+	$(RUN) benchmarks/bench_kernels.py
+
+clean:  ## remove what was built; runs/ stays
+	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so

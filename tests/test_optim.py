@@ -1,0 +1,134 @@
+"""Schedule, groups and update against torch.optim and hand-worked values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unite_fast.config import OptimConfig
+from unite_fast.model.layers import adamw_parameter, use_adamw
+from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.optimizer import Optimizer
+from unite_fast.optim.schedule import learning_rate, lr_scale
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 20), nn.Linear(12, 20)
+        self.tall = nn.Linear(7, 30, bias=False)
+        self.last = use_adamw(nn.Linear(20, 3))
+        self.table = adamw_parameter(torch.randn(4, 5))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+
+
+def with_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_equals_torch_optim(dtype, backend):
+    """Four steps of clip + torch.optim.AdamW + torch.optim.Muon + a looped EMA."""
+    torch.manual_seed(0)
+    model = Small()
+    twin = Small()
+    twin.load_state_dict(model.state_dict())
+    config = OptimConfig(newton_schulz_dtype=dtype, weight_decay=0.01, muon_weight_decay=0.02, ema_decay=0.9)
+    ours = Optimizer(model, config, backend)
+    muon, adamw = split_parameters(twin)
+    assert set(muon) == {"one.weight", "two.weight", "tall.weight"}
+    theirs = (
+        torch.optim.AdamW(adamw.values(), lr=1e-2, betas=config.betas, eps=config.eps, weight_decay=0.01),
+        torch.optim.Muon(muon.values(), lr=1e-2, weight_decay=0.02, eps=1e-6, adjust_lr_fn="match_rms_adamw"),
+    )
+    ema = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad}
+    for step in range(4):
+        with_gradients(model, step)
+        with_gradients(twin, step)
+        norm = ours.step(1e-2)
+        expected = nn.utils.clip_grad_norm_([p for p in twin.parameters() if p.grad is not None], config.clip)
+        torch.testing.assert_close(norm, expected)
+        for optimizer in theirs:
+            optimizer.step()
+        for n, p in twin.named_parameters():
+            if n in ema:
+                ema[n].mul_(0.9).add_(p.detach(), alpha=0.1)
+    after = dict(model.named_parameters())
+    for n, p in twin.named_parameters():
+        # torch.optim.Muon iterates in bfloat16; in fp32 ours is the exact iteration
+        tolerance = 1e-6 if n not in muon or dtype == "bf16" else 2e-2
+        torch.testing.assert_close(after[n], p, rtol=tolerance, atol=tolerance, msg=n)
+        if n in ema:
+            torch.testing.assert_close(ours.ema[n], ema[n], rtol=tolerance, atol=tolerance, msg=n)
+    assert int(ours.steps) == 4
+
+
+def test_parameters_without_gradient_keep_their_value():
+    model = Small()
+    before = model.one.weight.detach().clone()
+    with_gradients(model, 0)
+    model.one.weight.grad = None
+    Optimizer(model, OptimConfig()).step(0.1)
+    assert torch.equal(model.one.weight, before)
+
+
+def test_adamw_only():
+    muon, adamw = split_parameters(Small(), muon=False)
+    assert not muon
+    assert len(adamw) == 8
+
+
+def test_state_names_what_is_wrong():
+    optimizer = Optimizer(Small(), OptimConfig())
+    state = optimizer.state_dict()
+    state["momentum.tall.weight"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"momentum.tall.weight is \(2, 2\), expected \(30, 7\)"):
+        optimizer.load_state_dict(state, 1)
+    del state["momentum.tall.weight"]
+    with pytest.raises(ValueError, match="lacks momentum.tall.weight"):
+        optimizer.load_state_dict(state, 1)
+
+
+def rate(o: OptimConfig, epoch: float, batch: int = 384, total: float = 600, accumulation: int = 1) -> float:
+    return learning_rate(o, round(epoch * 1000), 1000, batch, total, accumulation)
+
+
+def test_two_stage_schedule():
+    o = OptimConfig()
+    assert rate(o, 0) == 0
+    assert rate(o, 10) == pytest.approx(5e-5)
+    assert rate(o, 20) == rate(o, 29.9) == pytest.approx(1e-4)
+    assert rate(o, 40) == pytest.approx(7.5e-5)
+    assert rate(o, 50) == rate(o, 599) == pytest.approx(5e-5)  # the published second decay never starts
+    early = OptimConfig(second_flat_epochs=100, second_decay_epochs=200)
+    assert rate(early, 150) == pytest.approx(3e-5)
+    assert rate(early, 300) == pytest.approx(1e-5)
+
+
+def test_cosine_schedule_of_the_paper():
+    o = OptimConfig(schedule="cosine", decay_epochs=0, final_lr=1e-6)
+    assert rate(o, 20, total=240) == pytest.approx(1e-4)
+    assert rate(o, 130, total=240) == pytest.approx((1e-4 + 1e-6) / 2)
+    assert rate(o, 240, total=240) == pytest.approx(1e-6)
+
+
+def test_scaling_by_batch():
+    o = OptimConfig()
+    assert lr_scale(o, 1024) == pytest.approx(1024 / 384)
+    assert lr_scale(o, 64) == 1
+    assert rate(o, 25, batch=1024) == pytest.approx(1e-4 * 1024 / 384)
+    assert rate(OptimConfig(lr_reference_batch=0), 25, batch=1024) == pytest.approx(1e-4)
+
+
+def test_official_epochs_last_longer():
+    o = OptimConfig(epoch_unit="micro_batches")
+    assert rate(o, 20, accumulation=2) == pytest.approx(5e-5)
+    assert rate(o, 40, accumulation=2) == pytest.approx(1e-4)
+    assert math.isclose(rate(o, 80, accumulation=2), rate(OptimConfig(), 40))
