@@ -1,0 +1,145 @@
+"""One case per operation, shared by the tests, the byte counter, the compiler check and the benchmarks.
+
+A case makes the tensors of a public call. Shape letters: B samples, T tokens, D width, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unite_kernels import adaln, corruption, qk_norm_rope, swiglu
+
+
+@dataclass(frozen=True)
+class Case:
+    call: Callable  # call(tensors by name, backend) -> tuple of outputs
+    tensors: Callable  # tensors(batch, tokens, width, big, small) -> dict; big and small are dtypes
+    minimum: Callable  # minimum(batch, tokens, width, r, e) -> (forward, backward) bytes, r residual, e branch bytes
+
+
+def _rows(batch: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _big(batch: int, tokens: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, width, generator=generator).to(dtype)
+
+
+def _weight(width: int, seed: int) -> Tensor:
+    return 1.0 + 0.2 * torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+def _adaln_tensors(batch, tokens, width, residual, branch):
+    rows = {name: _rows(batch, width, branch, i) for i, name in enumerate(("shift", "scale"))}
+    return {"x": _big(batch, tokens, width, residual, 2), "weight": _weight(width, 3), **rows}
+
+
+def _mid_tensors(batch, tokens, width, residual, branch):
+    more = {"branch": _big(batch, tokens, width, branch, 4), "gate": _rows(batch, width, branch, 5)}
+    return {**_adaln_tensors(batch, tokens, width, residual, branch), **more}
+
+
+def _tail_tensors(batch, tokens, width, residual, branch):
+    tensors = _mid_tensors(batch, tokens, width, residual, branch)
+    tensors["weight1"] = tensors.pop("weight")
+    return {**tensors, "weight3": _weight(width, 6)}
+
+
+def heads_of(width: int) -> int:
+    """The model's heads: 12 of 64 at 768, 16 of 64 at 1024, 16 of 72 at 1152."""
+    return {768: 12, 1024: 16, 1152: 16}.get(width, 3)
+
+
+def _qk_tensors(batch, tokens, width, _residual, branch):
+    head_dim = width // heads_of(width)
+    angle = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    tensors = {"qkv": _big(batch, tokens, 3 * width, branch, 7), "q_weight": _weight(head_dim, 8)}
+    return {**tensors, "k_weight": _weight(head_dim, 9), "cos": angle.cos(), "sin": angle.sin()}
+
+
+def _swiglu_tensors(batch, tokens, width, _residual, branch):
+    hidden = int(2 / 3 * 4 * width)
+    return {"x": _big(batch, tokens, 2 * hidden, branch, 10), "bias": _big(1, 1, 2 * hidden, torch.float32, 11)[0, 0]}
+
+
+def _qk_call(t: dict[str, Tensor], backend: str):
+    head_dim = t["q_weight"].numel()
+    heads = t["qkv"].shape[2] // (3 * head_dim)
+    prefix = min(2, t["qkv"].shape[1])
+    arguments = (t["qkv"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], heads, prefix)
+    return (qk_norm_rope.qk_norm_rope(*arguments, backend=backend),)
+
+
+ADALN = ("x", "weight", "shift", "scale")
+MID = ("x", "branch", "gate", "weight", "shift", "scale")
+TAIL = ("x", "branch", "gate", "weight3", "weight1", "shift", "scale")
+
+CASES = {
+    "adaln": Case(
+        lambda t, backend: (adaln.adaln(*(t[n] for n in ADALN), backend=backend),),
+        _adaln_tensors,
+        lambda b, t, d, r, e: (b * t * d * 2 * r, b * t * d * 3 * r),
+    ),
+    "adaln_mid": Case(
+        lambda t, backend: adaln.adaln_mid(*(t[n] for n in MID), backend=backend),
+        _mid_tensors,
+        lambda b, t, d, r, e: (b * t * d * (2 * r + 2 * e), b * t * d * (3 * r + 3 * e)),
+    ),
+    "adaln_tail": Case(
+        lambda t, backend: adaln.adaln_tail(*(t[n] for n in TAIL), backend=backend),
+        _tail_tensors,
+        lambda b, t, d, r, e: (b * t * d * (2 * r + 2 * e), b * t * d * (3 * r + 3 * e)),
+    ),
+    # v's copy included: 2/6 of the forward and 2/8 of the backward; without it the minimum is 4 e D and 6 e D.
+    "qk_norm_rope": Case(
+        _qk_call, _qk_tensors, lambda b, t, d, r, e: (b * t * d * 6 * e, b * t * d * 8 * e)
+    ),
+    "swiglu": Case(
+        lambda t, backend: (swiglu.swiglu(t["x"], t["bias"], backend=backend),),
+        _swiglu_tensors,
+        lambda b, t, d, r, e: (b * t * int(8 / 3 * d) * 3 * e, b * t * int(8 / 3 * d) * 5 * e),
+    ),
+}
+
+COMPILED = (*CASES, "corruption")
+
+
+def launch_model_shape(name: str, width: int) -> None:
+    """Launches the Triton kernels of one operation, forward and backward, at the model's dtypes and a small batch."""
+    if name == "corruption":
+        z, samples = torch.zeros(2, 256, 32), torch.arange(2)
+        corruption._noise_injection(z, samples, 7, 0.5, 0.7, 1.0, "triton")
+        for uniform in (False, True):
+            corruption._flow_corruption(z, samples, samples, 7, 3, 0, uniform, 0.0, 1.0, 0.5, 0.1, 1000, "triton")
+        return
+    residual = torch.bfloat16 if name == "adaln" else torch.float32
+    t = CASES[name].tensors(2, 32, width, residual, torch.bfloat16)
+    launch(name, t)
+
+
+def launch(name: str, t: dict[str, Tensor]) -> None:
+    """The registered operations with the Triton kernels, whatever the device: forward, then backward."""
+    if name == "adaln":
+        y, rstd = adaln._adaln_fwd(*(t[n] for n in ADALN), 1e-6, "triton")
+        adaln._adaln_bwd(y, t["x"], t["weight"], t["scale"], rstd, "triton")
+    elif name == "adaln_mid":
+        x1, y, rstd = adaln._adaln_mid_fwd(*(t[n] for n in MID), 1e-6, "triton")
+        adaln._adaln_mid_bwd(x1, y, x1, *(t[n] for n in ("branch", "gate", "weight", "scale")), rstd, "triton")
+    elif name == "adaln_tail":
+        x2, y, *rstd = adaln._adaln_tail_fwd(*(t[n] for n in TAIL), 1e-6, "triton")
+        adaln._adaln_tail_bwd(x2, y, *(t[n] for n in (*TAIL[:5], "scale")), *rstd, "triton")
+    elif name == "qk_norm_rope":
+        tensors = [t[n] for n in ("qkv", "q_weight", "k_weight", "cos", "sin")]
+        heads = t["qkv"].shape[2] // (3 * t["q_weight"].numel())
+        out, rstd = qk_norm_rope._qk_norm_rope_fwd(*tensors, heads, 2, 1e-6, "triton")
+        qk_norm_rope._qk_norm_rope_bwd(out, *tensors, rstd, heads, 2, "triton")
+    elif name == "swiglu":
+        y = swiglu._swiglu_fwd(t["x"], t["bias"], "triton")
+        swiglu._swiglu_bwd(y, t["x"], t["bias"], "triton")
+    else:
+        raise ValueError(f"no launches for {name!r}")
