@@ -58,7 +58,7 @@ def test_tokenize_decode_denoise(model, golden):
     assert relative(z, golden["tokenize.latent"]) < EXACT
     assert relative(model.decode(golden["tokenize.latent"]), golden["decode.clean.image"]) < EXACT
     draws = objective.Draws.from_mapping(golden)
-    noised = objective.noise_latents(golden["tokenize.latent"], draws, ObjectiveConfig())
+    noised = draws.decoder_input(golden["tokenize.latent"], ObjectiveConfig())
     assert relative(model.decode(noised), golden["decode.noised.image"]) < EXACT
     x0 = model.denoise(golden["denoise.xt"], golden["denoise.t"], golden["labels"])
     assert relative(x0, golden["denoise.x0_pred"]) < EXACT

@@ -142,7 +142,10 @@ def test_separate_denoiser_computes_the_same_and_learns_apart():
     assert not torch.equal(apart.denoiser.up_sample.weight.grad, apart.encoder.up_sample.weight.grad)
 
 
-@pytest.mark.parametrize(("mode", "value"), [(0.5, 0.5), ("total", (32 / 4096) ** 0.5), ("channels", 2**-5), ("tokens", (8 / 4096) ** 0.5)])  # fmt: skip
+SHIFTS = {0.5: 0.5, "total": (32 / 4096) ** 0.5, "channels": 2**-5, "tokens": (8 / 4096) ** 0.5}
+
+
+@pytest.mark.parametrize(("mode", "value"), SHIFTS.items())
 def test_time_shift(mode, value):
     assert UNITE(tiny(time_shift=mode)).time_shift == pytest.approx(value)
 

@@ -92,7 +92,7 @@ def test_state_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"momentum.tall.weight is \(2, 2\), expected \(30, 7\)"):
         optimizer.load_state_dict(state, 1)
     del state["momentum.tall.weight"]
-    with pytest.raises(ValueError, match="lacks momentum.tall.weight"):
+    with pytest.raises(ValueError, match=r"lacks momentum.tall.weight"):
         optimizer.load_state_dict(state, 1)
 
 

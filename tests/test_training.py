@@ -56,7 +56,7 @@ def test_resume_is_bit_exact(tiny, tmp_path):
 
 
 def test_world_size_and_accumulation_do_not_change_the_run(tiny, tmp_path):
-    """One process, two processes, and one process without accumulation: the same losses and weights but for rounding."""
+    """One process, two, and one without accumulation: the same losses and weights but for rounding."""
     variants = {"one": 1, "two": 2, "whole": 1}
     for name, processes in variants.items():
         extra = ["train.micro_batch=16"] if name == "whole" else []

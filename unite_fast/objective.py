@@ -51,6 +51,24 @@ class Draws:
             flow_noise, dropped = noise.new_empty(0, *noise.shape), flow_t.bool()
         return cls(noise, t, mask, noising_t, noising_noise, flow_t, flow_noise, dropped)
 
+    def tokenizer(self) -> tuple[Tensor, Tensor]:
+        """The tokenization pass's registers (B, K, C) and times (B,)."""
+        return self.tokenize_noise, self.tokenize_t
+
+    def decoder_input(self, z: Tensor, objective: ObjectiveConfig) -> Tensor:
+        """Latents (B, K, C), noised in the samples that the mask names."""
+        if objective.noising == "add":  # arXiv 2603.22283, section 3.2
+            noised = z + objective.noising_sigma * self.noising_noise
+        else:
+            noised = flow.interpolate(z, self.noising_noise, self.noising_t)
+        return torch.where(self.noising_mask[:, None, None], noised, z)
+
+    def flow(self, z: Tensor, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor, Tensor]:
+        """z (B, K, C), labels (B,) -> noised latents (N, B, K, C), times (N, B), labels after the drop (N, B)."""
+        t = self.flow_t[:, :, None, None]
+        noised = t * z.float() + (1 - t) * self.flow_noise
+        return noised, self.flow_t, torch.where(self.flow_class_dropped, null_class, labels)
+
     @classmethod
     def from_mapping(cls, tensors: Mapping[str, Any]) -> Draws:
         """From tensors named as in SPEC section 6 ("flow.class_dropped") or as the fields; other names are ignored."""
@@ -61,34 +79,56 @@ class Draws:
         return cls(**{f.name: named[f.name] for f in fields(cls)})
 
 
-def noise_latents(z: Tensor, draws: Draws, objective: ObjectiveConfig) -> Tensor:
-    """The decoder's input: latents (B, K, C), noised where ``draws.noising_mask`` is set."""
-    if objective.noising == "add":  # arXiv 2603.22283, section 3.2
-        noised = z + objective.noising_sigma * draws.noising_noise
-    else:
-        noised = flow.interpolate(z, draws.noising_noise, draws.noising_t)
-    return torch.where(draws.noising_mask[:, None, None], noised, z)
+@dataclass(frozen=True)
+class SeededDraws:
+    """The same randomness as ``Draws.make``, drawn inside the kernels that use it, bit for bit."""
+
+    model: UNITE
+    objective: ObjectiveConfig
+    seed: int
+    samples: Tensor  # (B,) int64, global sample positions
+    backend: str = "fused"
+
+    def tokenizer(self) -> tuple[Tensor, Tensor]:
+        return corruption.draw_tokenizer(
+            self.seed, self.samples, self.model.latent_shape, self.objective.tokenizer_t_max
+        )
+
+    def decoder_input(self, z: Tensor, objective: ObjectiveConfig) -> Tensor:
+        if objective.noising == "add":  # an ablation without a kernel of its own
+            return Draws.make(self.model, objective, self.seed, self.samples).decoder_input(z, objective)
+        low, high = objective.noising_t
+        return corruption.noise_injection(
+            z, self.samples, self.seed, objective.noising_probability, low, high, backend=self.backend
+        )
+
+    def flow(self, z: Tensor, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor, Tensor]:
+        o = self.objective
+        return corruption.flow_corruption(
+            z.float(), labels, self.samples, self.seed, o.flow_steps, o.flow_time, o.flow_time_mean, o.flow_time_std,
+            self.model.time_shift, o.label_dropout, null_class, backend=self.backend,
+        )  # fmt: skip
 
 
 def reconstruction_losses(
-    model: UNITE, images: Tensor, draws: Draws, objective: ObjectiveConfig, perceptual: Perceptual | None
+    model: UNITE,
+    images: Tensor,
+    draws: Draws | SeededDraws,
+    objective: ObjectiveConfig,
+    perceptual: Perceptual | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(latents (B, K, C), {"l1", "lpips"}) of images (B, Q, S, S) in [0, 1]. "l1" is the pixel loss of the config."""
-    z = model.tokenize(images, draws.tokenize_noise, draws.tokenize_t)
-    reconstruction = model.decode(noise_latents(z, draws, objective))
+    z = model.tokenize(images, *draws.tokenizer())
+    reconstruction = model.decode(draws.decoder_input(z, objective))
     l1 = pixel_loss(images, reconstruction, objective.pixel_loss)
     lpips = l1.new_zeros(()) if perceptual is None else perceptual(images, reconstruction).float()
     return z, {"l1": l1, "lpips": lpips}
 
 
-def flow_loss(model: UNITE, z: Tensor, labels: Tensor, draws: Draws, step: int, objective: ObjectiveConfig) -> Tensor:
-    """The loss of flow step ``step`` on latents z (B, K, C), labels (B,); scaled so that the N losses just add up."""
-    t = draws.flow_t[step]
-    zt = flow.interpolate(z.float(), draws.flow_noise[step], t)
-    labels = torch.where(draws.flow_class_dropped[step], model.null_class, labels)
+def flow_loss(model: UNITE, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """The loss of one flow step: clean latents z and noised zt (B, K, C), times t (B,), labels (B,) after the drop."""
     x0 = model.denoise(zt, t, labels)
-    loss = flow.LOSSES[objective.flow_loss](x0.float(), z.float(), zt, t)
-    return loss / len(draws.flow_t) if objective.flow_reduction == "mean" else loss
+    return flow.LOSSES[objective.flow_loss](x0.float(), z.float(), zt, t)
 
 
 def reconstruction_total(losses: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
@@ -99,7 +139,7 @@ def joint_loss(
     model: UNITE,
     images: Tensor,
     labels: Tensor,
-    draws: Draws,
+    draws: Draws | SeededDraws,
     objective: ObjectiveConfig | None = None,
     perceptual: Perceptual | None = None,
 ) -> dict[str, Tensor]:
@@ -111,18 +151,24 @@ def joint_loss(
     objective = objective or ObjectiveConfig()
     z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
     target = z.detach() if objective.stop_gradient else z
-    steps = [flow_loss(model, target, labels, draws, s, objective) for s in range(len(draws.flow_t))]
-    losses["flow"] = torch.stack(steps).sum() if steps else losses["l1"].new_zeros(())
+    steps = zip(*draws.flow(target, labels, model.null_class), strict=True)
+    flows = [flow_loss(model, target, *step, objective) for step in steps]
+    losses["flow"] = _reduce(flows, objective) if flows else losses["l1"].new_zeros(())
     losses["total"] = reconstruction_total(losses, objective) + objective.flow_weight * losses["flow"]
     losses["latents"] = z.detach()
     return losses
+
+
+def _reduce(flows: list[Tensor], objective: ObjectiveConfig) -> Tensor:
+    stacked = torch.stack(flows)
+    return stacked.mean() if objective.flow_reduction == "mean" else stacked.sum()
 
 
 def backward(
     model: UNITE,
     images: Tensor,
     labels: Tensor,
-    draws: Draws,
+    draws: Draws | SeededDraws,
     objective: ObjectiveConfig,
     perceptual: Perceptual | None = None,
     scale: float = 1.0,
@@ -140,10 +186,13 @@ def backward(
     total = reconstruction_total(losses, objective)
     (total * scale).backward()
     z = z.detach()
-    flow_total = torch.zeros_like(total, requires_grad=False)
-    for step in range(len(draws.flow_t)):
-        loss = flow_loss(model, z, labels, draws, step, objective)
-        (loss * (objective.flow_weight * scale)).backward()
-        flow_total = flow_total + loss.detach()
+    noised, t, labels = draws.flow(z, labels, model.null_class)
+    share = objective.flow_weight * scale / (len(t) if objective.flow_reduction == "mean" else 1)
+    flows = []
+    for step in range(len(t)):
+        loss = flow_loss(model, z, noised[step], t[step], labels[step], objective)
+        (loss * share).backward()
+        flows.append(loss.detach())
     losses = {name: value.detach() for name, value in losses.items()}
-    return losses | {"flow": flow_total, "total": total.detach() + objective.flow_weight * flow_total, "latents": z}
+    losses["flow"] = _reduce(flows, objective) if flows else torch.zeros_like(losses["l1"])
+    return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}

@@ -88,9 +88,10 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
     for part in (model.encoder, getattr(model, "denoiser", None)):
         if part is not None:
             part.checkpoint_blocks = config.efficiency.checkpoint_blocks
+            part.backend = config.efficiency.kernels
     if config.efficiency.compile_decoder:
         model.decoder.compile()
-    return TrainState(model, Optimizer(model, config.optim))
+    return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels))
 
 
 def resume(config: Config, state: TrainState, path: Path) -> tuple[dict[str, float], list[str]]:

@@ -12,6 +12,7 @@ from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config
 from unite_fast.data import Batch, to_float
 from unite_fast.losses import Perceptual
+from unite_fast.model.unite import UNITE
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
@@ -41,13 +42,19 @@ class TrainStep:
             self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs, self.accumulation
         )
 
+    def draws(self, model: UNITE, samples: Tensor) -> objective.Draws | objective.SeededDraws:
+        """Every random number of a micro-batch, from its global sample positions (B,)."""
+        if self.config.efficiency.kernels == "fused" and self.config.objective.stop_gradient:
+            return objective.SeededDraws(model, self.config.objective, self.config.seed, samples)
+        return objective.Draws.make(model, self.config.objective, self.config.seed, samples)
+
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU."""
         config, model = self.config, state.model
         sums: dict[str, Tensor] = {}
         for images, labels, samples in zip(*(part.split(self.micro_batch) for part in batch), strict=True):
             images = to_float(images)
-            draws = objective.Draws.make(model, config.objective, config.seed, samples)
+            draws = self.draws(model, samples)
             with precision.autocast(config.efficiency.precision, self.ranks.device):
                 losses = objective.backward(
                     model, images, labels, draws, config.objective, self.perceptual, 1 / self.accumulation

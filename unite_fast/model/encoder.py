@@ -9,6 +9,8 @@ D width, H heads, E head size. Key names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from unite_fast.config import EncoderConfig
 from unite_fast.model.attention import attention
 from unite_fast.model.layers import RMSNorm, adamw_parameter, rotary_table, use_adamw
+from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
+from unite_kernels.qk_norm_rope import qk_norm_rope
+from unite_kernels.swiglu import swiglu
 
 
 class TimeEmbedding(nn.Module):
@@ -59,24 +64,20 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, prefix: int, key_mask: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, *rotary, prefix), rotate(k, *rotary, prefix)
-        return self.proj(attention(q, k, v, key_mask).transpose(1, 2).flatten(2))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, prefix: int) -> Tensor:
-    """Rotary embedding of interleaved pairs (2i, 2i+1); the first ``prefix`` tokens keep their value.
-
-    x (B, H, prefix + T, E); cos, sin float32 (P >= T, E / 2). Computed in float32, returned in x's dtype.
-    """
-    head, body = x[:, :, :prefix], x[:, :, prefix:].float()
-    cos, sin = cos[: body.shape[2]], sin[: body.shape[2]]
-    even, odd = body[..., 0::2], body[..., 1::2]
-    body = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat([head, body], dim=2) if prefix else body
+    def forward(self, x: Tensor, layout: Layout, backend: str) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        qkv = qk_norm_rope(
+            self.qkv(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            layout.cos,
+            layout.sin,
+            self.heads,
+            layout.prefix if layout.rotate else x.shape[1],
+            backend=backend,
+        )
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
+        return self.proj(attention(q, k, v, layout.key_mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -87,18 +88,37 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    def forward(self, x: Tensor, backend: str) -> Tensor:
+        """The first Linear's bias is added inside the activation, which sums its gradient as well."""
+        return self.w3(swiglu(F.linear(x, self.w12.weight), self.w12.bias, backend=backend))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, T, D) * (1 + scale) + shift; shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+class Layout(NamedTuple):
+    """Where the tokens of a pass stand: rotary tables (P >= T - prefix, E / 2), and which keys can be seen."""
+
+    cos: Tensor
+    sin: Tensor
+    rotate: bool  # false: no token is rotated
+    prefix: int  # in-context class tokens in front, never rotated
+    key_mask: Tensor | None  # bool (B, T)
+
+
+class Modulation(NamedTuple):
+    """What modulates the input of a layer: its RMSNorm weight (D,), and shift and scale (B, D)."""
+
+    weight: Tensor
+    shift: Tensor
+    scale: Tensor
 
 
 class Block(nn.Module):
-    """adaLN transformer block with a norm on its output: the residual stream is renormalised at every block."""
+    """adaLN transformer block with a norm on its output: the residual stream is renormalised at every block.
+
+        x1 = x + gate1 attn(mod(norm1 x));   x2 = norm3(x1 + gate2 mlp(mod(norm2 x1)))
+
+    Each residual sum is computed together with the norms and the modulation that follow it, up to the next layer's
+    input, so a block takes its modulated input ready made and hands the next one its own.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -108,13 +128,17 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None, prefix: int, key_mask: Tensor | None
-    ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        h = self.attn(modulate(self.norm1(x), shift1, scale1), rotary, prefix, key_mask)
-        x = x + gate1[:, None] * h
-        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return self.norm3(x + gate2[:, None] * h)
+        self, x: Tensor, y: Tensor, chunks: tuple[Tensor, ...], following: Modulation, layout: Layout, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) residual, y (B, T, D) its modulated norm1 -> the same of the next layer.
+
+        chunks: (shift1, scale1, gate1, shift2, scale2, gate2), each (B, D).
+        """
+        _, _, gate1, shift2, scale2, gate2 = chunks
+        h = self.attn(y, layout, backend)
+        x, y = adaln_mid(x, h, gate1, self.norm2.weight, shift2, scale2, backend=backend)
+        h = self.mlp(y, backend)
+        return adaln_tail(x, h, gate2, self.norm3.weight, *following, backend=backend)
 
 
 class FinalLayer(nn.Module):
@@ -126,19 +150,19 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, latent_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
 
 class GenerativeEncoder(nn.Module):
     """GE(x, t, y, [context]) -> latents before the latent LayerNorm (arXiv 2603.22283, section 3)."""
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
 
     def __init__(self, config: EncoderConfig, latent_dim: int, num_classes: int, max_tokens: int) -> None:
         super().__init__()
         width = config.width
         self.config = config
         self.checkpoint_blocks = False
+        self.backend = "eager"  # of the fused kernels; efficiency.kernels
         self.in_context_posemb = adamw_parameter(torch.randn(1, config.in_context_len, width) * 0.02)
         self.up_sample = nn.Linear(latent_dim, width)
         self.t_embedder = TimeEmbedding(width)
@@ -182,16 +206,24 @@ class GenerativeEncoder(nn.Module):
         h = self.up_sample(x) + positions
         if context is not None:
             h = torch.cat([h, context], dim=1)
-        rotary = (self.rotary_cos, self.rotary_sin) if self.config.rope else None
-        prefix = 0
-        for i, block in enumerate(self.blocks):
+        layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, key_mask)
+        blocks: list[Any] = list(self.blocks)
+        chunks = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in blocks]
+        inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
+        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
+        inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
+        modulated = adaln(h, *inputs[0], backend=self.backend)
+        for i, block in enumerate(blocks):
             if i == self.config.in_context_start and self.config.in_context_len:
-                prefix = self.config.in_context_len
-                h = torch.cat([(y[:, None] + self.in_context_posemb).to(h.dtype), h], dim=1)
+                tokens = (y[:, None] + self.in_context_posemb).to(h.dtype)
+                modulated_tokens = adaln(tokens, *inputs[i], backend=self.backend).to(modulated.dtype)
+                h, modulated = torch.cat([tokens, h], dim=1), torch.cat([modulated_tokens, modulated], dim=1)
+                layout = layout._replace(prefix=tokens.shape[1])
                 if key_mask is not None:
-                    key_mask = F.pad(key_mask, (prefix, 0), value=True)
+                    layout = layout._replace(key_mask=F.pad(key_mask, (layout.prefix, 0), value=True))
+            arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, rotary, prefix, key_mask, use_reentrant=False)
+                h, modulated = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                h = block(h, c, rotary, prefix, key_mask)
-        return self.final_layer(h[:, prefix : prefix + registers], c)
+                h, modulated = block(*arguments)
+        return self.final_layer.linear(modulated[:, layout.prefix : layout.prefix + registers])

@@ -5,11 +5,16 @@ Shape letters: B batch, T tokens, D width, H heads, E head size (D / H).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 
-def use_adamw(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def use_adamw(module: M) -> M:
     """Tags the parameters of ``module`` for AdamW. Untagged matrices go to Muon, untagged vectors to AdamW."""
     for parameter in module.parameters():
         parameter.optimizer = "adamw"  # type: ignore[attr-defined]
