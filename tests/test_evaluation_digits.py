@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from unite_fast import checkpoint
-from unite_fast.config import UserError, from_dict
+from unite_fast.config import UserError
+from unite_fast.config_io import from_dict
 from unite_fast.evaluation import digits as D
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
