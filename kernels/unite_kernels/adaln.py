@@ -59,8 +59,9 @@ class Launch:
 
 # By block width. Unmeasured defaults, chosen so that a thread holds 8 elements of a row (one 128-bit bfloat16 access).
 LAUNCHES = {512: Launch(4, 2, 2), 1024: Launch(2, 4, 4), 2048: Launch(1, 8, 8)}
-BACKWARD_ROWS = 64  # rows summed by one backward program; halved for small batches until this many programs exist:
-BACKWARD_PROGRAMS = 528  # four per multiprocessor of an H200
+# Rows of one program, which loads the per-sample vectors once; halved for small batches until PROGRAMS exist.
+FORWARD_ROWS, BACKWARD_ROWS = 32, 64
+PROGRAMS = 528  # four per multiprocessor of an H200
 
 
 def _launch(width: int) -> tuple[int, Launch]:
@@ -68,9 +69,8 @@ def _launch(width: int) -> tuple[int, Launch]:
     return block, LAUNCHES[max(512, block)]
 
 
-def _backward_rows(batch: int, tokens: int) -> int:
-    rows = BACKWARD_ROWS
-    while rows > 8 and batch * -(-tokens // rows) < BACKWARD_PROGRAMS:
+def _program_rows(rows: int, batch: int, tokens: int) -> int:
+    while rows > 8 and batch * -(-tokens // rows) < PROGRAMS:
         rows //= 2
     return rows
 
@@ -84,33 +84,38 @@ def _row(p, b, stride, o_d, m_d):
 def _forward_kernel(
     p_x, p_branch, p_gate, p_weight3, p_weight, p_shift, p_scale, p_out, p_y, p_rstd3, p_rstd,
     tokens, stride_gate, stride_shift, stride_scale, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, STEPS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < WIDTH
-    o_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_t = o_t < tokens
-    o_row = b * tokens + o_t
-    o = o_row[:, None] * WIDTH + o_d[None, :]
-    m = m_t[:, None] & m_d[None, :]
-    u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
-    if KIND != 0:
-        branch = tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
-        u += _row(p_gate, b, stride_gate, o_d, m_d)[None, :] * branch
-    if KIND == 2:
-        rstd3 = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
-        tl.store(p_rstd3 + o_row, rstd3, mask=m_t)
-        u = u * rstd3[:, None] * _row(p_weight3, 0, 0, o_d, m_d)[None, :]
-    if KIND != 0:
-        out = u.to(p_out.dtype.element_ty)
-        tl.store(p_out + o, out, mask=m)
-        u = out.to(tl.float32)  # the norm sees what the next layer sees, as in the eager form
-    rstd = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
-    tl.store(p_rstd + o_row, rstd, mask=m_t)
     factor = _row(p_weight, 0, 0, o_d, m_d) * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d))
-    y = u * rstd[:, None] * factor[None, :] + _row(p_shift, b, stride_shift, o_d, m_d)[None, :]
-    tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
+    shift = _row(p_shift, b, stride_shift, o_d, m_d)
+    if KIND != 0:
+        gate = _row(p_gate, b, stride_gate, o_d, m_d)
+    if KIND == 2:
+        weight3 = _row(p_weight3, 0, 0, o_d, m_d)
+    for i in tl.range(0, STEPS):
+        o_t = (tl.program_id(0) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+        m_t = o_t < tokens
+        o_row = b * tokens + o_t
+        o = o_row[:, None] * WIDTH + o_d[None, :]
+        m = m_t[:, None] & m_d[None, :]
+        u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+        if KIND != 0:
+            u += gate[None, :] * tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
+        if KIND == 2:
+            rstd3 = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
+            tl.store(p_rstd3 + o_row, rstd3, mask=m_t)
+            u = u * rstd3[:, None] * weight3[None, :]
+        if KIND != 0:
+            out = u.to(p_out.dtype.element_ty)
+            tl.store(p_out + o, out, mask=m)
+            u = out.to(tl.float32)  # the norm sees what the next layer sees, as in the eager form
+        rstd = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
+        tl.store(p_rstd + o_row, rstd, mask=m_t)
+        y = u * rstd[:, None] * factor[None, :] + shift[None, :]
+        tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 
 
 @jit
@@ -204,11 +209,12 @@ def _run_forward(kind: int, x, branch, gate, weight3, weight, shift, scale, eps)
     out, y = (None, torch.empty_like(x)) if kind == PLAIN else (torch.empty_like(x), torch.empty_like(branch))
     rstd = x.new_empty(batch, tokens, dtype=torch.float32)
     rstd3 = torch.empty_like(rstd) if kind == TAIL else None
+    rows = _program_rows(FORWARD_ROWS, batch, tokens)
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(tokens, launch.rows), batch)](
+        _forward_kernel[(triton.cdiv(tokens, rows), batch)](
             *(x, branch, gate, weight3, weight, shift, scale, out, y, rstd3, rstd, tokens),
             *(0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps),
-            *(width, block, launch.rows, kind),
+            *(width, block, launch.rows, kind, rows // launch.rows),
             num_warps=launch.warps,
         )
     return out, y, rstd3, rstd
@@ -218,7 +224,7 @@ def _run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, 
     """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale), absent ones None."""
     batch, tokens, width = x.shape
     block, launch = _launch(width)
-    rows, sums = _backward_rows(batch, tokens), 2 + kind
+    rows, sums = _program_rows(BACKWARD_ROWS, batch, tokens), 2 + kind
     parts = triton.cdiv(tokens, rows)
     partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
     dweights = x.new_empty(batch, 1 + kind // 2, width, dtype=torch.float32)

@@ -42,11 +42,12 @@ def qk_norm_rope_eager(
 class Launch:
     tokens: int  # tokens of one tile
     warps: int
+    steps: int  # tiles of one forward program, which loads the weights once
     backward_steps: int  # tiles summed by one backward program
 
 
 # Unmeasured default: a tile of 16 heads of 64 gives a thread 16 elements.
-LAUNCH = Launch(tokens=2, warps=4, backward_steps=16)
+LAUNCH = Launch(tokens=2, warps=4, steps=4, backward_steps=16)
 
 
 @jit
@@ -75,28 +76,34 @@ def _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM: tl.constexpr, H
 def _forward_kernel(
     p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_out, p_rstd, rows, tokens, prefix, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    o_token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
-    m_token = o_token < rows
-    m_rows = m_token[:, None] & (o_head < HEADS)[None, :]
-    m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-    o = o_token[:, None, None] * (3 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
-    cos, sin = _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM, HEAD_DIM)
-    for part in tl.static_range(2):
-        p = o + part * (HEADS * HEAD_DIM)
-        x = tl.load(p_qkv + p, mask=m, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=2) / HEAD_DIM + eps)
-        o_rstd = (o_token[:, None] * 2 + part) * HEADS + o_head[None, :]
-        tl.store(p_rstd + o_rstd, rstd, mask=m_rows)
-        weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
-        even, odd = _pairs(x * rstd[:, :, None], TOKENS, BLOCK_HEADS, DIM)
-        even, odd = even * weight_even, odd * weight_odd
-        out = tl.join(even * cos - odd * sin, odd * cos + even * sin)
-        out = tl.reshape(out, (TOKENS, BLOCK_HEADS, DIM))
-        tl.store(p_out + p, out.to(p_out.dtype.element_ty), mask=m)
-    p = o + 2 * (HEADS * HEAD_DIM)
-    tl.store(p_out + p, tl.load(p_qkv + p, mask=m), mask=m)
+    q_even, q_odd = _weight_pairs(p_q_weight, DIM, HEAD_DIM)
+    k_even, k_odd = _weight_pairs(p_k_weight, DIM, HEAD_DIM)
+    for i in tl.range(0, STEPS):
+        o_token = (tl.program_id(0).to(tl.int64) * STEPS + i) * TOKENS + tl.arange(0, TOKENS)
+        m_token = o_token < rows
+        m_rows = m_token[:, None] & (o_head < HEADS)[None, :]
+        m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
+        o = o_token[:, None, None] * (3 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
+        cos, sin = _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM, HEAD_DIM)
+        for part in tl.static_range(2):
+            p = o + part * (HEADS * HEAD_DIM)
+            x = tl.load(p_qkv + p, mask=m, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(x * x, axis=2) / HEAD_DIM + eps)
+            o_rstd = (o_token[:, None] * 2 + part) * HEADS + o_head[None, :]
+            tl.store(p_rstd + o_rstd, rstd, mask=m_rows)
+            even, odd = _pairs(x * rstd[:, :, None], TOKENS, BLOCK_HEADS, DIM)
+            if part == 0:
+                even, odd = even * q_even, odd * q_odd
+            else:
+                even, odd = even * k_even, odd * k_odd
+            out = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+            out = tl.reshape(out, (TOKENS, BLOCK_HEADS, DIM))
+            tl.store(p_out + p, out.to(p_out.dtype.element_ty), mask=m)
+        p = o + 2 * (HEADS * HEAD_DIM)
+        tl.store(p_out + p, tl.load(p_qkv + p, mask=m), mask=m)
 
 
 @jit
@@ -156,9 +163,9 @@ def _qk_norm_rope_fwd(
     batch, tokens, _width = qkv.shape
     out, rstd = torch.empty_like(qkv), qkv.new_empty(batch, tokens, 2, heads, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        _forward_kernel[(triton.cdiv(batch * tokens, LAUNCH.tokens),)](
+        _forward_kernel[(triton.cdiv(batch * tokens, LAUNCH.tokens * LAUNCH.steps),)](
             *(qkv, q_weight, k_weight, cos, sin, out, rstd, batch * tokens, tokens, prefix, eps),
-            *(*_sizes(qkv, heads), LAUNCH.tokens),
+            *(*_sizes(qkv, heads), LAUNCH.tokens, LAUNCH.steps),
             num_warps=LAUNCH.warps,
         )
     return out, rstd

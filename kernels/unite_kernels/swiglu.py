@@ -33,31 +33,40 @@ class Launch:
 
 # Unmeasured default: 8 elements of each half per thread, one 128-bit bfloat16 access.
 LAUNCH = Launch(block=512, rows=4, warps=8)
-BACKWARD_ROWS = 128  # rows that one backward program sums for the bias gradient
+FORWARD_ROWS = 32  # rows of one program, which loads the bias once
+BACKWARD_ROWS = 128  # likewise; it sums them for the bias gradient
 
 
 @jit
-def _halves(p_x, p_bias, o_row, o_f, m, m_f, WIDTH: tl.constexpr, BIAS: tl.constexpr):
-    p = p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :]
-    a = tl.load(p, mask=m, other=0.0).to(tl.float32)
-    b = tl.load(p + WIDTH, mask=m, other=0.0).to(tl.float32)
+def _bias_halves(p_bias, o_f, m_f, WIDTH: tl.constexpr, BIAS: tl.constexpr):
+    a, b = tl.zeros(o_f.shape, tl.float32), tl.zeros(o_f.shape, tl.float32)
     if BIAS:
-        a += tl.load(p_bias + o_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
-        b += tl.load(p_bias + WIDTH + o_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
+        a = tl.load(p_bias + o_f, mask=m_f, other=0.0).to(tl.float32)
+        b = tl.load(p_bias + WIDTH + o_f, mask=m_f, other=0.0).to(tl.float32)
+    return a[None, :], b[None, :]
+
+
+@jit
+def _halves(p, m, bias_a, bias_b, WIDTH: tl.constexpr):
+    a = tl.load(p, mask=m, other=0.0).to(tl.float32) + bias_a
+    b = tl.load(p + WIDTH, mask=m, other=0.0).to(tl.float32) + bias_b
     return a, b
 
 
 @jit
 def _forward_kernel(
-    p_x, p_bias, p_y, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr
+    p_x, p_bias, p_y, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
 ):
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
-    m = (o_row < rows)[:, None] & m_f[None, :]
-    a, b = _halves(p_x, p_bias, o_row, o_f, m, m_f, WIDTH, BIAS)
-    y = a / (1.0 + tl.exp(-a)) * b
-    tl.store(p_y + o_row[:, None] * WIDTH + o_f[None, :], y.to(p_y.dtype.element_ty), mask=m)
+    bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
+    for i in tl.range(0, STEPS):
+        o_row = (tl.program_id(0).to(tl.int64) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+        m = (o_row < rows)[:, None] & m_f[None, :]
+        a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
+        y = a / (1.0 + tl.exp(-a)) * b
+        tl.store(p_y + o_row[:, None] * WIDTH + o_f[None, :], y.to(p_y.dtype.element_ty), mask=m)
 
 
 @jit
@@ -67,12 +76,13 @@ def _backward_kernel(
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
+    bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
     sum_a = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, STEPS):
         o_row = (tl.program_id(0).to(tl.int64) * STEPS + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_f[None, :]
-        a, b = _halves(p_x, p_bias, o_row, o_f, m, m_f, WIDTH, BIAS)
+        a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
         dy = tl.load(p_dy + o_row[:, None] * WIDTH + o_f[None, :], mask=m, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-a))
         da = dy * b * sigmoid * (1.0 + a * (1.0 - sigmoid))
@@ -101,8 +111,9 @@ def _swiglu_fwd(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     width, rows = y.shape[-1], x.numel() // x.shape[-1]
     block = min(LAUNCH.block, next_power_of_2(width))
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(rows, LAUNCH.rows), triton.cdiv(width, block))](
-            x, bias, y, rows, width, block, LAUNCH.rows, bias is not None, num_warps=LAUNCH.warps
+        _forward_kernel[(triton.cdiv(rows, FORWARD_ROWS), triton.cdiv(width, block))](
+            *(x, bias, y, rows, width, block, LAUNCH.rows, FORWARD_ROWS // LAUNCH.rows, bias is not None),
+            num_warps=LAUNCH.warps,
         )
     return y
 
