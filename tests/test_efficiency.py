@@ -20,6 +20,7 @@ COMPARED = ("total", "l1", "flow", "grad_norm")
 # zero, where the latent LayerNorm multiplies every rounding error by up to 300.
 RUNGS = {
     "efficiency.kernels=fused": (1e-3, 1e-3),
+    "efficiency.flow_mini_batch=2": (1e-3, 1e-3),
     "efficiency.checkpoint_blocks=true": (1e-6, 1e-6),
     "efficiency.precision=bf16": (5e-2, 1.5e-1),
 }

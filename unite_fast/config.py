@@ -161,6 +161,7 @@ class EfficiencyConfig:
 
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast around forward; weights and residual stay fp32
     kernels: Literal["eager", "fused"] = "eager"
+    flow_mini_batch: int = 1  # flow steps that pass the network as one batch
     compile_decoder: bool = False
     checkpoint_blocks: bool = False  # recompute block activations in backward
 
@@ -218,6 +219,7 @@ def validate(config: Config) -> None:
             "0 <= low <= high <= 1")  # fmt: skip
     for name in ("noising_probability", "label_dropout", "tokenizer_t_max"):
         require(0 <= getattr(o, name) <= 1, f"objective.{name} must be within 0 and 1, got {getattr(o, name)}")
+    require(config.efficiency.flow_mini_batch >= 1, "efficiency.flow_mini_batch must be at least 1")
     require(o.flow_steps >= 0, f"objective.flow_steps must not be negative, got {o.flow_steps}")
     require(0 < config.optim.ema_decay < 1, f"optim.ema_decay must be between 0 and 1, got {config.optim.ema_decay}")
     require(config.optim.lr > 0 and config.optim.clip > 0, "optim.lr and optim.clip must be positive")

@@ -172,11 +172,12 @@ def backward(
     objective: ObjectiveConfig,
     perceptual: Perceptual | None = None,
     scale: float = 1.0,
+    flow_mini_batch: int = 1,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of ``scale * total``; returns the losses of ``joint_loss``, detached.
 
-    The latents are detached for the flow, so each flow step's backward follows its forward at once: memory
-    holds one pass at a time.
+    The latents are detached for the flow, so the backward of ``flow_mini_batch`` flow steps, which go through the
+    network as one batch, follows their forward at once: memory holds one pass at a time.
     """
     if not objective.stop_gradient:
         losses = joint_loss(model, images, labels, draws, objective, perceptual)
@@ -187,12 +188,12 @@ def backward(
     (total * scale).backward()
     z = z.detach()
     noised, t, labels = draws.flow(z, labels, model.null_class)
-    share = objective.flow_weight * scale / (len(t) if objective.flow_reduction == "mean" else 1)
-    flows = []
-    for step in range(len(t)):
-        loss = flow_loss(model, z, noised[step], t[step], labels[step], objective)
-        (loss * share).backward()
-        flows.append(loss.detach())
+    steps = len(t) if objective.flow_reduction == "mean" else 1
     losses = {name: value.detach() for name, value in losses.items()}
-    losses["flow"] = _reduce(flows, objective) if flows else torch.zeros_like(losses["l1"])
+    losses["flow"] = torch.zeros_like(losses["l1"])
+    for parts in zip(*(x.split(flow_mini_batch) for x in (noised, t, labels)), strict=True):
+        count = len(parts[0])
+        loss = flow_loss(model, z.repeat(count, 1, 1), *(x.flatten(0, 1) for x in parts), objective) * (count / steps)
+        (loss * (objective.flow_weight * scale)).backward()
+        losses["flow"] += loss.detach()
     return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}

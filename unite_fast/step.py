@@ -57,7 +57,14 @@ class TrainStep:
             draws = self.draws(model, samples)
             with precision.autocast(config.efficiency.precision, self.ranks.device):
                 losses = objective.backward(
-                    model, images, labels, draws, config.objective, self.perceptual, 1 / self.accumulation
+                    model,
+                    images,
+                    labels,
+                    draws,
+                    config.objective,
+                    self.perceptual,
+                    1 / self.accumulation,
+                    config.efficiency.flow_mini_batch,
                 )
             losses["latent_std"] = losses.pop("latents").float().std(dim=0, correction=0).mean()
             for name, value in losses.items():
