@@ -53,7 +53,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, dry_run: bool = Fal
     t, device = settings.train, ranks.device
     split = config.batch_split(t, ranks.world_size)
     source = data.open_source(settings.data, settings.model)
-    perceptual = load_perceptual(settings.objective, settings.model.channels)
+    perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))

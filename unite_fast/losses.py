@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import ObjectiveConfig, UserError
+from unite_kernels.lpips_head import lpips_head
 
 TORCHVISION_VGG16 = "397923af"  # the first digits of the sha256 that torchvision publishes in the file's name
 MEND = "get torchvision's vgg16-397923af.pth and set objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
@@ -25,8 +26,13 @@ def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al., CVPR 2018): VGG16, v0.1 linear heads; a frozen module returning the batch mean."""
 
-    def __init__(self, trunk: dict[str, Tensor] | None, input_range: str = "0_1", dropout: bool = False) -> None:
-        """trunk: torchvision VGG16 state dict; None leaves random weights (for benchmarks and tests only)."""
+    def __init__(
+        self, trunk: dict[str, Tensor] | None, input_range: str = "0_1", dropout: bool = False, backend: str = "eager"
+    ) -> None:
+        """trunk: torchvision VGG16 state dict; None leaves random weights (for benchmarks and tests only).
+
+        backend: of the head, as ``efficiency.kernels``. The trunk runs in channels_last.
+        """
         super().__init__()
         import lpips  # here: it imports torchvision, which takes seconds
 
@@ -40,8 +46,8 @@ class Perceptual(nn.Module):
             if missing:
                 raise UserError(f"the perceptual trunk is not a VGG16: it lacks {missing[0]}; {MEND}")
             self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
-        self.net.requires_grad_(False)
-        self.input_range, self.dropout = input_range, dropout
+        self.net.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.input_range, self.dropout, self.backend = input_range, dropout, backend
         self.train(False)
 
     def train(self, mode: bool = True) -> Perceptual:
@@ -55,10 +61,20 @@ class Perceptual(nn.Module):
         """Two (B, 3, S, S) image batches in [0, 1] -> scalar; differentiable in ``reconstruction``."""
         if self.input_range == "-1_1":
             images, reconstruction = images * 2 - 1, reconstruction * 2 - 1
-        return self.net(images, reconstruction).mean()
+        if self.dropout:  # a quirk kept for comparison; it has no kernel
+            return self.net(images, reconstruction).mean()
+        with torch.no_grad():  # the real branch needs no graph
+            real = self.features(images)
+        weights = [p.flatten() for name, p in self.net.named_parameters() if name.startswith("lin")]
+        return lpips_head(real, self.features(reconstruction), weights, backend=self.backend).mean()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The five feature maps of (B, 3, S, S) images, before normalisation."""
+        scaled: Tensor = self.net.scaling_layer(images).contiguous(memory_format=torch.channels_last)
+        return list(self.net.net(scaled))
 
 
-def load_perceptual(config: ObjectiveConfig, channels: int) -> Perceptual | None:
+def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eager") -> Perceptual | None:
     """The LPIPS module that ``config`` asks for, or None at weight 0. Raises UserError on a missing or altered file."""
     if config.perceptual_weight <= 0:
         return None
@@ -86,4 +102,4 @@ def load_perceptual(config: ObjectiveConfig, channels: int) -> Perceptual | None
             trunk = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"objective.perceptual_trunk {path}: {str(error).splitlines()[0]}; {MEND}") from None
-    return Perceptual(trunk, config.perceptual_range, config.perceptual_dropout)
+    return Perceptual(trunk, config.perceptual_range, config.perceptual_dropout, backend)

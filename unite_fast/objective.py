@@ -191,9 +191,10 @@ def backward(
     steps = len(t) if objective.flow_reduction == "mean" else 1
     losses = {name: value.detach() for name, value in losses.items()}
     losses["flow"] = torch.zeros_like(losses["l1"])
-    for parts in zip(*(x.split(flow_mini_batch) for x in (noised, t, labels)), strict=True):
-        count = len(parts[0])
-        loss = flow_loss(model, z.repeat(count, 1, 1), *(x.flatten(0, 1) for x in parts), objective) * (count / steps)
+    for first in range(0, len(t), flow_mini_batch):
+        zt, times, classes = (x[first : first + flow_mini_batch].flatten(0, 1) for x in (noised, t, labels))
+        count = len(zt) // len(z)
+        loss = flow_loss(model, z.repeat(count, 1, 1), zt, times, classes, objective) * (count / steps)
         (loss * (objective.flow_weight * scale)).backward()
         losses["flow"] += loss.detach()
     return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}
