@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -53,9 +54,9 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& tensor, const char* model_name,
                              const Tensor& model) {
-  bool equal = tensor.dim() == model.dim();
-  for (int64_t i = 0; equal && i < tensor.dim(); ++i) equal = tensor.size(i) == model.size(i);
-  require(equal, op, ": ", name, " has shape ", shape_text(tensor), " and ", model_name, " ", shape_text(model));
+  const auto sizes = tensor.sizes(), expected = model.sizes();  // each size(i) would be a call into libtorch
+  require(std::ranges::equal(sizes, expected), op, ": ", name, " has shape ", shape_text(tensor), " and ", model_name,
+          " ", shape_text(model));
 }
 
 }  // namespace unite

@@ -10,7 +10,7 @@
 namespace unite {
 
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  require(tensor.device().is_cpu(), op, ": ", name, " must be a CPU tensor");
+  require(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
 }
 
 // A large tensor: float32 or bfloat16, contiguous, on the CPU. Returns whether it is bfloat16.

@@ -1,5 +1,8 @@
 // CUDA operations over lists of tensors: checks, tables of addresses, launches. Kernels: multi_tensor_kernels.cuh.
 
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
 #include <algorithm>
 
 #include "../checks.h"

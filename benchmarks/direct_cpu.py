@@ -1,0 +1,60 @@
+"""The C++ operations behind a bare autograd.Function: the kernels without the registered ops' Python layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+EPS = 1e-6
+OPS = torch.ops.unite_kernels_cpu
+
+
+def _split(values: tuple, count: int) -> tuple[tuple, tuple]:
+    return values[:count], values[count:]
+
+
+# name -> (forward(inputs, heads) -> (outputs, saved), backward(gradients, inputs, outputs, saved, heads) -> gradients)
+FUNCTIONS = {
+    "adaln": (
+        lambda i, h: _split(OPS.adaln_fwd(*i, EPS), 1),
+        lambda g, i, o, s, h: OPS.adaln_bwd(*g, i[0], i[1], i[3], *s),
+    ),
+    "adaln_mid": (
+        lambda i, h: _split(OPS.adaln_mid_fwd(*i, EPS), 2),
+        lambda g, i, o, s, h: OPS.adaln_mid_bwd(*g, o[0], i[1], i[2], i[3], i[5], *s),
+    ),
+    "adaln_tail": (
+        lambda i, h: _split(OPS.adaln_tail_fwd(*i, EPS), 2),
+        lambda g, i, o, s, h: OPS.adaln_tail_bwd(*g, *i[:5], i[6], *s),
+    ),
+    "qk_norm_rope": (
+        lambda i, h: _split(OPS.qk_norm_rope_fwd(*i, h, 0, EPS), 1),
+        lambda g, i, o, s, h: (*OPS.qk_norm_rope_bwd(*g, *i, *s, h, 0), None, None),
+    ),
+    "swiglu": (
+        lambda i, h: ((OPS.swiglu_fwd(*i),), ()),
+        lambda g, i, o, s, h: OPS.swiglu_bwd(*g, *i),
+    ),
+}
+
+
+def direct(name: str, heads: int) -> Callable:
+    """``inputs`` -> outputs of component ``name``, differentiable."""
+    forward_call, backward_call = FUNCTIONS[name]
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs, saved = forward_call(inputs, heads)
+            ctx.save_for_backward(*inputs, *outputs, *saved)
+            ctx.counts = len(inputs), len(outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            n, m = ctx.counts
+            tensors = ctx.saved_tensors
+            return backward_call(gradients, tensors[:n], tensors[n : n + m], tensors[n + m :], heads)
+
+    return lambda inputs: Direct.apply(*inputs)

@@ -1,0 +1,130 @@
+"""Timing and record keeping shared by the benchmarks.
+
+Variants of one thing are timed in turn within each round, so that whatever else the machine does meets all of them;
+ratios are taken within a round and their median is reported. A row says where, on what and from which commit it came.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, p20 and p80, each an observed value."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {name: ordered[round(q * last)] for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
+    return models[0].strip() if models else platform.machine()
+
+
+def environment(device: torch.device) -> dict:
+    """What a row must carry: date, commit, dirty flag, device, driver and versions."""
+    driver = None
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    triton = None
+    if find_spec("triton"):
+        import triton as module
+
+        triton = module.__version__
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py", "setup.py")),
+        "device": device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def _milliseconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) * 1e3 / calls
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], device: torch.device, rounds: int = 25, sample_ms: float = 4.0
+) -> dict[str, list[float]]:
+    """Milliseconds per call of every variant, one sample a round, each sample long enough for the clock."""
+    calls = {}
+    for name, function in variants.items():
+        for _ in range(3):
+            function()
+        once = min(_milliseconds(function, 1, device) for _ in range(3))
+        calls[name] = max(1, round(sample_ms / once))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds):
+        order = list(variants)
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            times[name].append(_milliseconds(variants[name], calls[name], device))
+    return times
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+    """How many times faster ``fast`` is than ``slow``: quantiles of the ratios within rounds."""
+    return quantiles([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s, read and written, of a copy too large for the caches (256 MB; 1 GB on a GPU): the yardstick of kernels."""
+    count = (256 if device.type == "cuda" else 64) * 2**20
+    source, target = (torch.ones(count, device=device) for _ in range(2))
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, rounds=15)["copy"]
+    return 2 * source.nbytes / quantiles(times)["median"] / 1e6
+
+
+def require_equal(name: str, ours: list[torch.Tensor], reference: list[torch.Tensor], tolerance: float) -> None:
+    """Stops the program unless each value is within ``tolerance`` of the reference's largest."""
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        error = (a.double() - b.double()).abs().max().item() / b.double().abs().max().item()
+        if not error < tolerance:
+            raise SystemExit(f"{name}: value {i} is off by {error:.2g} of its largest; no speed is reported")
+
+
+def record(benchmark: str, device: torch.device, rows: list[dict]) -> Path:
+    """Append rows to results/<device>/<benchmark>.jsonl and return that path."""
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.jsonl"
+    where = environment(device)
+    with path.open("a") as file:
+        file.writelines(json.dumps(where | row) + "\n" for row in rows)
+    return path
