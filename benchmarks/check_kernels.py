@@ -105,7 +105,7 @@ def cuda_sources(folder: Path) -> list[tuple[str, dict[str, int]]]:
         command += [f"-I{path}" for path in include_paths()] + [source, "-o", cubin]
         subprocess.run(command, check=True)
         for name, row in read_cubin(cubin.read_bytes()).items():
-            short = re.search(r"\d+([a-z][a-z_0-9]*_kernel)", name)  # the identifier inside the mangled name
+            short = re.search(r"\d([a-z][a-z_]*_kernel)", name)  # the identifier inside the mangled name
             rows.append((f"{source.stem}:{short[1] if short else name}", row))
     return rows
 

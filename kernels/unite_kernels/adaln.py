@@ -60,7 +60,7 @@ class Launch:
 # By block width. Unmeasured defaults, chosen so that a thread holds 8 elements of a row (one 128-bit bfloat16 access).
 LAUNCHES = {512: Launch(4, 2, 2), 1024: Launch(2, 4, 4), 2048: Launch(1, 8, 8)}
 # Rows of one program, which loads the per-sample vectors once; halved for small batches until PROGRAMS exist.
-FORWARD_ROWS, BACKWARD_ROWS = 32, 64
+PROGRAM_ROWS = 64
 PROGRAMS = 528  # four per multiprocessor of an H200
 
 
@@ -69,7 +69,8 @@ def _launch(width: int) -> tuple[int, Launch]:
     return block, LAUNCHES[max(512, block)]
 
 
-def _program_rows(rows: int, batch: int, tokens: int) -> int:
+def _program_rows(batch: int, tokens: int) -> int:
+    rows = PROGRAM_ROWS
     while rows > 8 and batch * -(-tokens // rows) < PROGRAMS:
         rows //= 2
     return rows
@@ -209,7 +210,7 @@ def _run_forward(kind: int, x, branch, gate, weight3, weight, shift, scale, eps)
     out, y = (None, torch.empty_like(x)) if kind == PLAIN else (torch.empty_like(x), torch.empty_like(branch))
     rstd = x.new_empty(batch, tokens, dtype=torch.float32)
     rstd3 = torch.empty_like(rstd) if kind == TAIL else None
-    rows = _program_rows(FORWARD_ROWS, batch, tokens)
+    rows = _program_rows(batch, tokens)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(tokens, rows), batch)](
             *(x, branch, gate, weight3, weight, shift, scale, out, y, rstd3, rstd, tokens),
@@ -224,7 +225,7 @@ def _run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, 
     """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale), absent ones None."""
     batch, tokens, width = x.shape
     block, launch = _launch(width)
-    rows, sums = _program_rows(BACKWARD_ROWS, batch, tokens), 2 + kind
+    rows, sums = _program_rows(batch, tokens), 2 + kind
     parts = triton.cdiv(tokens, rows)
     partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
     dweights = x.new_empty(batch, 1 + kind // 2, width, dtype=torch.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_kernels import adaln, corruption, qk_norm_rope, swiglu
+from unite_kernels import adaln, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ CASES = {
     ),
 }
 
-COMPILED = (*CASES, "corruption")
+COMPILED = (*CASES, "corruption", "symmetric_product", "lpips_head")
 
 
 def launch_model_shape(name: str, width: int) -> None:
@@ -117,29 +117,59 @@ def launch_model_shape(name: str, width: int) -> None:
         for uniform in (False, True):
             corruption._flow_corruption(z, samples, samples, 7, 3, 0, uniform, 0.0, 1.0, 0.5, 0.1, 1000, "triton")
         return
+    if name == "symmetric_product":
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.zeros(1, 768, 2048, dtype=dtype)
+            newton_schulz._symmetric_product(x, None, 1.0, 0.0)
+            newton_schulz._symmetric_product(x[..., :768].contiguous(), x[..., :768].contiguous(), 1.0, 1.0)
+        return
+    if name == "lpips_head":
+        for channels in (64, 512):
+            f = torch.zeros(1, channels, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+            lpips_head._lpips_head_fwd(f, f, torch.zeros(channels))
+            lpips_head._lpips_head_bwd(torch.zeros(1), f, f, torch.zeros(channels), False, True)
+        return
     residual = torch.bfloat16 if name == "adaln" else torch.float32
-    t = CASES[name].tensors(2, 32, width, residual, torch.bfloat16)
-    launch(name, t)
+    for step in launches(name, CASES[name].tensors(2, 32, width, residual, torch.bfloat16)):
+        step()
 
 
-def launch(name: str, t: dict[str, Tensor]) -> None:
-    """The registered operations with the Triton kernels, whatever the device: forward, then backward."""
-    if name == "adaln":
-        y, rstd = adaln._adaln_fwd(*(t[n] for n in ADALN), 1e-6, "triton")
-        adaln._adaln_bwd(y, t["x"], t["weight"], t["scale"], rstd, "triton")
-    elif name == "adaln_mid":
-        x1, y, rstd = adaln._adaln_mid_fwd(*(t[n] for n in MID), 1e-6, "triton")
-        adaln._adaln_mid_bwd(x1, y, x1, *(t[n] for n in ("branch", "gate", "weight", "scale")), rstd, "triton")
-    elif name == "adaln_tail":
-        x2, y, *rstd = adaln._adaln_tail_fwd(*(t[n] for n in TAIL), 1e-6, "triton")
-        adaln._adaln_tail_bwd(x2, y, *(t[n] for n in (*TAIL[:5], "scale")), *rstd, "triton")
-    elif name == "qk_norm_rope":
-        tensors = [t[n] for n in ("qkv", "q_weight", "k_weight", "cos", "sin")]
-        heads = t["qkv"].shape[2] // (3 * t["q_weight"].numel())
-        out, rstd = qk_norm_rope._qk_norm_rope_fwd(*tensors, heads, 2, 1e-6, "triton")
-        qk_norm_rope._qk_norm_rope_bwd(out, *tensors, rstd, heads, 2, "triton")
-    elif name == "swiglu":
-        y = swiglu._swiglu_fwd(t["x"], t["bias"], "triton")
-        swiglu._swiglu_bwd(y, t["x"], t["bias"], "triton")
-    else:
-        raise ValueError(f"no launches for {name!r}")
+def launches(name: str, t: dict[str, Tensor]) -> tuple[Callable, Callable]:
+    """The registered operation with its Triton kernels, whatever the device: (forward, backward), in this order."""
+    saved = []
+
+    def forward():
+        saved.extend(FORWARD[name](t))
+
+    return forward, lambda: BACKWARD[name](t, *saved)
+
+
+def _qk_arguments(t: dict[str, Tensor]) -> list[Tensor]:
+    return [t[n] for n in ("qkv", "q_weight", "k_weight", "cos", "sin")]
+
+
+def _qk_heads(t: dict[str, Tensor]) -> int:
+    return t["qkv"].shape[2] // (3 * t["q_weight"].numel())
+
+
+FORWARD = {
+    "adaln": lambda t: adaln._adaln_fwd(*(t[n] for n in ADALN), 1e-6, "triton"),
+    "adaln_mid": lambda t: adaln._adaln_mid_fwd(*(t[n] for n in MID), 1e-6, "triton"),
+    "adaln_tail": lambda t: adaln._adaln_tail_fwd(*(t[n] for n in TAIL), 1e-6, "triton"),
+    "qk_norm_rope": lambda t: qk_norm_rope._qk_norm_rope_fwd(*_qk_arguments(t), _qk_heads(t), 2, 1e-6, "triton"),
+    "swiglu": lambda t: (swiglu._swiglu_fwd(t["x"], t["bias"], "triton"),),
+}
+# The outputs stand in for their gradients: they have the shapes and dtypes.
+BACKWARD = {
+    "adaln": lambda t, y, rstd: adaln._adaln_bwd(y, t["x"], t["weight"], t["scale"], rstd, "triton"),
+    "adaln_mid": lambda t, x1, y, rstd: adaln._adaln_mid_bwd(
+        x1, y, x1, *(t[n] for n in ("branch", "gate", "weight", "scale")), rstd, "triton"
+    ),
+    "adaln_tail": lambda t, x2, y, rstd3, rstd1: adaln._adaln_tail_bwd(
+        x2, y, *(t[n] for n in (*TAIL[:5], "scale")), rstd3, rstd1, "triton"
+    ),
+    "qk_norm_rope": lambda t, out, rstd: qk_norm_rope._qk_norm_rope_bwd(
+        out, *_qk_arguments(t), rstd, _qk_heads(t), 2, "triton"
+    ),
+    "swiglu": lambda t, y: swiglu._swiglu_bwd(y, t["x"], t["bias"], "triton"),
+}
