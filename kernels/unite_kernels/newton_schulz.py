@@ -49,7 +49,7 @@ class Launch:
     stages: int
 
 
-LAUNCHES = {torch.bfloat16: Launch(128, 64, 8, 3), torch.float32: Launch(64, 16, 4, 3)}  # unmeasured defaults
+LAUNCHES = {torch.bfloat16: Launch(128, 64, 8, 3), torch.float32: Launch(64, 32, 8, 3)}  # unmeasured defaults
 
 
 @jit
