@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 from bench_update import bench_update
 from direct_cpu import direct
@@ -147,7 +148,8 @@ def bench_component(name: str, shape: str, device: torch.device, rounds: int, ba
     forms = {form: (lambda i, b=form: component.call(i, b, sizes)) for form in ("fused", "eager")}
     if device.type == "cpu":
         forms["direct"] = direct(name, sizes.heads)
-    forms["compile"] = torch.compile(forms["eager"])
+    torch._dynamo.reset()  # else the shared code above meets the limit of recompilations and runs eagerly
+    forms["compile"] = torch.compile(forms["eager"], dynamic=False, fullgraph=True)
     outputs = _as_tuple(forms["eager"](inputs))
     gradients = [randn(*o.shape).to(o.dtype) for o in outputs]
     passes = {form: Passes(f, component, inputs, gradients) for form, f in forms.items()}
