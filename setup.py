@@ -32,7 +32,7 @@ CPU_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Vectorise sums where the code says so and sqrt without errno; nothing that changes IEEE results.
 ROW_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 ROW_SOURCES = ("rows_adaln", "rows_attention_mlp", "rows_multi_tensor", "rows_philox")
-OP_SOURCES = ("adaln", "attention_mlp", "random", "multi_tensor", "library")
+OP_SOURCES = ("adaln", "attention_mlp", "random", "multi_tensor", "gather", "library")
 # The row functions are compiled once per instruction set and chosen at run time: one file for every machine.
 X86_SETS = {"x86_v4": ["-march=x86-64-v4"], "x86_v3": ["-march=x86-64-v3"], "baseline": ["-march=x86-64"]}
 CUDA_FLAGS = [
@@ -94,7 +94,7 @@ def build_cpu(target: Path, temporary: Path) -> None:
             options = [*ROW_FLAGS, *flags, f"-DUNITE_ISA={name}", f"-ffp-contract={contract}"]
             add(source, f"{source}_{name}", ["-std=c++20", *options])
     call_all(commands)
-    call([cxx, "-shared", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"])
+    call([cxx, "-shared", "-pthread", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"])
 
 
 def build_cuda(target: Path, temporary: Path) -> None:

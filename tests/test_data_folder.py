@@ -19,7 +19,7 @@ from PIL import Image
 
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data import BadImage, WorkerError, all_images, open_source, stream
-from unite_fast.data import folder as folder_module
+from unite_fast.data import encoded as encoded_module
 from unite_fast.data.folder import Folder
 from unite_fast.data.loader import skip_limit
 from unite_fast.data.order import Order
@@ -246,7 +246,7 @@ CASES = {
 def test_damaged_file_fails_in_one_line(root, kind, monkeypatch):
     path = root / "ape" / "01.JPEG"
     if kind == "oversized":
-        monkeypatch.setattr(folder_module, "MAX_ENCODED_BYTES", 100)
+        monkeypatch.setattr(encoded_module, "MAX_ENCODED_BYTES", 100)
     damage(kind, path, path.read_bytes())
     model = replace(MODEL, image_size=1024) if kind == "elongated" else MODEL
     source = open_source(config(root), model)

@@ -122,12 +122,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["digits", "folder", "synthetic"] = "folder"
-    path: str = ""  # folder: one sub-folder per class
-    heldout_path: str = ""  # folder: held-out images, same sub-folders; needed for evaluation only
-    crop: Literal["adm", "resize_random", "random_resized"] = "adm"
+    source: Literal["digits", "folder", "tar", "packed", "dali", "synthetic"] = "folder"
+    path: str = ""  # folder: one sub-folder per class; tar: a folder of .tar; packed: what unite_fast.data.pack wrote
+    heldout_path: str = ""  # held-out images of the same kind and classes; needed for evaluation only
+    crop: Literal["adm", "fast", "resize_random", "random_resized"] = "adm"  # fast: adm within 3 gray levels
     flip: bool = True
-    workers: int = 8  # decoding processes per rank
+    workers: int = 8  # decoding processes per rank; threads for packed and dali
     timeout: float = 120.0  # seconds to wait for a batch before the run stops with an error
     on_error: Literal["fail", "skip"] = "fail"  # an unreadable image; skip: the next image replaces it, up to 0.1 %
 

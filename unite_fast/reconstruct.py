@@ -9,7 +9,8 @@ from torch import Tensor
 
 from unite_fast import pictures
 from unite_fast.config import UserError
-from unite_fast.data.folder import decode, read_file
+from unite_fast.data.encoded import decode
+from unite_fast.data.folder import read_file
 from unite_fast.data.transforms import transform
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
 from unite_fast.runtime.distributed import Ranks

@@ -32,6 +32,7 @@ void adamw_(List, List, List, List, Tensor, Tensor, double, double, double, doub
 void muon_momentum_(List, List, double, bool, Maybe, Maybe, List);
 void muon_apply_(List, List, Tensor, std::vector<double>, double, Maybe, List, double);
 void ema_(List, List, double, Maybe);
+void gather_rows(List, Tensor, Tensor, Tensor, int64_t);
 
 // An operation without tensors has no device to dispatch on; instruction_set takes one and ignores it.
 std::string instruction_set_of(Tensor) { return instruction_set(); }
@@ -80,6 +81,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
       "muon_apply_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, Tensor? skip,"
       " Tensor(b!)[] ema, float ema_decay) -> ()");
   m.def("ema_(Tensor(a!)[] ema, Tensor[] params, float decay, Tensor? skip) -> ()");
+  m.def("gather_rows(Tensor[] parts, Tensor part, Tensor row, Tensor(a!) out, int threads) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unite_kernels_cpu, CPU, m) {
@@ -103,4 +105,5 @@ STABLE_TORCH_LIBRARY_IMPL(unite_kernels_cpu, CPU, m) {
   m.impl("muon_momentum_", TORCH_BOX(&unite::muon_momentum_));
   m.impl("muon_apply_", TORCH_BOX(&unite::muon_apply_));
   m.impl("ema_", TORCH_BOX(&unite::ema_));
+  m.impl("gather_rows", TORCH_BOX(&unite::gather_rows));
 }

@@ -94,7 +94,7 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _apply_policy(source: Source, bad: list[tuple[int, str]]) -> None:
+def apply_policy(source: Source, bad: list[tuple[int, str]]) -> None:
     """Stops, or logs and counts. Raises UserError."""
     limit = skip_limit(len(source))
     for index, reason in bad:
@@ -185,7 +185,7 @@ def load_batches(
                 raise
             raise explained from None
         count += 1
-        _apply_policy(source, bad)
+        apply_policy(source, bad)
         return images, used, bad
 
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import UserError
+from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 
 AUGMENT_STREAM = 1 << 20  # lane 0: flip; further lanes: random crop. Streams of the model are below 1 << 20
@@ -88,9 +89,20 @@ class Source(ABC):
         """What to call a sample in a message: for files, the path."""
         return f"sample {index}"
 
+    def pipeline_id(self, device: str = "cpu") -> str:
+        """What decides the pixels of a batch on ``device`` ("cpu" or "cuda"), for a run's provenance.
+
+        Two runs whose identifiers are equal saw the same images; libraries and their versions are part of it.
+        """
+        return type(self).__name__.lower()
+
     def uniforms(self, seed: int, positions: Tensor) -> Tensor:
         """The random numbers of samples at ``positions`` (B,) int64: float32 (B, lanes) in [0, 1), on the CPU."""
         return uniform(seed, AUGMENT_STREAM, positions, (self.lanes,))
+
+    def mirrored(self, seed: int, positions: Tensor) -> Tensor:
+        """Which samples at ``positions`` (B,) are mirrored when augmenting with flips: bool (B,), on the CPU."""
+        return self.uniforms(seed, positions)[:, 0] < 0.5
 
     def load(self, index: int, position: int | None = None, seed: int = 0) -> Tensor:
         """One image (C, H, W): a function of (index, position, seed); without a position, no random transform.
@@ -134,8 +146,7 @@ class ResidentSource(Source):
 
     def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
         image = self.gather(torch.tensor([index]), seed, torch.device("cpu"))[0]
-        mirrored = self.flip and draw is not None and bool(draw[0] < 0.5)
-        return image.flip(-1) if mirrored else image
+        return image.flip(-1) if is_mirrored(self.flip, draw) else image
 
     def batches(
         self, plan: Iterator[Request], seed: int, device: torch.device, workers: int, timeout: float
@@ -143,9 +154,17 @@ class ResidentSource(Source):
         for indices, positions, augment in plan:
             images = self.gather(indices, seed, device)
             if augment and self.flip:
-                mirror = to_device(self.uniforms(seed, positions)[:, 0] < 0.5, device)
-                images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+                images = mirror(images, self.mirrored(seed, positions))
             yield Batch(images, to_device(self.labels[indices], device), to_device(positions, device))
+
+
+def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Images (B, C, H, W), on their device, of which those ``mirrored`` (bool (B,), on the CPU) are flipped in W.
+
+    May write into ``images``.
+    """
+    which = to_device(mirrored.nonzero()[:, 0], images.device)  # on the CPU: a GPU would have to be waited for
+    return images.index_copy_(0, which, images[which].flip(-1))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

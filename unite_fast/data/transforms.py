@@ -19,16 +19,21 @@ SCALE, LOG_RATIO = (0.8, 1.0), (math.log(3 / 4), math.log(4 / 3))  # random_resi
 TRIES = 10
 
 
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic (antialiased) resize that makes the shorter side ``size`` and rounds the longer one.
+def resized_shape(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) after a resize that makes the shorter side ``size`` and rounds the longer one.
 
     Raises ValueError for an image so elongated that the result would exceed MAX_PIXELS.
     """
-    scale = size / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is too elongated to resize its shorter side to {size}")
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    scale = size / min(width, height)
+    new_width, new_height = round(width * scale), round(height * scale)
+    if new_width * new_height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} is too elongated to resize its shorter side to {size}")
+    return new_width, new_height
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic (antialiased) resize to ``resized_shape``. Raises ValueError as that does."""
+    return image.resize(resized_shape(*image.size, size), Image.Resampling.BICUBIC)
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -44,7 +49,7 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _offset(u: float, room: int) -> int:
+def offset(u: float, room: int) -> int:
     """A whole number from 0 to ``room``, inclusive."""
     return min(int(u * (room + 1)), room)
 
@@ -52,29 +57,31 @@ def _offset(u: float, room: int) -> int:
 def resize_random(image: Image.Image, size: int, draw: list[float]) -> Image.Image:
     """Resizes the shorter side to 1.5 size (384 for 256), then cuts size x size at a random place (2 numbers)."""
     image = resize_shorter(image, size * 3 // 2)
-    left, top = _offset(draw[0], image.width - size), _offset(draw[1], image.height - size)
+    left, top = offset(draw[0], image.width - size), offset(draw[1], image.height - size)
     return image.crop((left, top, left + size, top + size))
 
 
-def random_resized(image: Image.Image, size: int, draw: list[float]) -> Image.Image:
-    """A random rectangle of 0.8 to 1 of the area and width/height 3/4 to 4/3, resized to size x size (bicubic).
+def random_rectangle(width: int, height: int, draw: list[float]) -> tuple[int, int, int, int]:
+    """(left, top, w, h) of a random rectangle of 0.8 to 1 of the area and w/h from 3/4 to 4/3.
 
     Uses 4 numbers per try (area, log of the ratio, left, top). When no try fits, the largest centered rectangle
     whose ratio is within the limits.
     """
-    width, height = image.size
     for k in range(TRIES):
         u_area, u_ratio, u_left, u_top = draw[4 * k : 4 * k + 4]
         area = width * height * (SCALE[0] + u_area * (SCALE[1] - SCALE[0]))
         ratio = math.exp(LOG_RATIO[0] + u_ratio * (LOG_RATIO[1] - LOG_RATIO[0]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = _offset(u_left, width - w), _offset(u_top, height - h)
-            break
-    else:
-        w = min(width, max(1, round(height * math.exp(LOG_RATIO[1]))))
-        h = min(height, max(1, round(width / math.exp(LOG_RATIO[0]))))
-        left, top = (width - w) // 2, (height - h) // 2
+            return offset(u_left, width - w), offset(u_top, height - h), w, h
+    w = min(width, max(1, round(height * math.exp(LOG_RATIO[1]))))
+    h = min(height, max(1, round(width / math.exp(LOG_RATIO[0]))))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_resized(image: Image.Image, size: int, draw: list[float]) -> Image.Image:
+    """A random rectangle (see random_rectangle), resized to size x size (bicubic)."""
+    left, top, w, h = random_rectangle(*image.size, draw)
     return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -91,10 +98,15 @@ def to_tensor(image: Image.Image, mirrored: bool = False) -> Tensor:
     return torch.from_numpy((pixels[..., ::-1] if mirrored else pixels).copy())
 
 
+def is_mirrored(flip: bool, draw: Tensor | None) -> bool:
+    """Whether a sample with the numbers ``draw`` (lanes,) is mirrored; without numbers it is not."""
+    return flip and draw is not None and bool(draw[0] < 0.5)
+
+
 def transform(image: Image.Image, size: int, crop: str, flip: bool, draw: Tensor | None) -> Tensor:
     """uint8 (C, size, size). ``draw`` (lanes,) holds the flip's number, then the crop's; None: the plain ADM crop."""
     if draw is None or crop == "adm":
         image = adm_crop(image, size)
     else:
         image = RANDOM_CROPS[crop][1](image, size, draw[1:].tolist())
-    return to_tensor(image, mirrored=flip and draw is not None and bool(draw[0] < 0.5))
+    return to_tensor(image, is_mirrored(flip, draw))

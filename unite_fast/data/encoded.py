@@ -1,0 +1,126 @@
+"""Sources of encoded images (files, members of tars, records of shards): bytes in, one transformed image out.
+
+A new kind of container says where the bytes of a sample are (``encoded``) and what to call it (``name``). Decoding,
+the crops, and what becomes of damaged bytes are here, once. Every image becomes what Pillow's ``convert("RGB")``
+makes of it, the same as in the reference pipeline: transparency is dropped, 16-bit gray is clipped at 255 (not
+scaled), and EXIF orientation is not applied.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from abc import abstractmethod
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data import fast
+from unite_fast.data.source import BadImage, FileSource
+from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, is_mirrored, transform
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")  # decided by content: a PNG named .jpg is read, anything else is refused
+MAX_ENCODED_BYTES = 128 * 2**20
+
+
+def check_bytes(count: int) -> None:
+    """Raises BadImage unless an encoded image may have this many bytes."""
+    if count == 0:
+        raise BadImage("the file is empty")
+    if count > MAX_ENCODED_BYTES:
+        raise BadImage(f"{count} bytes, more than the {MAX_ENCODED_BYTES} allowed")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image of which only the header is read. Raises BadImage for more than MAX_PIXELS, and what Pillow raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of sizes (refused below), of palettes and of metadata
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed")
+    return image
+
+
+def decode(data: bytes, mode: str = "RGB") -> Image.Image:
+    """The first frame of an encoded image as ``mode`` (RGB, or L: gray made from RGB).
+
+    Raises BadImage for more than MAX_PIXELS (before any pixel is decoded), and whatever Pillow raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(data) as image:
+            rgb = image.convert("RGB")
+    return rgb if mode == "RGB" else rgb.convert(mode)
+
+
+def explain(error: Exception) -> BadImage:
+    """The reason, in one line, why bytes could not be decoded. Damaged ones raise nearly anything in Pillow."""
+    if isinstance(error, BadImage):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return BadImage("not a JPEG, PNG or WebP image")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return BadImage(" ".join(reason.split()) or type(error).__name__)
+
+
+class Names:
+    """A list of strings as two arrays: a million Python objects would be copied into every worker, page by page."""
+
+    def __init__(self, names: list[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+class EncodedSource(FileSource):
+    """uint8 images (C, size, size) made of encoded ones."""
+
+    def __init__(self, labels: Tensor, names: list[str], data: DataConfig, model: ModelConfig) -> None:
+        super().__init__(labels, names, data.flip)
+        if data.crop == "fast":
+            fast.require()
+        self.on_error = data.on_error
+        self.size, self.crop = model.image_size, data.crop
+        self.mode = "RGB" if model.channels == 3 else "L"
+        self.lanes = 1 + (RANDOM_CROPS[data.crop][0] if data.crop in RANDOM_CROPS else 0)
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The bytes of sample ``index``. Raises BadImage or OSError."""
+
+    def pipeline_id(self, device: str = "cpu") -> str:
+        library = fast.versions() if self.crop == "fast" else f"pillow-{PIL.__version__}"
+        return f"{library}/{self.crop}-{self.size}"
+
+    def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
+        try:
+            data = self.encoded(index)
+            if self.crop == "fast":
+                return self._fast(data, is_mirrored(self.flip, draw))
+            return transform(decode(data, self.mode), self.size, self.crop, self.flip, draw)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:
+            raise explain(error) from error
+
+    def _fast(self, data: bytes, mirrored: bool) -> Tensor:
+        image: Image.Image | np.ndarray | None = fast.decode_jpeg(data) if self.mode == "RGB" else None
+        pixels = fast.fast_crop(decode(data, self.mode) if image is None else image, self.size)
+        return (pixels.flip(-1) if mirrored else pixels).contiguous()
+
+
+def labels_of(labels: list[int]) -> Tensor:
+    """int64 (n,) on the CPU."""
+    return torch.tensor(labels, dtype=torch.int64)
