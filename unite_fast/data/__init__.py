@@ -14,9 +14,11 @@ from collections.abc import Callable
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
+from unite_fast.data.packed import open_packed
 from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
 from unite_fast.data.stream import all_images, stream
 from unite_fast.data.synthetic import open_synthetic
+from unite_fast.data.tar import open_tar
 
 __all__ = [
     "SOURCES",
@@ -33,6 +35,8 @@ __all__ = [
 SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {
     "digits": open_digits,
     "folder": open_folder,
+    "tar": open_tar,
+    "packed": open_packed,
     "synthetic": open_synthetic,
 }
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from unite_fast.data.source import WorkerError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 WAKE = 0.2  # seconds between looks at whether the consumer has gone
 
 

@@ -44,7 +44,8 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        shape_and_colors = simplejpeg.decode_jpeg_header(data)
+        height, width, colors = int(shape_and_colors[0]), int(shape_and_colors[1]), shape_and_colors[2]
         if width * height > MAX_PIXELS:
             raise BadImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed")
         return simplejpeg.decode_jpeg(data) if colors in ("YCbCr", "RGB", "Gray") else None

@@ -92,6 +92,13 @@ def place(data: DataConfig, split: str, what: str) -> tuple[str, Path]:
     return field, Path(where)
 
 
+def files_of(root: Path, suffix: str) -> list[Path]:
+    """``root`` itself, or the files in it, whose names end in ``suffix``; sorted."""
+    if root.is_file():
+        return [root] if root.name.endswith(suffix) else []
+    return sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
+
+
 def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
     """The images below data.path (train) or data.heldout_path (heldout). Raises UserError."""
     field, root = place(data, split, "a folder with one sub-folder of images per class")

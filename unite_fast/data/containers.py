@@ -1,0 +1,29 @@
+"""Which kind of container of encoded images a path holds: an image folder, tars, Parquet files, or packed shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data.encoded import EncodedSource
+from unite_fast.data.folder import Folder, files_of, list_folder
+from unite_fast.data.packed import PackedEncoded, read_index
+from unite_fast.data.parquet import Parquet, list_parquet
+from unite_fast.data.tar import Tar, list_tars
+
+
+def open_container(root: Path, field: str, data: DataConfig, model: ModelConfig) -> EncodedSource:
+    """The encoded images at ``root``, whatever their number of classes. ``field`` names the path in messages.
+
+    Raises UserError.
+    """
+    if (root / "index.json").is_file() or (root / ".parts").is_dir():
+        index = read_index(root, field)
+        if index.format == "uint8":
+            raise UserError(f"{field} {root} holds decoded images (uint8); read them with data.source=packed")
+        return PackedEncoded(root, index, data, model)
+    if tars := files_of(root, ".tar"):
+        return Tar(*list_tars(tars, field), data, model)
+    if tables := files_of(root, ".parquet"):
+        return Parquet(*list_parquet(tables, field), data, model)
+    return Folder(*list_folder(root, field), data, model)

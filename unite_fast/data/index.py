@@ -1,0 +1,36 @@
+"""Writes the indexes that data.source=tar reads beside tars in WebDataset's layout (see tar.py).
+
+    python -m unite_fast.data.index PATH...
+
+PATH is a .tar, or a folder of them. A truncated or compressed tar and images without a label stop with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unite_fast.config import UserError
+from unite_fast.data.folder import files_of
+from unite_fast.data.program import run
+from unite_fast.data.tar import COMMAND, write_index
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the indexes of tars in WebDataset's layout.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".tar files, or folders of them")
+    tars = [tar for path in parser.parse_args(argv).paths for tar in files_of(path, ".tar")]
+    if not tars:
+        raise UserError("no .tar files there")
+    images = sum(len(write_index(tar).labels) for tar in tqdm(tars, unit="tar"))
+    print(f"{images:,} images in {len(tars)} tars")
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    sys.exit(run(main))

@@ -1,0 +1,216 @@
+"""Tars in WebDataset's layout: ``key.jpg`` (or .jpeg, .png, .webp) beside ``key.cls``, a class number in ASCII.
+
+``key.json`` with an integer "label" may stand in for ``key.cls``. Samples are ordered by tar, then by place in it.
+``classes.txt`` beside the tars, one name per line, names the classes; without it they are called by their numbers.
+
+Each tar needs an index (``NAME.tar.index.npz``: offsets, lengths, labels, names), written once by
+
+    python -m unite_fast.data.index FOLDER
+
+so that any sample is one read at a known place. Members are only ever read in memory, nothing is extracted. Members
+that are links or devices, or whose names leave the archive (absolute, or with "..") are refused with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
+from unite_fast.data.folder import files_of, place
+from unite_fast.data.source import BadImage, check_channels, check_classes
+
+VERSION = 1
+COMMAND = "python -m unite_fast.data.index"
+OPEN_FILES = 64  # descriptors kept per process
+MAX_LABEL_BYTES = 2**20
+log = logging.getLogger("unite_fast.data")
+
+
+class TarIndex(NamedTuple):
+    """The samples of one tar, in the order of its images."""
+
+    extents: np.ndarray  # int64 (n, 2): offset and length in bytes of each image
+    labels: np.ndarray  # int64 (n,)
+    names: list[str]  # members
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_name(tar.name + ".index.npz")
+
+
+def _refusal(member: tarfile.TarInfo) -> str:
+    """Why a member is not read; empty when it may be."""
+    if member.name.startswith("/") or ".." in Path(member.name).parts:
+        return "its name leaves the archive"
+    if member.issym() or member.islnk():
+        return "it is a link"
+    if not (member.isfile() or member.isdir()):
+        return "it is not a regular file"
+    return ""
+
+
+def _label(kind: str, text: bytes) -> int | None:
+    """The class number in a .cls or .json member, or None."""
+    try:
+        label = int(text) if kind == ".cls" else json.loads(text)["label"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return label if type(label) is int and 0 <= label < 2**31 else None
+
+
+def scan(tar: Path) -> TarIndex:
+    """Reads the headers and the labels of a tar. Raises UserError when it is truncated, compressed or has no labels."""
+    images: OrderedDict[str, tuple[int, int, str]] = OrderedDict()
+    labels: dict[str, int] = {}
+    try:
+        size = tar.stat().st_size
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if reason := _refusal(member):
+                    log.warning("%s: member %r is skipped: %s", tar, member.name, reason)
+                    continue
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > size:
+                    raise UserError(f"{tar} is truncated: {member.name!r} ends after the file does")
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                key, kind = f"{folder}/{stem}", (dot + suffix).lower()
+                if kind in EXTENSIONS:
+                    if key in images:
+                        raise UserError(f"{tar}: two images are called {stem!r}: {images[key][2]} and {member.name}")
+                    images[key] = (member.offset_data, member.size, member.name)
+                elif kind == ".cls" or (kind == ".json" and key not in labels):
+                    file = archive.extractfile(member) if member.size <= MAX_LABEL_BYTES else None
+                    label = _label(kind, file.read() if file is not None else b"")
+                    if label is None and kind == ".cls":
+                        raise UserError(f"{tar}: {member.name!r} holds no class number")
+                    if label is not None:
+                        labels[key] = label
+    except tarfile.TarError as error:
+        raise UserError(f"{tar}: not a complete, uncompressed tar ({error})") from None
+    except OSError as error:
+        raise UserError(f"{tar}: {error.strerror or error}") from None
+    if missing := [images[key][2] for key in images if key not in labels]:
+        raise UserError(f"{tar}: {len(missing)} of {len(images)} images have no label (.cls), first {missing[0]!r}")
+    extents = np.array([entry[:2] for entry in images.values()], dtype=np.int64).reshape(-1, 2)
+    return TarIndex(extents, np.array([labels[key] for key in images], dtype=np.int64), [e[2] for e in images.values()])
+
+
+def write_index(tar: Path) -> TarIndex:
+    """Scans a tar and writes its index. Raises UserError."""
+    index = scan(tar)
+    target = index_path(tar)
+    names = np.frombuffer("\n".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            size = tar.stat().st_size
+            np.savez(file, version=VERSION, size=size, extents=index.extents, labels=index.labels, names=names)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{target}: {error.strerror}") from None
+    return index
+
+
+def read_index(tar: Path, field: str) -> TarIndex:
+    """The index of a tar. Raises UserError when it is missing, damaged, or not that of the tar as it is now."""
+    path = index_path(tar)
+    again = f"write it again with {COMMAND} {tar}"
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            version, size = int(content["version"]), int(content["size"])
+            extents, labels, names = content["extents"], content["labels"], content["names"]
+    except FileNotFoundError:
+        raise UserError(f"{field} {tar} has no index; write it with {COMMAND} {tar.parent}") from None
+    except Exception:  # a damaged zip raises nearly anything
+        raise UserError(f"{path}: not a readable index; {again}") from None
+    members = names.tobytes().decode("utf-8", "surrogateescape").split("\n") if len(names) else []
+    shapes = (extents.shape, extents.dtype, labels.shape, labels.dtype, len(members))
+    n = len(labels)
+    if version != VERSION or shapes != ((n, 2), np.dtype("int64"), (n,), np.dtype("int64"), n):
+        raise UserError(f"{path}: not an index of version {VERSION}; {again}")
+    actual = tar.stat().st_size
+    if actual != size or (n and (extents.min() < 0 or extents.sum(1).max() > actual or labels.min() < 0)):
+        raise UserError(f"{tar} has {actual} bytes, but had {size} when its index was written: truncated? else {again}")
+    return TarIndex(extents, labels, members)
+
+
+def class_names(tars: list[Path], largest: int) -> list[str]:
+    """The lines of classes.txt, or numbers up to the largest label. Raises UserError."""
+    path = tars[0].parent / "classes.txt"
+    if not path.is_file():
+        return [str(i) for i in range(largest + 1)]
+    names = path.read_text(encoding="utf-8").split("\n")
+    names = names[:-1] if names[-1] == "" else names
+    if largest >= len(names):
+        raise UserError(f"{path} names {len(names)} classes, but label {largest} occurs in the tars")
+    return names
+
+
+def list_tars(tars: list[Path], field: str) -> tuple[list[Path], list[TarIndex], list[str]]:
+    """The tars, their indexes and the class names. Raises UserError."""
+    indexes = [read_index(tar, field) for tar in tars]
+    if not sum(len(index.labels) for index in indexes):
+        raise UserError(f"{field} {tars[0].parent}: no images in its {len(tars)} tars")
+    return tars, indexes, class_names(tars, max(int(i.labels.max()) for i in indexes if len(i.labels)))
+
+
+class Tar(EncodedSource):
+    """The images of indexed tars."""
+
+    def __init__(
+        self, tars: list[Path], indexes: list[TarIndex], names: list[str], data: DataConfig, model: ModelConfig
+    ) -> None:
+        super().__init__(torch.from_numpy(np.concatenate([i.labels for i in indexes])), names, data, model)
+        self.tars = tars
+        self._ends = np.cumsum([len(index.labels) for index in indexes])
+        self._extents = np.concatenate([index.extents for index in indexes])
+        self._members = Names([name for index in indexes for name in index.names])
+        self._files: OrderedDict[int, int] = OrderedDict()  # number of a tar -> descriptor, least recently used first
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_files": OrderedDict()}
+
+    def _tar(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def name(self, index: int) -> str:
+        return f"{self.tars[self._tar(index)]}/{self._members[index]}"
+
+    def encoded(self, index: int) -> bytes:
+        offset, length = self._extents[index].tolist()
+        check_bytes(length)
+        number = self._tar(index)
+        if number not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[number] = os.open(self.tars[number], os.O_RDONLY)
+        self._files.move_to_end(number)
+        data = os.pread(self._files[number], min(length, MAX_ENCODED_BYTES), offset)
+        if len(data) != length:
+            raise BadImage("the tar has become shorter")
+        return data
+
+
+def open_tar(data: DataConfig, model: ModelConfig, split: str) -> Tar:
+    """The .tar files in data.path (train) or data.heldout_path (heldout), or that file itself. Raises UserError."""
+    field, root = place(data, split, "a folder of .tar files, or one .tar")
+    check_channels(model.channels, "data.source tar")
+    tars = files_of(root, ".tar")
+    if not tars:
+        raise UserError(f"{field} {root}: " + ("no .tar files there" if root.exists() else "no such file or folder"))
+    source = Tar(*list_tars(tars, field), data, model)
+    check_classes(source.num_classes, model.num_classes, f"{field} {root}")
+    return source

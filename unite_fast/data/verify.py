@@ -1,0 +1,87 @@
+"""Reads a pack back: hashes and images (``verify``), and the input list of FID statistics (``write_stats``)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data.encoded import EncodedSource
+from unite_fast.data.packed import Index, open_packed, read_index, shard_name
+from unite_fast.data.source import BadImage
+
+BLOCK = 2**22
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(dest: Path, index: Index):
+    data = DataConfig(source="packed", path=str(dest), flip=False)
+    return open_packed(data, ModelConfig(image_size=index.size, num_classes=len(index.class_names)), "train")
+
+
+def images_of(dest: Path, index: Index) -> Iterator[tuple[str, Tensor | str]]:
+    """(name, image uint8 (3, size, size), or the reason why there is none) of every packed image in order."""
+    source = _open(dest, index)
+    for i in range(len(source)):
+        try:
+            yield source.name(i), source.read(i, None, 0)
+        except BadImage as error:
+            yield source.name(i), str(error)
+
+
+def verify(dest: Path) -> str:
+    """Checks the hashes of a pack's files and decodes every jpeg or png image. Raises UserError naming what is bad."""
+    index = read_index(dest, "DEST")
+    _open(dest, index)  # sizes, labels, extents
+    wrong = []
+    total = sum(shard.bytes for shard in index.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing") as bar:
+        for number, shard in enumerate(index.shards):
+            if file_sha256(dest / shard_name(number)) != shard.sha256:
+                wrong.append(f"{shard_name(number)}: its sha256 is not the one in index.json")
+            bar.update(shard.bytes)
+    count = sum(shard.count for shard in index.shards)
+    if index.format != "uint8":
+        for name, image in tqdm(images_of(dest, index), total=count, unit="image", desc="decoding"):
+            if isinstance(image, str):
+                wrong.append(f"{name}: {image}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{dest} is damaged: {wrong[0]}{more}; remove it and pack again")
+    return f"{dest}: {count:,} images in {len(index.shards)} shards are intact"
+
+
+def write_stats(dest: Path, source: EncodedSource, source_path: Path) -> None:
+    """Writes stats.tsv (see pack.py) for the pack at DEST of ``source``. Raises UserError."""
+    index = read_index(dest, "DEST")
+    left_out = {name for name, _ in index.skipped}
+    names = (name for i in range(len(source)) if (name := source.name(i)) not in left_out)
+    labels = _open(dest, index).labels.tolist()
+    images = tqdm(images_of(dest, index), total=len(labels), unit="image", desc="listing")
+    temporary = dest / ".stats.tsv.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("number\tclass\tsha256\tname\n")
+            for number, (label, name, (where, image)) in enumerate(zip(labels, names, images, strict=True)):
+                if isinstance(image, str):
+                    raise UserError(f"{where}: {image}; run verify")
+                digest = hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()
+                shown = os.path.relpath(name, source_path).replace("\t", "\\t").replace("\n", "\\n")
+                file.write(f"{number}\t{index.class_names[label]}\t{digest}\t{shown}\n")
+        os.replace(temporary, dest / "stats.tsv")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{dest}: {error.strerror or error}") from None
