@@ -69,11 +69,11 @@ def _residual_inputs(s: Sizes, randn: Callable, dtype: torch.dtype, norms: int) 
     return [randn(*rows), randn(*rows).to(dtype), gate, *[randn(s.width) * 0.1 + 1 for _ in range(norms)], shift, scale]
 
 
-def _qkv_inputs(s: Sizes, randn: Callable, dtype: torch.dtype) -> list[Tensor]:
+def _qk_inputs(s: Sizes, randn: Callable, dtype: torch.dtype) -> list[Tensor]:
     head_dim = s.width // s.heads
     angle = randn(s.tokens, head_dim // 2)
     weights = [randn(head_dim) * 0.1 + 1 for _ in range(2)]
-    return [randn(s.batch, s.tokens, 3 * s.width).to(dtype), *weights, angle.cos(), angle.sin()]
+    return [randn(s.batch, s.tokens, 2 * s.width).to(dtype), *weights, angle.cos(), angle.sin()]
 
 
 COMPONENTS = {
@@ -97,8 +97,8 @@ COMPONENTS = {
     ),
     "qk_norm_rope": Component(
         lambda i, backend, s: qk_norm_rope(*i, s.heads, backend=backend),
-        _qkv_inputs,
-        lambda s, r, b: 4 * b * s.width,  # q and k in place; the copy of v is not counted
+        _qk_inputs,
+        lambda s, r, b: 4 * b * s.width,
         lambda s, r, b: 6 * b * s.width,
         constant_inputs=2,
     ),

@@ -10,13 +10,13 @@ struct QkInputs {
   QkNormRope args{};
   Small q_weight, k_weight, cos, sin;
 
-  QkInputs(const char* op, const Tensor& qkv, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
+  QkInputs(const char* op, const Tensor& qk, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
            int64_t heads, int64_t prefix) {
-    const bool bf16 = check_large(op, "qkv", qkv);
-    require(qkv.dim() == 3, op, ": qkv must have shape (batch, tokens, 3 width), not ", shape_text(qkv));
-    require(heads > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * heads) == 0, op, ": the last dimension of qkv, ",
-            qkv.size(2), ", is not 3 * heads * head_dim with ", heads, " heads");
-    const int64_t tokens = qkv.size(1), head_dim = qkv.size(2) / (3 * heads);
+    const bool bf16 = check_large(op, "qk", qk);
+    require(qk.dim() == 3, op, ": qk must have shape (batch, tokens, 2 width), not ", shape_text(qk));
+    require(heads > 0 && qk.size(2) > 0 && qk.size(2) % (2 * heads) == 0, op, ": the last dimension of qk, ",
+            qk.size(2), ", is not 2 * heads * head_dim with ", heads, " heads");
+    const int64_t tokens = qk.size(1), head_dim = qk.size(2) / (2 * heads);
     require(head_dim % 2 == 0, op, ": head_dim ", head_dim, " is odd, so it has no pairs to rotate");
     require(prefix >= 0, op, ": prefix is negative: ", prefix);
     q_weight = Small(op, "q_weight", q, {head_dim});
@@ -26,12 +26,12 @@ struct QkInputs {
     require(positions >= tokens - prefix, op, ": cos has ", positions, " positions for ", tokens - prefix, " tokens");
     cos = Small(op, "cos", torch::stable::contiguous(c), {positions, head_dim / 2});
     sin = Small(op, "sin", torch::stable::contiguous(s), {positions, head_dim / 2});
-    args.shape = {qkv.size(0), tokens, qkv.size(2)};
+    args.shape = {qk.size(0), tokens, qk.size(2)};
     args.types = {bf16, bf16};
     args.heads = heads;
     args.head_dim = head_dim;
     args.prefix = prefix;
-    args.qkv = qkv.data_ptr();
+    args.qk = qk.data_ptr();
     args.q_weight = q_weight.data();
     args.k_weight = k_weight.data();
     args.cos = cos.data();
@@ -64,11 +64,11 @@ struct SwigluInputs {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
                                             int64_t heads, int64_t prefix, double eps) {
-  QkInputs in("qk_norm_rope_fwd", qkv, q_weight, k_weight, cos, sin, heads, prefix);
-  Tensor out = torch::stable::empty_like(qkv);
-  Tensor rstd = empty_float(qkv, {in.args.shape.samples, in.args.shape.rows, 2, heads});
+  QkInputs in("qk_norm_rope_fwd", qk, q_weight, k_weight, cos, sin, heads, prefix);
+  Tensor out = torch::stable::empty_like(qk);
+  Tensor rstd = empty_float(qk, {in.args.shape.samples, in.args.shape.rows, 2, heads});
   in.args.eps = float(eps);
   in.args.out = out.data_ptr();
   in.args.rstd = floats(rstd);
@@ -76,28 +76,28 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor 
   return {out, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qkv, Tensor q_weight, Tensor k_weight,
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight,
                                                     Tensor cos, Tensor sin, Tensor rstd, int64_t heads,
                                                     int64_t prefix) {
   const char* op = "qk_norm_rope_bwd";
-  QkInputs in(op, qkv, q_weight, k_weight, cos, sin, heads, prefix);
-  check_large(op, "dqkv_out", dout);
-  check_same_shape(op, "dqkv_out", dout, "qkv", qkv);
-  require(dout.scalar_type() == qkv.scalar_type(), op, ": dqkv_out must have the dtype of qkv");
+  QkInputs in(op, qk, q_weight, k_weight, cos, sin, heads, prefix);
+  check_large(op, "dout", dout);
+  check_same_shape(op, "dout", dout, "qk", qk);
+  require(dout.scalar_type() == qk.scalar_type(), op, ": dout must have the dtype of qk");
   check_float32(op, "rstd", rstd);
   check_shape(op, "rstd", rstd, {in.args.shape.samples, in.args.shape.rows, 2, heads});
   const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks();
-  Tensor dqkv = torch::stable::empty_like(qkv);
-  Tensor dq = empty_float(qkv, {hd}), dk = empty_float(qkv, {hd});
+  Tensor dqk = torch::stable::empty_like(qk);
+  Tensor dq = empty_float(qk, {hd}), dk = empty_float(qk, {hd});
   const Scratch partial = scratch(tasks * 2 * hd);
   in.args.dout = dout.data_ptr();
-  in.args.out = dqkv.data_ptr();
+  in.args.out = dqk.data_ptr();
   in.args.rstd = floats(rstd);
   in.args.partial = partial.get();
   run(kernels().qk_norm_rope_backward, in.args, tasks);
   kernels().sum_rows(partial.get(), tasks, 2 * hd, hd, floats(dq));
   kernels().sum_rows(partial.get() + hd, tasks, 2 * hd, hd, floats(dk));
-  return {dqkv, as_type_of(dq, q_weight), as_type_of(dk, k_weight)};
+  return {dqk, as_type_of(dq, q_weight), as_type_of(dk, k_weight)};
 }
 
 Tensor swiglu_fwd(Tensor x, std::optional<Tensor> bias) {

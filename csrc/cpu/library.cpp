@@ -56,10 +56,10 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
       "adaln_tail_bwd(Tensor dx2, Tensor dy, Tensor x, Tensor branch, Tensor gate, Tensor weight3, Tensor weight1,"
       " Tensor scale, Tensor rstd3, Tensor rstd1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, int prefix,"
+      "qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, int prefix,"
       " float eps) -> (Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_bwd(Tensor dqkv_out, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+      "qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
       " Tensor rstd, int heads, int prefix) -> (Tensor, Tensor, Tensor)");
   m.def("swiglu_fwd(Tensor x, Tensor? bias) -> Tensor");
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");

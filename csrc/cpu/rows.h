@@ -63,13 +63,13 @@ struct AdalnBackward {
 };
 
 struct QkNormRope {
-  Shape shape;  // samples B, rows T, width 3 D
+  Shape shape;  // samples B, rows T, width 2 D
   Types types;
   int64_t heads, head_dim, prefix;
-  const void *qkv, *dout;
+  const void *qk, *dout;
   const float *q_weight, *k_weight, *cos, *sin;
   float eps;
-  void* out;  // forward: the rotated qkv; backward: its gradient
+  void* out;  // forward: the rotated qk; backward: its gradient
   float* rstd;
   float* partial;  // (tasks, 2, head_dim)
 };

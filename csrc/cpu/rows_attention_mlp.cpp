@@ -24,8 +24,8 @@ void qk_forward(const QkNormRope& p, int64_t begin, int64_t end) {
       for (int64_t part = 0; part < 2; ++part) {
         const float* __restrict weight = part == 0 ? p.q_weight : p.k_weight;
         for (int64_t head = 0; head < p.heads; ++head) {
-          const X* __restrict x = static_cast<const X*>(p.qkv) + row * 3 * d + part * d + head * hd;
-          X* __restrict out = static_cast<X*>(p.out) + row * 3 * d + part * d + head * hd;
+          const X* __restrict x = static_cast<const X*>(p.qk) + row * 2 * d + part * d + head * hd;
+          X* __restrict out = static_cast<X*>(p.out) + row * 2 * d + part * d + head * hd;
           float square = 0.0f;
           UNITE_SIMD_SUM(square)
           for (int64_t i = 0; i < hd; ++i) square += load(x, i) * load(x, i);
@@ -45,10 +45,6 @@ void qk_forward(const QkNormRope& p, int64_t begin, int64_t end) {
           }
         }
       }
-      const X* __restrict v = static_cast<const X*>(p.qkv) + row * 3 * d + 2 * d;
-      X* __restrict v_out = static_cast<X*>(p.out) + row * 3 * d + 2 * d;
-      UNITE_SIMD
-      for (int64_t i = 0; i < d; ++i) v_out[i] = v[i];
     }
   }
 }
@@ -92,9 +88,9 @@ void qk_backward(const QkNormRope& p, int64_t begin, int64_t end) {
       const int64_t row = block.sample * p.shape.rows + t, position = t - p.prefix;
       const float* cos = p.cos + position * (hd / 2);
       const float* sin = p.sin + position * (hd / 2);
-      const X* x = static_cast<const X*>(p.qkv) + row * 3 * d;
-      const X* dout = static_cast<const X*>(p.dout) + row * 3 * d;
-      X* dx = static_cast<X*>(p.out) + row * 3 * d;
+      const X* x = static_cast<const X*>(p.qk) + row * 2 * d;
+      const X* dout = static_cast<const X*>(p.dout) + row * 2 * d;
+      X* dx = static_cast<X*>(p.out) + row * 2 * d;
       for (int64_t part = 0; part < 2; ++part) {
         const float* weight = part == 0 ? p.q_weight : p.k_weight;
         for (int64_t head = 0; head < p.heads; ++head) {
@@ -103,8 +99,6 @@ void qk_backward(const QkNormRope& p, int64_t begin, int64_t end) {
                            position >= 0, scratch, sums + part * hd, dx + o);
         }
       }
-      UNITE_SIMD
-      for (int64_t i = 2 * d; i < 3 * d; ++i) dx[i] = dout[i];
     }
   }
   std::free(scratch);

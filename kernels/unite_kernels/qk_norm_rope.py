@@ -1,13 +1,13 @@
-"""RMSNorm of each query and key head, then rotary position embedding, on the packed output of the qkv layer.
+"""RMSNorm of each query and key head, then rotary position embedding, on packed queries and keys.
 
     n = x / sqrt(mean(x^2) + eps) weight                           per head; own weight for q and k, (head_dim,)
     out[2i], out[2i+1] = n[2i] c - n[2i+1] s, n[2i+1] c + n[2i] s  c, s = cos[p, i], sin[p, i], p = token - prefix
 
-The first ``prefix`` tokens are not rotated; v is copied. Shapes: qkv (B, T, 3 heads head_dim), rows q, k,
-v, each head-major; cos, sin (P, head_dim / 2) float32 with P >= T - prefix; rstd (B, T, 2, heads) float32.
+The first ``prefix`` tokens are not rotated. Shapes: qk (B, T, 2 heads head_dim), rows q, then k, each head-major;
+cos, sin (P, head_dim / 2) float32 with P >= T - prefix; rstd (B, T, 2, heads) float32.
 
-Bytes per token in bfloat16, D = heads head_dim: forward 12 D, backward 16 D, of which v's copy is 4 D each: one packed
-output keeps the attention kernels' layout. Tables and rstd add (4 / heads + 8 / head_dim) D.
+Bytes per token in bfloat16, D = heads head_dim: forward 8 D, backward 12 D, and 8 heads for rstd. A program takes the
+same tokens of several samples, so that it reads their rows of the tables once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .jit import jit, next_power_of_2, tl, triton
 
 
 def qk_norm_rope_eager(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float
+    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float
 ) -> Tensor:
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.reshape(batch, tokens, 3, heads, width // (3 * heads)).unbind(2)
+    batch, tokens, width = qk.shape
+    q, k = qk.reshape(batch, tokens, 2, heads, width // (2 * heads)).unbind(2)
     cos, sin = (table[: tokens - prefix, None].float() for table in (cos, sin))
 
     def rotate(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,21 +33,21 @@ def qk_norm_rope_eager(
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
         even, odd = x[:, prefix:, :, 0::2], x[:, prefix:, :, 1::2]
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-        return torch.cat((x[:, :prefix], turned), dim=1).to(qkv.dtype)
+        return torch.cat((x[:, :prefix], turned), dim=1).to(qk.dtype)
 
-    return torch.stack((rotate(q, q_weight), rotate(k, k_weight), v), dim=2).reshape(qkv.shape)
+    return torch.stack((rotate(q, q_weight), rotate(k, k_weight)), dim=2).reshape(qk.shape)
 
 
 @dataclass(frozen=True)
 class Launch:
     tokens: int  # tokens of one tile
     warps: int
-    steps: int  # tiles of one forward program, which loads the weights once
-    backward_steps: int  # tiles summed by one backward program
+    samples: int  # whose tiles one forward program takes, loading weights and tables once
+    backward_samples: int  # likewise; the program sums over them
 
 
 # Unmeasured default: a tile of 16 heads of 64 gives a thread 16 elements.
-LAUNCH = Launch(tokens=2, warps=4, steps=4, backward_steps=16)
+LAUNCH = Launch(tokens=2, warps=4, samples=4, backward_samples=16)
 
 
 @jit
@@ -64,9 +64,9 @@ def _weight_pairs(p, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @jit
-def _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _angles(p_cos, p_sin, o_token, m_token, prefix, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
     o_i = tl.arange(0, DIM // 2)
-    position = (o_token % tokens) - prefix
+    position = o_token - prefix
     o = position[:, None] * (HEAD_DIM // 2) + o_i[None, :]
     m = (m_token & (position >= 0))[:, None] & (o_i < HEAD_DIM // 2)[None, :]
     return tl.load(p_cos + o, mask=m, other=1.0)[:, None, :], tl.load(p_sin + o, mask=m, other=0.0)[:, None, :]
@@ -74,25 +74,27 @@ def _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM: tl.constexpr, H
 
 @jit
 def _forward_kernel(
-    p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_out, p_rstd, rows, tokens, prefix, eps,
+    p_qk, p_q_weight, p_k_weight, p_cos, p_sin, p_out, p_rstd, batch, tokens, prefix, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
-    STEPS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
+    o_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    m_token = o_token < tokens
     q_even, q_odd = _weight_pairs(p_q_weight, DIM, HEAD_DIM)
     k_even, k_odd = _weight_pairs(p_k_weight, DIM, HEAD_DIM)
-    for i in tl.range(0, STEPS):
-        o_token = (tl.program_id(0).to(tl.int64) * STEPS + i) * TOKENS + tl.arange(0, TOKENS)
-        m_token = o_token < rows
-        m_rows = m_token[:, None] & (o_head < HEADS)[None, :]
+    cos, sin = _angles(p_cos, p_sin, o_token, m_token, prefix, DIM, HEAD_DIM)
+    for i in tl.range(0, SAMPLES):
+        b = tl.program_id(1).to(tl.int64) * SAMPLES + i
+        m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
         m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-        o = o_token[:, None, None] * (3 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
-        cos, sin = _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM, HEAD_DIM)
+        o_row = b * tokens + o_token
+        o = o_row[:, None, None] * (2 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
         for part in tl.static_range(2):
             p = o + part * (HEADS * HEAD_DIM)
-            x = tl.load(p_qkv + p, mask=m, other=0.0).to(tl.float32)
+            x = tl.load(p_qk + p, mask=m, other=0.0).to(tl.float32)
             rstd = tl.rsqrt(tl.sum(x * x, axis=2) / HEAD_DIM + eps)
-            o_rstd = (o_token[:, None] * 2 + part) * HEADS + o_head[None, :]
+            o_rstd = (o_row[:, None] * 2 + part) * HEADS + o_head[None, :]
             tl.store(p_rstd + o_rstd, rstd, mask=m_rows)
             even, odd = _pairs(x * rstd[:, :, None], TOKENS, BLOCK_HEADS, DIM)
             if part == 0:
@@ -102,105 +104,101 @@ def _forward_kernel(
             out = tl.join(even * cos - odd * sin, odd * cos + even * sin)
             out = tl.reshape(out, (TOKENS, BLOCK_HEADS, DIM))
             tl.store(p_out + p, out.to(p_out.dtype.element_ty), mask=m)
-        p = o + 2 * (HEADS * HEAD_DIM)
-        tl.store(p_out + p, tl.load(p_qkv + p, mask=m), mask=m)
 
 
 @jit
 def _backward_kernel(
-    p_dout, p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_rstd, p_dqkv, p_sums, rows, tokens, prefix,
+    p_dout, p_qk, p_q_weight, p_k_weight, p_cos, p_sin, p_rstd, p_dqk, p_sums, batch, tokens, prefix,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
-    STEPS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     o_head, o_d, o_i = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM), tl.arange(0, DIM // 2)
-    for part in tl.static_range(3):
-        if part < 2:
-            weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
-            sum_even = tl.zeros((DIM // 2,), tl.float32)
-            sum_odd = tl.zeros((DIM // 2,), tl.float32)
-        for i in tl.range(0, STEPS):
-            o_token = (tl.program_id(0).to(tl.int64) * STEPS + i) * TOKENS + tl.arange(0, TOKENS)
-            m_token = o_token < rows
-            m_rows = m_token[:, None] & (o_head < HEADS)[None, :]
+    o_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    m_token = o_token < tokens
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    for part in tl.static_range(2):
+        weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
+        sum_even = tl.zeros((DIM // 2,), tl.float32)
+        sum_odd = tl.zeros((DIM // 2,), tl.float32)
+        cos, sin = _angles(p_cos, p_sin, o_token, m_token, prefix, DIM, HEAD_DIM)
+        for i in tl.range(0, SAMPLES):
+            b = tl.program_id(1).to(tl.int64) * SAMPLES + i
+            m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
             m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-            o = o_token[:, None, None] * (3 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM
+            o_row = b * tokens + o_token
+            o = o_row[:, None, None] * (2 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM
             o += part * (HEADS * HEAD_DIM) + o_d[None, None, :]
-            dout = tl.load(p_dout + o, mask=m, other=0.0)
-            if part < 2:
-                cos, sin = _angles(p_cos, p_sin, o_token, m_token, tokens, prefix, DIM, HEAD_DIM)
-                x = tl.load(p_qkv + o, mask=m, other=0.0).to(tl.float32)
-                o_rstd = (o_token[:, None] * 2 + part) * HEADS + o_head[None, :]
-                rstd = tl.load(p_rstd + o_rstd, mask=m_rows, other=0.0)[:, :, None]
-                even, odd = _pairs(x * rstd, TOKENS, BLOCK_HEADS, DIM)
-                dout_even, dout_odd = _pairs(dout.to(tl.float32), TOKENS, BLOCK_HEADS, DIM)
-                dn_even, dn_odd = dout_even * cos + dout_odd * sin, dout_odd * cos - dout_even * sin
-                sum_even += tl.sum(tl.sum(dn_even * even, axis=0), axis=0)
-                sum_odd += tl.sum(tl.sum(dn_odd * odd, axis=0), axis=0)
-                g_even, g_odd = dn_even * weight_even, dn_odd * weight_odd
-                mean = (tl.sum(g_even * even + g_odd * odd, axis=2) / HEAD_DIM)[:, :, None]
-                dx = tl.reshape(tl.join(g_even - even * mean, g_odd - odd * mean), (TOKENS, BLOCK_HEADS, DIM)) * rstd
-                tl.store(p_dqkv + o, dx.to(p_dqkv.dtype.element_ty), mask=m)
-            else:
-                tl.store(p_dqkv + o, dout, mask=m)
-        if part < 2:
-            p = p_sums + (tl.program_id(0).to(tl.int64) * 2 + part) * HEAD_DIM + 2 * o_i
-            tl.store(p, sum_even, mask=o_i < HEAD_DIM // 2)
-            tl.store(p + 1, sum_odd, mask=o_i < HEAD_DIM // 2)
+            dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
+            x = tl.load(p_qk + o, mask=m, other=0.0).to(tl.float32)
+            o_rstd = (o_row[:, None] * 2 + part) * HEADS + o_head[None, :]
+            rstd = tl.load(p_rstd + o_rstd, mask=m_rows, other=0.0)[:, :, None]
+            even, odd = _pairs(x * rstd, TOKENS, BLOCK_HEADS, DIM)
+            dout_even, dout_odd = _pairs(dout, TOKENS, BLOCK_HEADS, DIM)
+            dn_even, dn_odd = dout_even * cos + dout_odd * sin, dout_odd * cos - dout_even * sin
+            sum_even += tl.sum(tl.sum(dn_even * even, axis=0), axis=0)
+            sum_odd += tl.sum(tl.sum(dn_odd * odd, axis=0), axis=0)
+            g_even, g_odd = dn_even * weight_even, dn_odd * weight_odd
+            mean = (tl.sum(g_even * even + g_odd * odd, axis=2) / HEAD_DIM)[:, :, None]
+            dx = tl.reshape(tl.join(g_even - even * mean, g_odd - odd * mean), (TOKENS, BLOCK_HEADS, DIM)) * rstd
+            tl.store(p_dqk + o, dx.to(p_dqk.dtype.element_ty), mask=m)
+        p = p_sums + (program * 2 + part) * HEAD_DIM + 2 * o_i
+        tl.store(p, sum_even, mask=o_i < HEAD_DIM // 2)
+        tl.store(p + 1, sum_odd, mask=o_i < HEAD_DIM // 2)
 
 
-def _sizes(qkv: Tensor, heads: int) -> tuple[int, int, int, int]:
-    head_dim = qkv.shape[2] // (3 * heads)
+def _sizes(qk: Tensor, heads: int) -> tuple[int, int, int, int]:
+    head_dim = qk.shape[2] // (2 * heads)
     return heads, head_dim, next_power_of_2(heads), next_power_of_2(head_dim)
 
 
 @torch.library.custom_op("unite_kernels::qk_norm_rope_fwd", mutates_args=())
 def _qk_norm_rope_fwd(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float,
+    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
-        return _backend.cpu_op("qk_norm_rope_fwd")(qkv, q_weight, k_weight, cos, sin, heads, prefix, eps)
-    batch, tokens, _width = qkv.shape
-    out, rstd = torch.empty_like(qkv), qkv.new_empty(batch, tokens, 2, heads, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        _forward_kernel[(triton.cdiv(batch * tokens, LAUNCH.tokens * LAUNCH.steps),)](
-            *(qkv, q_weight, k_weight, cos, sin, out, rstd, batch * tokens, tokens, prefix, eps),
-            *(*_sizes(qkv, heads), LAUNCH.tokens, LAUNCH.steps),
+        return _backend.cpu_op("qk_norm_rope_fwd")(qk, q_weight, k_weight, cos, sin, heads, prefix, eps)
+    batch, tokens, _width = qk.shape
+    out, rstd = torch.empty_like(qk), qk.new_empty(batch, tokens, 2, heads, dtype=torch.float32)
+    with torch.cuda.device_of(qk):
+        _forward_kernel[(triton.cdiv(tokens, LAUNCH.tokens), triton.cdiv(batch, LAUNCH.samples))](
+            *(qk, q_weight, k_weight, cos, sin, out, rstd, batch, tokens, prefix, eps),
+            *(*_sizes(qk, heads), LAUNCH.tokens, LAUNCH.samples),
             num_warps=LAUNCH.warps,
         )
     return out, rstd
 
 
 @_qk_norm_rope_fwd.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, heads, prefix, eps, backend):
-    return torch.empty_like(qkv), qkv.new_empty(*qkv.shape[:2], 2, heads, dtype=torch.float32)
+def _(qk, q_weight, k_weight, cos, sin, heads, prefix, eps, backend):
+    return torch.empty_like(qk), qk.new_empty(*qk.shape[:2], 2, heads, dtype=torch.float32)
 
 
 @torch.library.custom_op("unite_kernels::qk_norm_rope_bwd", mutates_args=())
 def _qk_norm_rope_bwd(
-    dout: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, heads: int,
+    dout: Tensor, qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, heads: int,
     prefix: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous()
     if backend == "cpp":
-        return _backend.cpu_op("qk_norm_rope_bwd")(dout, qkv, q_weight, k_weight, cos, sin, rstd, heads, prefix)
-    batch, tokens, _width = qkv.shape
-    programs = triton.cdiv(batch * tokens, LAUNCH.tokens * LAUNCH.backward_steps)
-    dqkv = torch.empty_like(qkv)
-    sums = qkv.new_empty(programs, 2, q_weight.numel(), dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        _backward_kernel[(programs,)](
-            *(dout, qkv, q_weight, k_weight, cos, sin, rstd, dqkv, sums, batch * tokens, tokens, prefix),
-            *(*_sizes(qkv, heads), LAUNCH.tokens, LAUNCH.backward_steps),
+        return _backend.cpu_op("qk_norm_rope_bwd")(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix)
+    batch, tokens, _width = qk.shape
+    grid = triton.cdiv(tokens, LAUNCH.tokens), triton.cdiv(batch, LAUNCH.backward_samples)
+    dqk = torch.empty_like(qk)
+    sums = qk.new_empty(grid[0] * grid[1], 2, q_weight.numel(), dtype=torch.float32)
+    with torch.cuda.device_of(qk):
+        _backward_kernel[grid](
+            *(dout, qk, q_weight, k_weight, cos, sin, rstd, dqk, sums, batch, tokens, prefix),
+            *(*_sizes(qk, heads), LAUNCH.tokens, LAUNCH.backward_samples),
             num_warps=LAUNCH.warps,
         )
     sums = sums.sum(0)
-    return dqkv, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
+    return dqk, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
 
 
 @_qk_norm_rope_bwd.register_fake
-def _(dout, qkv, q_weight, k_weight, cos, sin, rstd, heads, prefix, backend):
-    return torch.empty_like(qkv), torch.empty_like(q_weight), torch.empty_like(k_weight)
+def _(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix, backend):
+    return torch.empty_like(qk), torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
 def _setup(ctx, inputs, output):
@@ -217,23 +215,23 @@ _qk_norm_rope_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int = 0,
+    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int = 0,
     eps: float = 1e-6, backend: str = "fused",
 ) -> Tensor:
-    """Packed (B, T, 3 heads head_dim) with q and k normalised per head and rotated; gradients of qkv and weights."""
-    backend = _backend.resolve(backend, qkv, q_weight, k_weight, cos, sin)
-    _backend.check_float("qkv", qkv)
-    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (6 * heads):
-        raise ValueError(f"qkv must have shape (batch, tokens, 3 * {heads} heads * even), not {tuple(qkv.shape)}")
-    _backend.check_contiguous("qkv", qkv)
-    head_dim = qkv.shape[2] // (3 * heads)
+    """Packed (B, T, 2 heads head_dim): q and k normalised per head and rotated; gradients of qk and weights."""
+    backend = _backend.resolve(backend, qk, q_weight, k_weight, cos, sin)
+    _backend.check_float("qk", qk)
+    if qk.ndim != 3 or heads < 1 or qk.shape[2] == 0 or qk.shape[2] % (4 * heads):
+        raise ValueError(f"qk must have shape (batch, tokens, 2 * {heads} heads * even), not {tuple(qk.shape)}")
+    _backend.check_contiguous("qk", qk)
+    head_dim = qk.shape[2] // (2 * heads)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         _backend.check_float(name, weight)
         _backend.check_shape(name, weight, (head_dim,))
         _backend.check_contiguous(name, weight)
-    if not 0 <= prefix <= qkv.shape[1]:
-        raise ValueError(f"prefix must be between 0 and the {qkv.shape[1]} tokens, not {prefix}")
-    positions = qkv.shape[1] - prefix
+    if not 0 <= prefix <= qk.shape[1]:
+        raise ValueError(f"prefix must be between 0 and the {qk.shape[1]} tokens, not {prefix}")
+    positions = qk.shape[1] - prefix
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, not {table.dtype}")
@@ -241,5 +239,5 @@ def qk_norm_rope(
             raise ValueError(f"{name} must have shape (>= {positions}, {head_dim // 2}), not {tuple(table.shape)}")
         _backend.check_contiguous(name, table)
     if backend == "eager":
-        return qk_norm_rope_eager(qkv, q_weight, k_weight, cos, sin, heads, prefix, eps)
-    return _qk_norm_rope_fwd(qkv, q_weight, k_weight, cos, sin, heads, prefix, eps, backend)[0]
+        return qk_norm_rope_eager(qk, q_weight, k_weight, cos, sin, heads, prefix, eps)
+    return _qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, heads, prefix, eps, backend)[0]

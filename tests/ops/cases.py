@@ -58,7 +58,7 @@ def heads_of(width: int) -> int:
 def _qk_tensors(batch, tokens, width, _residual, branch):
     head_dim = width // heads_of(width)
     angle = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    tensors = {"qkv": _big(batch, tokens, 3 * width, branch, 7), "q_weight": _weight(head_dim, 8)}
+    tensors = {"qk": _big(batch, tokens, 2 * width, branch, 7), "q_weight": _weight(head_dim, 8)}
     return {**tensors, "k_weight": _weight(head_dim, 9), "cos": angle.cos(), "sin": angle.sin()}
 
 
@@ -69,9 +69,9 @@ def _swiglu_tensors(batch, tokens, width, _residual, branch):
 
 def _qk_call(t: dict[str, Tensor], backend: str):
     head_dim = t["q_weight"].numel()
-    heads = t["qkv"].shape[2] // (3 * head_dim)
-    prefix = min(2, t["qkv"].shape[1])
-    arguments = (t["qkv"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], heads, prefix)
+    heads = t["qk"].shape[2] // (2 * head_dim)
+    prefix = min(2, t["qk"].shape[1])
+    arguments = (t["qk"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], heads, prefix)
     return (qk_norm_rope.qk_norm_rope(*arguments, backend=backend),)
 
 
@@ -95,10 +95,7 @@ CASES = {
         _tail_tensors,
         lambda b, t, d, r, e: (b * t * d * (2 * r + 2 * e), b * t * d * (3 * r + 3 * e)),
     ),
-    # v's copy included: 2/6 of the forward and 2/8 of the backward; without it the minimum is 4 e D and 6 e D.
-    "qk_norm_rope": Case(
-        _qk_call, _qk_tensors, lambda b, t, d, r, e: (b * t * d * 6 * e, b * t * d * 8 * e)
-    ),
+    "qk_norm_rope": Case(_qk_call, _qk_tensors, lambda b, t, d, r, e: (b * t * d * 4 * e, b * t * d * 6 * e)),
     "swiglu": Case(
         lambda t, backend: (swiglu.swiglu(t["x"], t["bias"], backend=backend),),
         _swiglu_tensors,
@@ -145,11 +142,11 @@ def launches(name: str, t: dict[str, Tensor]) -> tuple[Callable, Callable]:
 
 
 def _qk_arguments(t: dict[str, Tensor]) -> list[Tensor]:
-    return [t[n] for n in ("qkv", "q_weight", "k_weight", "cos", "sin")]
+    return [t[n] for n in ("qk", "q_weight", "k_weight", "cos", "sin")]
 
 
 def _qk_heads(t: dict[str, Tensor]) -> int:
-    return t["qkv"].shape[2] // (3 * t["q_weight"].numel())
+    return t["qk"].shape[2] // (2 * t["q_weight"].numel())
 
 
 FORWARD = {

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Where the operations are tested, and which kernels run there. Cases are made on the CPU and moved.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("triton",) if DEVICE == "cuda" else ("triton", "cpp")
+
+
+def on_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.to(DEVICE) for name, t in tensors.items()}
+
 
 def values_and_gradients(call, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Outputs and gradients by name. Output gradients are fixed by a seed, in each output's dtype."""
-    leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    """Outputs and gradients by name, on DEVICE. Output gradients are fixed by a seed, in each output's dtype."""
+    leaves = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in on_device(tensors).items()}
     for name in ("cos", "sin"):
         if name in leaves:
             leaves[name].requires_grad_(False)
     outputs = call(leaves, backend)
     generator = torch.Generator().manual_seed(99)
-    grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
+    grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), grads)
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}

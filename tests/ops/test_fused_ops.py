@@ -63,7 +63,7 @@ def in_double(name: str):
 
     def qk(t, _):
         head_dim = t["q_weight"].numel()
-        q, k, v = t["qkv"].unflatten(-1, (3, -1, head_dim)).unbind(2)
+        q, k = t["qk"].unflatten(-1, (2, -1, head_dim)).unbind(2)
         prefix = min(2, q.shape[1])
         turn = torch.polar(torch.ones_like(t["cos"]), torch.atan2(t["sin"], t["cos"]))[: q.shape[1] - prefix]
 
@@ -72,7 +72,7 @@ def in_double(name: str):
             pairs = torch.view_as_complex(x[:, prefix:].unflatten(-1, (-1, 2)).contiguous()) * turn[:, None]
             return torch.cat((x[:, :prefix], torch.view_as_real(pairs).flatten(-2)), 1)
 
-        return (torch.stack((rotated(q, t["q_weight"]), rotated(k, t["k_weight"]), v), 2).flatten(2),)
+        return (torch.stack((rotated(q, t["q_weight"]), rotated(k, t["k_weight"])), 2).flatten(2),)
 
     plain = {"adaln": lambda t, _: (modulated(t["x"], t, t["weight"]),), "adaln_mid": mid, "adaln_tail": tail}
     return {**plain, "swiglu": swiglu_, "qk_norm_rope": qk}[name]
@@ -128,7 +128,7 @@ def test_registered_op(name, kernels):
         "adaln_tail": lambda: (adaln._adaln_tail_fwd, (*(t[n] for n in cases.TAIL), 1e-6)),
         "qk_norm_rope": lambda: (
             qk_norm_rope._qk_norm_rope_fwd,
-            (*(t[n] for n in ("qkv", "q_weight", "k_weight", "cos", "sin")), 3, 2, 1e-6),
+            (*(t[n] for n in ("qk", "q_weight", "k_weight", "cos", "sin")), 3, 2, 1e-6),
         ),
         "swiglu": lambda: (swiglu._swiglu_fwd, (t["x"], t["bias"])),
     }[name]()
@@ -159,7 +159,7 @@ def test_bad_input_is_named():
         swiglu.swiglu(torch.zeros(2, 5), backend="triton")
     q = cases.CASES["qk_norm_rope"].tensors(2, 4, 48, FP32, FP32)
     with pytest.raises(ValueError, match="cos must have shape"):
-        qk_norm_rope.qk_norm_rope(q["qkv"], q["q_weight"], q["k_weight"], q["cos"][:1], q["sin"], 3)
+        qk_norm_rope.qk_norm_rope(q["qk"], q["q_weight"], q["k_weight"], q["cos"][:1], q["sin"], 3)
 
 
 def test_backend_choice():

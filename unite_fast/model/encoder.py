@@ -21,6 +21,7 @@ from unite_fast.model.attention import attention
 from unite_fast.model.layers import RMSNorm, adamw_parameter, rotary_table, use_adamw
 from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
 from unite_kernels.qk_norm_rope import qk_norm_rope
+from unite_kernels.split_linear import split_linear
 from unite_kernels.swiglu import swiglu
 
 
@@ -66,8 +67,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, backend: str) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        qkv = qk_norm_rope(
-            self.qkv(x),
+        qk, v = split_linear(x, self.qkv.weight, self.qkv.bias, 2 * x.shape[-1])
+        qk = qk_norm_rope(
+            qk,
             self.q_norm.weight,
             self.k_norm.weight,
             layout.cos,
@@ -76,7 +78,8 @@ class SelfAttention(nn.Module):
             layout.prefix if layout.rotate else x.shape[1],
             backend=backend,
         )
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
+        q, k = qk.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
+        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.proj(attention(q, k, v, layout.key_mask).transpose(1, 2).flatten(2))
 
 
