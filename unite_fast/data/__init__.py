@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.data.dali import open_dali
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
 from unite_fast.data.packed import open_packed
@@ -37,6 +38,7 @@ SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {
     "folder": open_folder,
     "tar": open_tar,
     "packed": open_packed,
+    "dali": open_dali,
     "synthetic": open_synthetic,
 }
 

@@ -65,3 +65,29 @@ def ahead(
             yield value
     finally:
         closed.set()
+
+
+def spread(function: Callable[[Item], Result], items: list[Item], threads: int) -> list[Result]:
+    """function(item) for every item, in order, over ``threads`` threads that live for this call.
+
+    They are daemons: one that hangs does not keep the program from ending. The first exception is raised.
+    """
+    results: list[Any] = [None] * len(items)
+    errors: list[BaseException] = []
+
+    def work(first: int) -> None:
+        try:
+            for i in range(first, len(items), threads):
+                results[i] = function(items[i])
+        except BaseException as error:  # handed to the caller
+            errors.append(error)
+
+    started = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(1, min(threads, len(items)))]
+    for thread in started:
+        thread.start()
+    work(0)
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -14,6 +14,7 @@ opened; damage inside a shard is found by ``python -m unite_fast.data.pack verif
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -215,7 +216,8 @@ class Packed(Source):
         """As Source.batches; ``workers`` are threads, and 0 gathers here and now instead of ahead."""
 
         def fetch(request: Request) -> tuple[Request, Tensor, Tensor | None]:
-            images = self.gather(request.indices, max(1, workers), device.type == "cuda")
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                images = self.gather(request.indices, max(1, workers), device.type == "cuda")
             flips = self.mirrored(seed, request.positions) if request.augment and self.flip else None
             return request, images, flips
 

@@ -111,7 +111,7 @@ def write_index(tar: Path) -> TarIndex:
     """Scans a tar and writes its index. Raises UserError."""
     index = scan(tar)
     target = index_path(tar)
-    names = np.frombuffer("\n".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+    names = np.frombuffer("\0".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -136,7 +136,7 @@ def read_index(tar: Path, field: str) -> TarIndex:
         raise UserError(f"{field} {tar} has no index; write it with {COMMAND} {tar.parent}") from None
     except Exception:  # a damaged zip raises nearly anything
         raise UserError(f"{path}: not a readable index; {again}") from None
-    members = names.tobytes().decode("utf-8", "surrogateescape").split("\n") if len(names) else []
+    members = names.tobytes().decode("utf-8", "surrogateescape").split("\0") if len(names) else []
     shapes = (extents.shape, extents.dtype, labels.shape, labels.dtype, len(members))
     n = len(labels)
     if version != VERSION or shapes != ((n, 2), np.dtype("int64"), (n,), np.dtype("int64"), n):
