@@ -1,4 +1,4 @@
-"""Runs Triton kernels in Triton's interpreter where there is no GPU.
+"""Runs Triton kernels on the GPU, or in Triton's interpreter where there is none.
 
 Here, above tests/conftest.py, because a kernel is interpreted or compiled from its definition on: the variable must be
 set before the first import of the package.
@@ -8,5 +8,7 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products repeat their bits
+else:
     os.environ["TRITON_INTERPRET"] = "1"

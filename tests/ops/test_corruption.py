@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checking import BACKENDS, DEVICE
 
 from unite_kernels import corruption, philox
 
 SAMPLES = torch.tensor([0, 3, 2**33 + 5, 77, 1000])
 SEED = 2**40 + 3
+# The reference draws on the CPU, also when a GPU's bits are compared with it.
+
+
+def place(backend: str) -> str:
+    return "cpu" if backend in ("eager", "cpp") else DEVICE
 
 
 def latents(*shape: int) -> torch.Tensor:
@@ -16,16 +22,17 @@ def latents(*shape: int) -> torch.Tensor:
 
 
 def flow(z, samples, law, backend, steps=3, first_step=0):
-    labels = torch.arange(len(z))
-    return corruption.flow_corruption(
+    z, labels, samples = (t.to(place(backend)) for t in (z, torch.arange(len(z)), samples))
+    found = corruption.flow_corruption(
         z, labels, samples, SEED, steps, law, -0.3, 1.2, 0.5, 0.4, 1000, first_step, backend
     )
+    return tuple(t.cpu() for t in found)
 
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("law", corruption.LAWS)
 @pytest.mark.parametrize("shape", [(5, 7, 9), (1, 63), (3, 17, 32), (2, 1)])
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_flow_corruption_has_the_reference_bits(law, shape, backend):
     z = latents(*shape)
     samples = SAMPLES[: len(z)]
@@ -36,17 +43,19 @@ def test_flow_corruption_has_the_reference_bits(law, shape, backend):
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("shape", [(5, 7, 9), (1, 63), (3, 17, 32)])
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_injection_has_the_reference_bits_and_gradient(shape, backend):
     results = []
     for kind in ("eager", backend):
         z = latents(*shape).requires_grad_()
-        out = corruption.noise_injection(z, SAMPLES[: len(z)], 5, 0.5, 0.7, 1.0, kind)
+        out = corruption.noise_injection(
+            z.to(place(kind)), SAMPLES[: len(z)].to(place(kind)), 5, 0.5, 0.7, 1.0, kind
+        ).cpu()
         results.append((out, *torch.autograd.grad(out, z, torch.ones_like(out))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp", "eager"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 def test_numbers_do_not_depend_on_the_batch_split(backend):
     z = latents(5, 7, 9)
     whole = flow(z, SAMPLES, "logit_normal", backend)
@@ -91,12 +100,22 @@ def test_blend_takes_given_noise():
     assert torch.equal(out[3, 1], z[1])
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_registered_ops(backend):
-    z, samples = latents(2, 12), SAMPLES[:2]
+    z, samples = latents(2, 12).to(DEVICE), SAMPLES[:2].to(DEVICE)
     torch.library.opcheck(corruption._noise_injection, (z.requires_grad_(), samples, 5, 0.5, 0.7, 1.0, backend))
     flow_arguments = (z.detach(), samples, samples, 5, 2, 0, False, 0.0, 1.0, 0.5, 0.1, 10, backend)
     torch.library.opcheck(corruption._flow_corruption, flow_arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["uniform", "normal", "logistic"])
+def test_the_reference_has_the_same_bits_on_a_gpu(kind):
+    if kind == "logistic":
+        cpu, gpu = (philox.logistic(latents(999).to(d) * 5) for d in ("cpu", DEVICE))
+    else:
+        cpu, gpu = (getattr(philox, kind)(SEED, 4, SAMPLES.to(d), (63,)) for d in ("cpu", DEVICE))
+    assert torch.equal(cpu, gpu.cpu())
 
 
 def test_bad_input_is_named():
@@ -110,4 +129,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="samples must have shape"):
         flow(z.detach(), SAMPLES[:3], "uniform", "triton")
     with pytest.raises(ValueError, match="seed must be"):
-        corruption.noise_injection(z.detach(), SAMPLES[:2], -1, 0.5, 0.7, 1.0, "triton")
+        corruption.noise_injection(z.detach().to(DEVICE), SAMPLES[:2].to(DEVICE), -1, 0.5, 0.7, 1.0, "triton")

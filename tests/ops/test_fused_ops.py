@@ -5,12 +5,11 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from checking import check_budget, values_and_gradients
+from checking import BACKENDS, DEVICE, check_budget, on_device, values_and_gradients
 
 from unite_kernels import adaln, backend, qk_norm_rope, swiglu
 
 BF16, FP32 = torch.bfloat16, torch.float32
-BACKENDS = ("triton", "cpp")
 # (batch, tokens, width): odd widths, tokens that are no power of two, batch 1, several backward programs per sample
 SHAPES = [(2, 9, 63), (1, 5, 199), (3, 3, 760), (1, 67, 48)]
 
@@ -81,7 +80,7 @@ def in_double(name: str):
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_rows_of_a_wider_matrix(kernels):
     """shift, scale and gate are chunks of one projection: rows 6 D apart."""
-    t = cases.CASES["adaln_mid"].tensors(2, 4, 64, FP32, FP32)
+    t = on_device(cases.CASES["adaln_mid"].tensors(2, 4, 64, FP32, FP32))
     expected = adaln.adaln_mid(*(t[n] for n in cases.MID), backend=kernels)
     t["gate"], t["shift"], t["scale"] = torch.cat((t["gate"], t["shift"], t["scale"]), 1).chunk(3, 1)
     found = adaln.adaln_mid(*(t[n] for n in cases.MID), backend=kernels)
@@ -99,7 +98,7 @@ def test_equal_runs_give_equal_bits(name, kernels):
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_swiglu_without_bias(kernels):
-    x = torch.randn(3, 5, 126, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5, 126, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     a, b = x.double().chunk(2, -1)
     torch.testing.assert_close(swiglu.swiglu(x, None, kernels).double(), a * torch.sigmoid(a) * b, rtol=1e-6, atol=1e-6)
 
@@ -119,7 +118,7 @@ def test_compiles_without_graph_breaks(name, kernels):
 @pytest.mark.parametrize("name", cases.CASES)
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_registered_op(name, kernels):
-    t = cases.CASES[name].tensors(*shape_for(name, (2, 3, 48)), FP32, FP32)
+    t = on_device(cases.CASES[name].tensors(*shape_for(name, (2, 3, 48)), FP32, FP32))
     for key in t:
         t[key].requires_grad_(key not in ("cos", "sin"))
     op, arguments = {
@@ -136,7 +135,7 @@ def test_registered_op(name, kernels):
 
 
 def test_bad_input_is_named():
-    t = cases.CASES["adaln_mid"].tensors(2, 4, 64, FP32, FP32)
+    t = on_device(cases.CASES["adaln_mid"].tensors(2, 4, 64, FP32, FP32))
 
     def call(**changed):
         return adaln.adaln_mid(*({**t, **changed}[n] for n in cases.MID), backend="triton")
@@ -154,10 +153,10 @@ def test_bad_input_is_named():
     with pytest.raises(RuntimeError, match="different devices"):
         call(gate=t["gate"].to("meta"))
     with pytest.raises(ValueError, match="width up to 2048"):
-        adaln.adaln(torch.zeros(1, 1, 4096), *torch.zeros(3, 4096), backend="triton")
+        adaln.adaln(torch.zeros(1, 1, 4096, device=DEVICE), *torch.zeros(3, 4096, device=DEVICE), backend="triton")
     with pytest.raises(ValueError, match="two equal halves"):
-        swiglu.swiglu(torch.zeros(2, 5), backend="triton")
-    q = cases.CASES["qk_norm_rope"].tensors(2, 4, 48, FP32, FP32)
+        swiglu.swiglu(torch.zeros(2, 5, device=DEVICE), backend="triton")
+    q = on_device(cases.CASES["qk_norm_rope"].tensors(2, 4, 48, FP32, FP32))
     with pytest.raises(ValueError, match="cos must have shape"):
         qk_norm_rope.qk_norm_rope(q["qk"], q["q_weight"], q["k_weight"], q["cos"][:1], q["sin"], 3)
 
@@ -166,7 +165,8 @@ def test_backend_choice():
     x = torch.zeros(1)
     assert backend.resolve("fused", x) == "cpp"
     assert backend.resolve("eager", x) == "eager"
-    assert backend.resolve("triton", x) == "triton"  # the interpreter is on
+    assert backend.resolve("triton", x.to(DEVICE)) == "triton"  # without a GPU: the interpreter is on
+    assert backend.resolve("fused", x.to(DEVICE)) == BACKENDS[-1]
     with pytest.raises(ValueError, match="unknown kernel backend 'fast'"):
         backend.resolve("fast", x)
     with pytest.raises(RuntimeError, match="runs on CPU tensors"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import check_budget
+from checking import DEVICE, check_budget
 
 from unite_kernels import lpips_head
 
@@ -17,11 +17,11 @@ def maps(batch: int, dtype: torch.dtype, layout: torch.memory_format) -> dict[st
     for i, channels in enumerate(CHANNELS):
         for side in "ab":
             f = torch.randn(batch, channels, 5 + i, 3, generator=generator).relu() + 0.01
-            tensors[f"{side}{i}"] = f.to(dtype).contiguous(memory_format=layout)
+            tensors[f"{side}{i}"] = f.to(DEVICE, dtype).contiguous(memory_format=layout)
     return tensors
 
 
-WEIGHTS = [torch.rand(c, generator=torch.Generator().manual_seed(c)) for c in CHANNELS]
+WEIGHTS = [torch.rand(c, generator=torch.Generator().manual_seed(c)).to(DEVICE) for c in CHANNELS]
 
 
 def call(t: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor]:
@@ -57,9 +57,11 @@ def test_gradient_of_the_second_maps_alone():
 
 
 def test_a_position_of_zeros_has_finite_gradients():
-    f0 = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    f1 = torch.rand(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    grads = torch.autograd.grad(lpips_head.lpips_head([f0], [f1], [torch.ones(4)], "triton").sum(), (f0, f1))
+    f0 = torch.zeros(1, 4, 2, 2, device=DEVICE, requires_grad=True)
+    f1 = torch.rand(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    grads = torch.autograd.grad(
+        lpips_head.lpips_head([f0], [f1], [torch.ones(4, device=DEVICE)], "triton").sum(), (f0, f1)
+    )
     assert all(g.isfinite().all() for g in grads)
 
 
@@ -71,12 +73,12 @@ def test_registered_op_and_compilation():
 
 
 def test_bad_input_is_named():
-    f = torch.zeros(1, 4, 2, 2)
+    f, ones = torch.zeros(1, 4, 2, 2, device=DEVICE), torch.ones(4, device=DEVICE)
     with pytest.raises(ValueError, match="equally many"):
         lpips_head.lpips_head([f], [f], [])
     with pytest.raises(ValueError, match="second features must have shape"):
-        lpips_head.lpips_head([f], [f[:, :3]], [torch.ones(4)], "triton")
+        lpips_head.lpips_head([f], [f[:, :3]], [ones], "triton")
     with pytest.raises(ValueError, match="frozen"):
-        lpips_head.lpips_head([f], [f], [torch.ones(4, requires_grad=True)], "triton")
+        lpips_head.lpips_head([f], [f], [ones.clone().requires_grad_()], "triton")
     with pytest.raises(ValueError, match="no backend 'cpp'"):
-        lpips_head.lpips_head([f], [f], [torch.ones(4)], "cpp")
+        lpips_head.lpips_head([f], [f], [ones], "cpp")
