@@ -91,7 +91,7 @@ class SeededDraws:
 
     def tokenizer(self) -> tuple[Tensor, Tensor]:
         return corruption.draw_tokenizer(
-            self.seed, self.samples, self.model.latent_shape, self.objective.tokenizer_t_max
+            self.seed, self.samples, self.model.latent_shape, self.objective.tokenizer_t_max, backend=self.backend
         )
 
     def decoder_input(self, z: Tensor, objective: ObjectiveConfig) -> Tensor:

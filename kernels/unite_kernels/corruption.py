@@ -1,5 +1,6 @@
 """Noise: the random draws of a training step, decoder noise injection and flow corruption.
 
+    tokenizer         e ~ N(0, 1),  t ~ U(0, t_max)
     noise injection   z' = mask ? t z + (1 - t) e : z          mask ~ Bernoulli(p), t ~ U(low, high), e ~ N(0, 1)
     flow corruption   z_t = t z + (1 - t) e                    t = a s / (1 + (a - 1) s),  s ~ law,  e ~ N(0, 1)
     laws              "logit_normal": s = logistic(mu + sigma n), n ~ N(0, 1);   "uniform": s ~ U(0, 1)
@@ -8,12 +9,14 @@
 Shapes: z (B, ...) with any row; N flow steps give (N, B, ...). Every number comes from ``philox`` and depends on
 (seed, stream, global sample index, position) alone. ``stream = 16 * flow_step + kind`` with the kinds below.
 
-Bytes moved, r = bytes of a latent element: injection 2r per element; N flow steps (1 + N) r, in one launch: the numbers
-are made in registers. The eager form writes and reads 4 bytes of noise per element besides its temporaries.
+Bytes moved, r = bytes of a latent element: tokenizer noise 4 per element; injection 2r; N flow steps (1 + N) r, in one
+launch: the numbers are made in registers. The eager form writes and reads 4 bytes of noise per element besides its
+temporaries.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +38,6 @@ LABEL_DROP = 7
 STREAMS_PER_STEP = 16
 
 LAWS = ("logit_normal", "uniform")
-
-
-def draw_tokenizer(seed: int, samples: Tensor, shape: tuple[int, ...], t_max: float) -> tuple[Tensor, Tensor]:
-    """Register noise (B, *shape) and time (B,) ~ U(0, t_max) of the tokenization pass, float32."""
-    noise = philox.normal(seed, TOKENIZER_NOISE, samples, shape)
-    return noise, philox.uniform(seed, TOKENIZER_TIME, samples) * t_max
 
 
 def draw_noising(
@@ -102,6 +99,28 @@ LAUNCH = Launch(groups=128, warps=4)
 def _launch(size: int) -> Launch:
     groups = min(LAUNCH.groups, next_power_of_2((size + 3) // 4))
     return Launch(groups, max(1, min(LAUNCH.warps, groups // 32)))
+
+
+@jit(do_not_specialize=["seed"])
+def _tokenizer_kernel(
+    p_samples,
+    p_noise,
+    p_t,
+    seed,
+    t_max,
+    size,
+    TOKENIZER_NOISE: tl.constexpr,
+    TOKENIZER_TIME: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sample = tl.load(p_samples + b)
+    zero = (sample ^ sample).to(tl.int32)
+    if part == 0:
+        tl.store(p_t + b, uniform(seed, zero + TOKENIZER_TIME, sample) * t_max)
+    o = part * (4 * GROUPS) + tl.arange(0, 4 * GROUPS)
+    noise = normals(seed, zero + TOKENIZER_NOISE, sample, part * GROUPS, GROUPS)
+    tl.store(p_noise + b * size + o, noise, mask=o < size)
 
 
 @jit(do_not_specialize=["seed"])
@@ -181,6 +200,32 @@ def _flow_kernel(
             tl.store(p_label + row, tl.where(dropped, null_label.to(tl.int64), label))
         noise = normals(seed, base + FLOW_NOISE, sample, part * GROUPS, GROUPS)
         tl.store(p_out + row * size + o, (z * t + noise * (1.0 - t)).to(p_out.dtype.element_ty), mask=m)
+
+
+@torch.library.custom_op("unite_kernels::tokenizer_draws", mutates_args=())
+def _tokenizer_draws(samples: Tensor, seed: int, size: int, t_max: float, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        t = _backend.cpu_op("philox_uniform")(seed, TOKENIZER_TIME, samples, 1)[:, 0] * t_max
+        return _backend.cpu_op("philox_normal")(seed, TOKENIZER_NOISE, samples, size), t
+    noise, t = _tokenizer_outputs(samples, size)
+    launch = _launch(size)
+    with torch.cuda.device_of(samples):
+        _tokenizer_kernel[(triton.cdiv(size, 4 * launch.groups), len(samples))](
+            *(samples, noise, t, seed, t_max, size, TOKENIZER_NOISE, TOKENIZER_TIME, launch.groups),
+            num_warps=launch.warps,
+            enable_fp_fusion=False,
+        )
+    return noise, t
+
+
+def _tokenizer_outputs(samples: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    batch = len(samples)
+    return samples.new_empty(batch, size, dtype=torch.float32), samples.new_empty(batch, dtype=torch.float32)
+
+
+@_tokenizer_draws.register_fake
+def _(samples, seed, size, t_max, backend):
+    return _tokenizer_outputs(samples, size)
 
 
 @torch.library.custom_op("unite_kernels::noise_injection", mutates_args=())
@@ -267,11 +312,28 @@ def _(z, labels, samples, seed, steps, first_step, uniform_law, mu, sigma, shift
 def _check(z: Tensor, samples: Tensor, seed: int) -> None:
     _backend.check_float("z", z)
     _backend.check_contiguous("z", z)
+    _check_samples(samples, len(z), seed)
+
+
+def _check_samples(samples: Tensor, batch: int, seed: int) -> None:
     if samples.dtype != torch.int64:
         raise TypeError(f"samples must be int64, not {samples.dtype}")
-    _backend.check_shape("samples", samples, (len(z),))
+    _backend.check_shape("samples", samples, (batch,))
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), not {seed}")
+
+
+def draw_tokenizer(
+    seed: int, samples: Tensor, shape: tuple[int, ...], t_max: float, backend: str = "eager"
+) -> tuple[Tensor, Tensor]:
+    """Register noise (B, *shape) and time (B,) ~ U(0, t_max) of the tokenization pass, float32. samples int64 (B,)."""
+    backend = _backend.resolve(backend, samples)
+    _check_samples(samples, len(samples), seed)
+    if backend != "eager":
+        noise, t = _tokenizer_draws(samples.contiguous(), seed, math.prod(shape), t_max, backend)
+        return noise.reshape(len(samples), *shape), t
+    noise = philox.normal(seed, TOKENIZER_NOISE, samples, shape)
+    return noise, philox.uniform(seed, TOKENIZER_TIME, samples) * t_max
 
 
 def noise_injection(

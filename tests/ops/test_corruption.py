@@ -55,6 +55,15 @@ def test_noise_injection_has_the_reference_bits_and_gradient(shape, backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("shape", [(7, 9), (63,), (17, 32), (), (1,)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokenizer_draws_have_the_reference_bits(shape, backend):
+    found = corruption.draw_tokenizer(SEED, SAMPLES.to(place(backend)), shape, 0.7, backend)
+    for ours, expected in zip(found, corruption.draw_tokenizer(SEED, SAMPLES, shape, 0.7), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 def test_numbers_do_not_depend_on_the_batch_split(backend):
     z = latents(5, 7, 9)
@@ -104,6 +113,7 @@ def test_blend_takes_given_noise():
 def test_registered_ops(backend):
     z, samples = latents(2, 12).to(DEVICE), SAMPLES[:2].to(DEVICE)
     torch.library.opcheck(corruption._noise_injection, (z.requires_grad_(), samples, 5, 0.5, 0.7, 1.0, backend))
+    torch.library.opcheck(corruption._tokenizer_draws, (samples, 5, 12, 0.7, backend))
     flow_arguments = (z.detach(), samples, samples, 5, 2, 0, False, 0.0, 1.0, 0.5, 0.1, 10, backend)
     torch.library.opcheck(corruption._flow_corruption, flow_arguments)
 
@@ -126,6 +136,8 @@ def test_bad_input_is_named():
         flow(z.requires_grad_(), SAMPLES[:2], "uniform", "triton")
     with pytest.raises(TypeError, match="samples must be int64"):
         flow(z.detach(), SAMPLES[:2].int(), "uniform", "triton")
+    with pytest.raises(TypeError, match="samples must be int64"):
+        corruption.draw_tokenizer(1, SAMPLES.double(), (3,), 0.7, "triton" if DEVICE == "cpu" else "eager")
     with pytest.raises(ValueError, match="samples must have shape"):
         flow(z.detach(), SAMPLES[:3], "uniform", "triton")
     with pytest.raises(ValueError, match="seed must be"):
