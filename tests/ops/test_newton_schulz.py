@@ -12,8 +12,8 @@ from unite_kernels.newton_schulz import COEFFICIENTS, LAUNCHES, newton_schulz, s
 SHAPES = [(1, 16, 64), (3, 64, 16), (2, 63, 199), (1, 130, 70), (2, 3, 5)]
 
 
-def matrices(batch: int, rows: int, cols: int) -> torch.Tensor:
-    return torch.randn(batch, rows, cols, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+def matrices(batch: int, rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, rows, cols, generator=torch.Generator().manual_seed(rows + 1000 * seed)).to(DEVICE)
 
 
 def truth(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -48,14 +48,18 @@ def test_float32_forms_agree_with_float64(shape, method):
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["symmetric", "gram"])
-def test_bfloat16_error_is_within_twice_that_of_torch_muon(shape, method):
-    g = matrices(*shape)
-    expected = truth(g)
-    reference = torch.stack([muon_reference(m, COEFFICIENTS, 5, 1e-7) for m in g]).double()
-    error = (newton_schulz(g, method=method).double() - expected).norm()
-    assert error <= 2 * (reference - expected).norm()
+@pytest.mark.parametrize("method", ["plain", "symmetric", "gram"])
+def test_bfloat16_error_is_no_larger_than_that_of_torch_muon(method):
+    """The mean ratio over shapes and seeds; one matrix may be rounded 3 % worse or better by the order of its sums."""
+    ratios = []
+    for shape in SHAPES:
+        for seed in range(3):
+            g = matrices(*shape, seed)
+            expected = truth(g)
+            reference = torch.stack([muon_reference(m, COEFFICIENTS, 5, 1e-7) for m in g]).double()
+            error = (newton_schulz(g, method=method).double() - expected).norm()
+            ratios.append((error / (reference - expected).norm()).item())
+    assert sum(ratios) / len(ratios) <= 1.02, ratios
 
 
 @pytest.mark.usefixtures("nan_filled")
