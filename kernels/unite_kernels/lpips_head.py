@@ -52,8 +52,15 @@ def _unit(p, o, m):
 
 @jit
 def _forward_kernel(
-    p_f0, p_f1, p_weight, p_sums, positions,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    p_f0,
+    p_f1,
+    p_weight,
+    p_sums,
+    positions,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
@@ -80,8 +87,18 @@ def _gradient(f, norm, inverse, du):
 
 @jit
 def _backward_kernel(
-    p_dout, p_f0, p_f1, p_weight, p_df0, p_df1, positions,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    p_dout,
+    p_f0,
+    p_f1,
+    p_weight,
+    p_df0,
+    p_df1,
+    positions,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK)

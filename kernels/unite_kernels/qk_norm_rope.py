@@ -74,8 +74,22 @@ def _angles(p_cos, p_sin, o_token, m_token, prefix, DIM: tl.constexpr, HEAD_DIM:
 
 @jit
 def _forward_kernel(
-    p_qk, p_q_weight, p_k_weight, p_cos, p_sin, p_out, p_rstd, batch, tokens, prefix, eps,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    p_qk,
+    p_q_weight,
+    p_k_weight,
+    p_cos,
+    p_sin,
+    p_out,
+    p_rstd,
+    batch,
+    tokens,
+    prefix,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
     o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
@@ -108,8 +122,23 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    p_dout, p_qk, p_q_weight, p_k_weight, p_cos, p_sin, p_rstd, p_dqk, p_sums, batch, tokens, prefix,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    p_dout,
+    p_qk,
+    p_q_weight,
+    p_k_weight,
+    p_cos,
+    p_sin,
+    p_rstd,
+    p_dqk,
+    p_sums,
+    batch,
+    tokens,
+    prefix,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
     o_head, o_d, o_i = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM), tl.arange(0, DIM // 2)
@@ -153,7 +182,14 @@ def _sizes(qk: Tensor, heads: int) -> tuple[int, int, int, int]:
 
 @torch.library.custom_op("unite_kernels::qk_norm_rope_fwd", mutates_args=())
 def _qk_norm_rope_fwd(
-    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float,
+    qk: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    prefix: int,
+    eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
@@ -176,8 +212,16 @@ def _(qk, q_weight, k_weight, cos, sin, heads, prefix, eps, backend):
 
 @torch.library.custom_op("unite_kernels::qk_norm_rope_bwd", mutates_args=())
 def _qk_norm_rope_bwd(
-    dout: Tensor, qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, heads: int,
-    prefix: int, backend: str,
+    dout: Tensor,
+    qk: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rstd: Tensor,
+    heads: int,
+    prefix: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous()
     if backend == "cpp":
@@ -215,8 +259,15 @@ _qk_norm_rope_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def qk_norm_rope(
-    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int = 0,
-    eps: float = 1e-6, backend: str = "fused",
+    qk: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    prefix: int = 0,
+    eps: float = 1e-6,
+    backend: str = "fused",
 ) -> Tensor:
     """Packed (B, T, 2 heads head_dim): q and k normalised per head and rotated; gradients of qk and weights."""
     backend = _backend.resolve(backend, qk, q_weight, k_weight, cos, sin)

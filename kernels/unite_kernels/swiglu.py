@@ -55,8 +55,15 @@ def _halves(p, m, bias_a, bias_b, WIDTH: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    p_x, p_bias, p_y, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
+    p_x,
+    p_bias,
+    p_y,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
@@ -71,8 +78,17 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    p_dy, p_x, p_bias, p_dx, p_sums, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
+    p_dy,
+    p_x,
+    p_bias,
+    p_dx,
+    p_sums,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
