@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test check check-kernels bench clean
+.PHONY: help install demo test check check-kernels bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,9 +18,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
+# One thread: the matrices are too small to share.
 demo: install  ## train, reconstruct and sample real images on this CPU, in minutes
-	$(RUN) train.py --config configs/digits.yaml
-	$(RUN) -m unite_fast.evaluation.digits runs/digits
+	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/digits.yaml
+	OMP_NUM_THREADS=1 $(RUN) -m unite_fast.evaluation.digits runs/digits
 
 test: install  ## every test that needs no GPU
 	$(RUN) -m pytest -n 2
@@ -36,6 +37,9 @@ check-kernels: install  ## compile every kernel for sm_90 without a GPU; registe
 
 bench: install  ## kernels of this machine's device against eager and torch.compile
 	$(RUN) benchmarks/bench_kernels.py
+
+gpu-check:  ## on a GPU machine: build, check every operation, time every component; installs nothing, uses $(PYTHON)
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so
