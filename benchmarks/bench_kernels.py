@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 import torch._dynamo
 import torch._functorch.config
+from bench_corruption import bench_corruption
+from bench_lpips_head import bench_lpips_head
+from bench_newton_schulz import bench_newton_schulz
 from bench_update import bench_update
 from direct_cpu import direct
 from harness import copy_bandwidth, interleaved, quantiles, ratio, record, require_equal
@@ -45,6 +48,14 @@ SIZES = {
     "cpu": {"digits": Sizes(64, 17, 64, 4, 256), "base": Sizes(8, 544, 768, 12, 2048)},
     "cuda": {"base": Sizes(64, 544, 768, 12, 2048), "flow": Sizes(192, 288, 768, 12, 2048)},
 }
+
+
+# Components with a file of their own; the LPIPS head has kernels on a GPU alone.
+OTHERS = {
+    "cpu": ("update", "corruption", "newton_schulz"),
+    "cuda": ("update", "corruption", "newton_schulz", "lpips_head"),
+}
+SLOW = ("cpu", "base")  # where Newton-Schulz would take minutes
 
 
 @dataclass(frozen=True)
@@ -169,23 +180,40 @@ def bench_component(name: str, shape: str, device: torch.device, rounds: int, ba
     return rows
 
 
-def report(name: str, shape: str, times: dict[str, list[float]], rate: float, bandwidth: float) -> dict:
-    """Prints a line and returns the row of one comparison."""
+def bench_others(name: str, shape: str, device: torch.device, rounds: int, bandwidth: float) -> list[dict]:
+    """The components with a file of their own."""
+    if name == "update":
+        results = {"multi-tensor update": bench_update(shape, device, rounds)}
+    elif name == "corruption":
+        results = {name: bench_corruption(shape, device, rounds)}
+    elif name == "lpips_head":
+        results = {f"{name} {kind}": r for kind, r in bench_lpips_head(device, rounds).items()}
+    else:
+        times, sizes = bench_newton_schulz(shape, device, rounds)
+        results = {name: (times, None, sizes)}
+    rows = []
+    for label, (times, rate, sizes) in results.items():
+        rows.append(report(label, shape, times, rate, bandwidth) | {"sizes": sizes, "n": rounds})
+        rows[-1]["dtype"] = "bfloat16" if name in ("newton_schulz", "lpips_head") else "float32"
+    return rows
+
+
+def report(name: str, shape: str, times: dict[str, list[float]], rate: float | None, bandwidth: float) -> dict:
+    """Prints a line and returns the row of one comparison; ``rate`` in GB/s, None where bytes are not the measure."""
     speedups = {other: ratio(times, other, "fused") for other in times if other != "fused"}
     compared = "".join(f"  {o} {r['median']:5.2f}x ({r['p20']:.2f}..{r['p80']:.2f})" for o, r in speedups.items())
     median = quantiles(times["fused"])["median"]
-    print(
-        f"{name:22} {shape:6} {median:9.3f} ms  {rate:7.1f} GB/s = {rate / bandwidth:4.2f} copy {compared}", flush=True
-    )
+    speed = " " * 26 if rate is None else f"{rate:7.1f} GB/s = {rate / bandwidth:4.2f} copy"
+    print(f"{name:22} {shape:6} {median:9.3f} ms  {speed} {compared}", flush=True)
     milliseconds = {variant: quantiles(values) for variant, values in times.items()}
-    speed = {"gb_per_s": round(rate, 2), "copy_gb_per_s": round(bandwidth, 2)}
-    return {"component": name, "shape": shape, "ms": milliseconds, "faster_than": speedups} | speed
+    rates = {"gb_per_s": None if rate is None else round(rate, 2), "copy_gb_per_s": round(bandwidth, 2)}
+    return {"component": name, "shape": shape, "ms": milliseconds, "faster_than": speedups} | rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", choices=(*COMPONENTS, "update"), help="one component")
+    parser.add_argument("--only", choices=(*COMPONENTS, *OTHERS["cuda"]), help="one component")
     parser.add_argument("--shape", help="one set of shapes")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -208,10 +236,9 @@ def main() -> None:
         for name in COMPONENTS:
             if arguments.only in (None, name):
                 rows += bench_component(name, shape, device, arguments.rounds, bandwidth)
-        if arguments.only in (None, "update") and shape != "flow":
-            times, rate, sizes = bench_update(shape, device, arguments.rounds)
-            rows.append(report("multi-tensor update", shape, times, rate, bandwidth))
-            rows[-1] |= {"sizes": sizes, "dtype": "float32", "n": arguments.rounds}
+        for name in OTHERS[device.type] if shape != "flow" else ():
+            if arguments.only in (None, name) and not (name == "newton_schulz" and (device.type, shape) == SLOW):
+                rows += bench_others(name, shape, device, arguments.rounds, bandwidth)
     if not arguments.no_record:
         path = record("kernels", device, rows)
         print(f"{len(rows)} rows in {path.relative_to(path.parents[3])}")

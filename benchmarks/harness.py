@@ -29,7 +29,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {name: ordered[round(q * last)] for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """Git's answer, or None where the sources are a copy without their history."""
+    if not (ROOT / ".git").exists():
+        return None
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -39,6 +42,11 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
     return models[0].strip() if models else platform.machine()
+
+
+def _dirty() -> bool | None:
+    changed = _git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py", "setup.py")
+    return None if changed is None else bool(changed)
 
 
 def environment(device: torch.device) -> dict:
@@ -55,7 +63,7 @@ def environment(device: torch.device) -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py", "setup.py")),
+        "dirty": _dirty(),
         "device": device_name(device),
         "driver": driver,
         "torch": torch.__version__,
@@ -96,6 +104,18 @@ def interleaved(
         for name in order[i % len(order) :] + order[: i % len(order)]:
             times[name].append(_milliseconds(variants[name], calls[name], device))
     return times
+
+
+def launches(function: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call puts on the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:

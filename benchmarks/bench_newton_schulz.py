@@ -1,0 +1,57 @@
+"""Newton-Schulz of all of Muon's matrices, batched by shape, against torch.optim.Muon's function per tensor.
+
+Run by bench_kernels.py. "fused" is the form that the optimizer takes; the others are forced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from bench_update import parameter_shapes
+from harness import interleaved, launches
+from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
+
+from unite_kernels.newton_schulz import COEFFICIENTS, newton_schulz
+
+WORST = 1.1  # times torch.optim.Muon's error against float64, for a speed to be reported
+
+
+def exact(g: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
+    x = g.double()
+    x = x.mT if x.shape[0] > x.shape[1] else x
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if g.shape[0] > g.shape[1] else x
+
+
+def require_accurate(g: Tensor, method: str) -> float:
+    """Error of ``method`` over torch.optim.Muon's, for one matrix; stops the program above WORST."""
+    truth = exact(g)
+    ours, theirs = newton_schulz(g, method=method), torch_muon(g, COEFFICIENTS, 5, 1e-7)
+    ratio = ((ours.double() - truth).norm() / (theirs.double() - truth).norm()).item()
+    if not ratio <= WORST:
+        raise SystemExit(
+            f"newton_schulz {method} {tuple(g.shape)}: {ratio:.2f} times Muon's error; no speed is reported"
+        )
+    return ratio
+
+
+def bench_newton_schulz(shape: str, device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Times of "fused" (auto), "plain", "symmetric" (on a GPU), "gram" and "torch_muon"; sizes and errors."""
+    generator = torch.Generator(device).manual_seed(0)
+    counts = Counter(tuple(s) for s in parameter_shapes(shape, device)[0])
+    batches = [torch.randn(n, *s, generator=generator, device=device) for s, n in counts.items()]
+    methods = {"fused": "auto", "plain": "plain", "gram": "gram"}
+    if device.type == "cuda":
+        methods["symmetric"] = "symmetric"
+    errors = {name: max(require_accurate(g[0], method) for g in batches) for name, method in methods.items()}
+    variants = {name: (lambda m=m: [newton_schulz(g, method=m) for g in batches]) for name, m in methods.items()}
+    variants["torch_muon"] = lambda: [torch_muon(m, COEFFICIENTS, 5, 1e-7) for g in batches for m in g]
+    sizes = {"matrices": {"x".join(map(str, s)): n for s, n in counts.items()}, "error_over_muon": errors}
+    sizes["launches"] = launches(variants["fused"], device)
+    return interleaved(variants, device, rounds), sizes

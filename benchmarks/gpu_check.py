@@ -1,0 +1,106 @@
+"""One command for a GPU machine: build, check every operation, then time every component. Under 8 minutes.
+
+    make gpu-check        or: python benchmarks/gpu_check.py
+
+1. builds the compiled operations (setup.py build_ext --inplace); nothing is installed
+2. runs tests/ops on the GPU; when one fails, their output is printed and nothing is timed
+3. runs bench_kernels.py, each component in a process of its own: rows in benchmarks/results/<device>/kernels.jsonl
+
+When the variable OUT names a folder, the device's rows are copied there. Exit status: 0; 1 when something failed or
+time ran out; 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # the packages need not be installed
+LIMIT = 480.0  # seconds in all
+WORKERS = 8  # of the tests, which compile some hundred kernels
+# Shortest first, so that a limit that is met costs the fewest components.
+COMPONENTS = (
+    *("update", "corruption", "newton_schulz", "lpips_head"),
+    *("qk_norm_rope", "swiglu", "adaln", "adaln_mid", "adaln_tail"),
+)
+
+
+def test_command() -> list[str]:
+    parallel = ["-n", str(WORKERS)] if find_spec("xdist") else []
+    return [sys.executable, "-m", "pytest", "tests/ops", "-ra", *parallel]
+
+
+def bench_command(component: str) -> list[str]:
+    return [sys.executable, "benchmarks/bench_kernels.py", "--device", "cuda", "--only", component]
+
+
+class Clock:
+    """Runs commands within what is left of the limit."""
+
+    def __init__(self, limit: float) -> None:
+        self.start, self.limit = time.monotonic(), limit
+        path = os.environ.get("PYTHONPATH")
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([SOURCES, path]) if path else SOURCES}
+
+    def passed(self) -> float:
+        return time.monotonic() - self.start
+
+    def run(self, title: str, command: list[str]) -> bool:
+        """Whether ``command`` succeeded; its output goes through."""
+        begun = self.passed()
+        left = self.limit - begun
+        print(f"== {title}", flush=True)
+        try:
+            code = subprocess.run(command, cwd=ROOT, env=self.environment, timeout=max(left, 0.1)).returncode
+        except subprocess.TimeoutExpired:
+            code = f"out of time ({self.limit:.0f} s in all)"
+        print(f"== {title}: {'ok' if code == 0 else f'failed: {code}'}, {self.passed() - begun:.0f} s", flush=True)
+        return code == 0
+
+
+def collect(target: Path, since: float) -> list[Path]:
+    """Copies the rows written after ``since`` (wall clock) into ``target``."""
+    target.mkdir(parents=True, exist_ok=True)
+    fresh = [path for path in sorted(RESULTS.glob("*/*.jsonl")) if path.stat().st_mtime >= since]
+    return [Path(shutil.copy(path, target / f"{path.parent.name}-{path.name}")) for path in fresh]
+
+
+def check(clock: Clock, out: str | None) -> int:
+    begun = time.time()
+    if not clock.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"]):
+        return 1
+    if not clock.run("tests of every operation", test_command()):
+        print("the operations are wrong on this GPU: nothing is timed", flush=True)
+        return 1
+    failed = [name for name in COMPONENTS if not clock.run(name, bench_command(name))]
+    if out:
+        for path in collect(Path(out), begun - 1.0):
+            print(f"copied {path}")
+    print(f"{len(COMPONENTS) - len(failed)} of {len(COMPONENTS)} components timed in {clock.passed():.0f} s")
+    if failed:
+        print(f"no rows of: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    if not find_spec("torch"):
+        print(f"gpu-check needs torch, which {sys.executable} does not have: set PYTHON", file=sys.stderr)
+        return 2
+    import torch  # here: the line above is the answer where it is missing
+
+    if not torch.cuda.is_available():
+        print(f"gpu-check needs a CUDA device; torch {torch.__version__} sees none here", file=sys.stderr)
+        return 2
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    return check(Clock(LIMIT), os.environ.get("OUT"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
