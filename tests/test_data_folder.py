@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import struct
@@ -353,6 +354,28 @@ def test_worker_that_dies_or_hangs(root, trouble, words):
         list(all_images(source, 4, workers=2, timeout=2 if trouble == "hang" else 60))
     assert time.monotonic() - started < 20
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_worker_that_dies_between_batches_is_reported_at_the_next(root, whose):
+    """DataLoader alone would raise in the loop that stands for a training step here."""
+    streams, workers = [], []
+    for seed in range(2):
+        known = {child.pid for child in multiprocessing.active_children()}
+        streams.append(stream(open_source(config(root), MODEL), seed, global_batch=4, workers=1, timeout=60))
+        next(streams[seed])
+        workers.append({child.pid for child in multiprocessing.active_children()} - known)
+    (pid,) = workers[whose]
+    os.kill(pid, signal.SIGKILL)
+    for _ in range(50):
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"worker \(pid {pid}\) died.*out of memory"):
+        list(itertools.islice(streams[whose], 9))
+    assert time.monotonic() - started < 10
+    next(streams[1 - whose])
+    streams[1 - whose].close()
+    assert "unite_fast" not in getattr(signal.getsignal(signal.SIGCHLD), "__module__", "")
 
 
 def test_a_defect_in_a_worker_keeps_its_traceback(root):

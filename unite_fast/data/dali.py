@@ -2,8 +2,8 @@
 
 One pipeline, with the device as a parameter. What is read, in which order, and where it is cut and mirrored is
 decided here, by the same functions as for the Pillow crop, and handed in as inputs; DALI decodes and resizes. So
-order, resume and world size are those of every other source. Only 8-bit gray and RGB JPEGs go through DALI; anything
-else (PNG, WebP, CMYK) goes through Pillow.
+order, resume and world size are those of every other source. Only 8-bit gray and RGB JPEGs with sound headers go
+through DALI; anything else (PNG, WebP, CMYK, damaged headers) goes through Pillow.
 
 Difference from the Pillow crop, in gray levels of 8-bit images, on the CPU (JPEG decoding is exact there):
     shorter side below twice the size     at most 6, 0.15 on average
@@ -66,6 +66,30 @@ def cut(width: int, height: int, size: int, crop: str, draw: Tensor | None) -> C
         new_width, new_height = resized_shape(width, height, size)
         left, top = (new_width - size) // 2, (new_height - size) // 2
     return Cut(halved, (0, 0), (height, width), (new_height, new_width), (top, left))
+
+
+def declared_shape(data: bytes) -> tuple[int, int, int] | None:
+    """(width, height, channels) of a JPEG whose segments up to the first scan chain without a gap, else None.
+
+    DALI's own reader of headers and its decoder may disagree about a damaged file's size, and then write out of
+    bounds: batches of mutated files crashed DALI 2.4 until those whose headers do not chain were kept from it.
+    """
+    at, found = 2, []
+    while at + 4 <= len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at] != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2:
+            return None
+        if marker == 0xDA:
+            break
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            frame = data[at + 4 : at + 2 + length]
+            if len(frame) < 6 or len(frame) != 6 + 3 * frame[5]:
+                return None
+            found.append((int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big"), frame[5]))
+        elif marker in range(0xC3, 0xD0) and marker not in (0xC4, 0xCC):
+            return None
+        at += 2 + length
+    return found[0] if len(found) == 1 and at + 4 <= len(data) else None
 
 
 def most_halvings(size: int) -> int:
@@ -205,9 +229,9 @@ class Dali(Source):
         try:
             data = self.inner.encoded(index)
             with open_image(data) as header:
-                through_dali = header.format == "JPEG" and header.mode in ("RGB", "L")
                 width, height = header.size
-            if through_dali:
+                channels = {"RGB": 3, "L": 1}.get(header.mode) if header.format == "JPEG" else None
+            if channels and declared_shape(data) == (width, height, channels):
                 return Ready(index, data, cut(width, height, self.inner.size, self.inner.crop, draw))
             unflipped = None if draw is None else torch.cat([torch.ones(1), draw[1:]])
             return Ready(index, image=self.inner.read(index, unflipped, 0))

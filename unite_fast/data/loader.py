@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -132,6 +133,60 @@ def _explain(error: RuntimeError, source: Source, progress: Tensor, chunk: int, 
     )
 
 
+class _Deaths:
+    """Keeps the news of a dead worker until a batch is asked for; one for all loaders of the process.
+
+    DataLoader raises it from its SIGCHLD handler, wherever the training program happens to be: in the middle of a
+    step, or of writing a checkpoint. While a batch is waited for, it is raised at once.
+    """
+
+    def __init__(self) -> None:
+        self._loaders, self._waiting = 0, False
+        self._news: RuntimeError | None = None
+        self._before: Any = None
+
+    def watch(self) -> bool:
+        """For a loader that has started its workers: puts a handler in front of DataLoader's. True: ``unwatch`` it."""
+        if threading.current_thread() is not threading.main_thread():
+            return False  # only the main thread handles signals, and DataLoader sets no handler either
+        if self._loaders == 0 and signal.getsignal(signal.SIGCHLD) != self._on_signal:
+            self._before = signal.signal(signal.SIGCHLD, self._on_signal)
+        if self._loaders == 0:
+            self._news = None
+        self._loaders += 1
+        return True
+
+    def unwatch(self) -> None:
+        """For a loader that ends."""
+        self._loaders -= 1
+        main = threading.current_thread() is threading.main_thread()
+        if main and self._loaders == 0 and signal.getsignal(signal.SIGCHLD) == self._on_signal:
+            signal.signal(signal.SIGCHLD, self._before)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        try:
+            if callable(self._before):
+                self._before(number, frame)
+        except RuntimeError as error:
+            if self._waiting:
+                raise
+            self._news = error
+
+    def wait(self, iterator: Iterator[Chunk]) -> Chunk:
+        """next(iterator). Raises RuntimeError for a worker that has died by now."""
+        self._waiting = True
+        try:
+            if self._news is not None:
+                error, self._news = self._news, None
+                raise error
+            return next(iterator)
+        finally:
+            self._waiting = False
+
+
+_deaths = _Deaths()
+
+
 def _stop_workers(iterator: object) -> None:
     """Ends the workers now. Left to the garbage collector, a dead worker's siblings would be reported once more."""
     stop = getattr(iterator, "_shutdown_workers", None)
@@ -171,12 +226,13 @@ def load_batches(
         prefetch_factor=2 if workers else None,
     )
     iterator = iter(loader)
+    watched = workers > 0 and _deaths.watch()
     count = 0
 
     def next_chunk() -> Chunk | None:
         nonlocal count
         try:
-            images, used, bad = next(iterator)
+            images, used, bad = _deaths.wait(iterator)
         except StopIteration:
             return None
         except RuntimeError as error:
@@ -203,4 +259,6 @@ def load_batches(
                 chunk = next_chunk() if filled < n else None
             yield Batch(images, to_device(source.labels[used], device), to_device(request.positions, device))
     finally:
+        if watched:
+            _deaths.unwatch()
         _stop_workers(iterator)
