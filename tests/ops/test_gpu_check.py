@@ -67,9 +67,9 @@ def test_a_command_ends_with_the_time_that_is_left(gpu_check, capsys):
 
 
 def test_the_components_are_those_of_the_benchmark(gpu_check):
-    result = subprocess.run(
-        [sys.executable, SOURCE.with_name("bench_kernels.py"), "--help"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, SOURCE.with_name("bench_kernels.py"), "--help"]
+    environment = gpu_check.Clock(0.0).environment
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     listed = result.stdout.partition("--only {")[2].partition("}")[0]
     assert set("".join(listed.split()).split(",")) == set(gpu_check.COMPONENTS)
 

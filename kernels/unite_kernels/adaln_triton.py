@@ -1,0 +1,264 @@
+"""Triton kernels of adaptive layer norm: formulas, shapes and bytes are in ``adaln``.
+
+One forward and one backward kernel serve the three forms (KIND); the sums shared over rows are taken by program in the
+backward kernel and over programs in the reduction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .jit import jit, next_power_of_2, tl, triton
+
+PLAIN, MID, TAIL = 0, 1, 2  # KIND of a kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    rows: int  # forward: rows of one tile
+    warps: int
+    backward_warps: int
+
+
+# By block width. Unmeasured defaults, chosen so that a thread holds 8 elements of a row (one 128-bit bfloat16 access).
+LAUNCHES = {512: Launch(4, 2, 2), 1024: Launch(2, 4, 4), 2048: Launch(1, 8, 8)}
+# Rows of one program, which loads the per-sample vectors once; halved for small batches until PROGRAMS exist.
+PROGRAM_ROWS = 64
+PROGRAMS = 528  # four per multiprocessor of an H200
+
+
+def _launch(width: int) -> tuple[int, Launch]:
+    block = max(32, next_power_of_2(width))
+    return block, LAUNCHES[max(512, block)]
+
+
+def _program_rows(batch: int, tokens: int) -> int:
+    rows = PROGRAM_ROWS
+    while rows > 8 and batch * -(-tokens // rows) < PROGRAMS:
+        rows //= 2
+    return rows
+
+
+@jit
+def _row(p, b, stride, o_d, m_d):
+    return tl.load(p + b * stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+
+
+@jit
+def _forward_kernel(
+    p_x,
+    p_branch,
+    p_gate,
+    p_weight3,
+    p_weight,
+    p_shift,
+    p_scale,
+    p_out,
+    p_y,
+    p_rstd3,
+    p_rstd,
+    tokens,
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < WIDTH
+    factor = _row(p_weight, 0, 0, o_d, m_d) * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d))
+    shift = _row(p_shift, b, stride_shift, o_d, m_d)
+    if KIND != 0:
+        gate = _row(p_gate, b, stride_gate, o_d, m_d)
+    if KIND == 2:
+        weight3 = _row(p_weight3, 0, 0, o_d, m_d)
+    for i in tl.range(0, STEPS):
+        o_t = (tl.program_id(0) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+        m_t = o_t < tokens
+        o_row = b * tokens + o_t
+        o = o_row[:, None] * WIDTH + o_d[None, :]
+        m = m_t[:, None] & m_d[None, :]
+        u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+        if KIND != 0:
+            u += gate[None, :] * tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
+        if KIND == 2:
+            rstd3 = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
+            tl.store(p_rstd3 + o_row, rstd3, mask=m_t)
+            u = u * rstd3[:, None] * weight3[None, :]
+        if KIND != 0:
+            out = u.to(p_out.dtype.element_ty)
+            tl.store(p_out + o, out, mask=m)
+            u = out.to(tl.float32)  # the norm sees what the next layer sees, as in the eager form
+        rstd = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
+        tl.store(p_rstd + o_row, rstd, mask=m_t)
+        y = u * rstd[:, None] * factor[None, :] + shift[None, :]
+        tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
+
+
+@jit
+def _backward_kernel(
+    p_dout,
+    p_dy,
+    p_x,
+    p_branch,
+    p_gate,
+    p_weight3,
+    p_weight,
+    p_scale,
+    p_rstd3,
+    p_rstd,
+    p_dx,
+    p_dbranch,
+    p_sums,
+    tokens,
+    stride_gate,
+    stride_scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 branch (dgate), dx2 xhat3 (dweight3).
+    b = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * ROWS
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < WIDTH
+    factor = _row(p_weight, 0, 0, o_d, m_d) * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d))
+    sum_dy = tl.zeros((BLOCK,), tl.float32)
+    sum_dy_xhat = tl.zeros((BLOCK,), tl.float32)
+    if KIND != 0:
+        gate = _row(p_gate, b, stride_gate, o_d, m_d)
+        sum_gate = tl.zeros((BLOCK,), tl.float32)
+    if KIND == 2:
+        weight3 = _row(p_weight3, 0, 0, o_d, m_d)
+        sum_weight3 = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, ROWS):
+        m_t = first + i < tokens
+        o_row = b * tokens + first + i
+        m = m_d & m_t
+        o = o_row * WIDTH + o_d
+        u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+        dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
+        rstd = tl.load(p_rstd + o_row, mask=m_t, other=0.0)
+        if KIND != 0:
+            branch = tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
+            dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
+        if KIND == 2:
+            rstd3 = tl.load(p_rstd3 + o_row, mask=m_t, other=0.0)
+            xhat3 = (u + gate * branch) * rstd3
+            u = (xhat3 * weight3).to(p_x.dtype.element_ty).to(tl.float32)
+        xhat = u * rstd
+        sum_dy += dy
+        sum_dy_xhat += dy * xhat
+        g = dy * factor
+        du = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / WIDTH))
+        if KIND != 0:
+            du += dout
+        if KIND == 2:
+            sum_weight3 += du * xhat3
+            g = du * weight3
+            du = rstd3 * (g - xhat3 * (tl.sum(g * xhat3, axis=0) / WIDTH))
+        tl.store(p_dx + o, du.to(p_dx.dtype.element_ty), mask=m)
+        if KIND != 0:
+            tl.store(p_dbranch + o, (gate * du).to(p_dbranch.dtype.element_ty), mask=m)
+            sum_gate += du * branch
+    p = p_sums + (b * tl.num_programs(0) + tl.program_id(0)) * (SUMS * WIDTH) + o_d
+    tl.store(p, sum_dy, mask=m_d)
+    tl.store(p + WIDTH, sum_dy_xhat, mask=m_d)
+    if KIND != 0:
+        tl.store(p + 2 * WIDTH, sum_gate, mask=m_d)
+    if KIND == 2:
+        tl.store(p + 3 * WIDTH, sum_weight3, mask=m_d)
+
+
+@jit
+def _reduce_kernel(
+    p_sums,
+    p_weight,
+    p_scale,
+    p_dshift,
+    p_dscale,
+    p_dgate,
+    p_dweights,
+    parts,
+    stride_scale,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    KIND: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_part = tl.arange(0, PARTS)
+    m_d = o_d < WIDTH
+    m = (o_part < parts)[:, None] & m_d[None, :]
+    p = p_sums + (b * parts + o_part)[:, None] * (SUMS * WIDTH) + o_d[None, :]
+    o = b * WIDTH + o_d
+    dshift = tl.sum(tl.load(p, mask=m, other=0.0), axis=0)
+    tl.store(p_dshift + o, dshift.to(p_dshift.dtype.element_ty), mask=m_d)
+    dy_xhat = tl.sum(tl.load(p + WIDTH, mask=m, other=0.0), axis=0)
+    dscale = dy_xhat * _row(p_weight, 0, 0, o_d, m_d)
+    tl.store(p_dscale + o, dscale.to(p_dscale.dtype.element_ty), mask=m_d)
+    o_weight = b * ((1 + KIND // 2) * WIDTH) + o_d
+    tl.store(p_dweights + o_weight, dy_xhat * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d)), mask=m_d)
+    if KIND != 0:
+        dgate = tl.sum(tl.load(p + 2 * WIDTH, mask=m, other=0.0), axis=0)
+        tl.store(p_dgate + o, dgate.to(p_dgate.dtype.element_ty), mask=m_d)
+    if KIND == 2:
+        tl.store(p_dweights + o_weight + WIDTH, tl.sum(tl.load(p + 3 * WIDTH, mask=m, other=0.0), axis=0), mask=m_d)
+
+
+def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scale, eps):
+    """(out, y, rstd3, rstd), absent ones None."""
+    batch, tokens, width = x.shape
+    block, launch = _launch(width)
+    out, y = (None, torch.empty_like(x)) if kind == PLAIN else (torch.empty_like(x), torch.empty_like(branch))
+    rstd = x.new_empty(batch, tokens, dtype=torch.float32)
+    rstd3 = torch.empty_like(rstd) if kind == TAIL else None
+    rows = _program_rows(batch, tokens)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(triton.cdiv(tokens, rows), batch)](
+            *(x, branch, gate, weight3, weight, shift, scale, out, y, rstd3, rstd, tokens),
+            *(0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps),
+            *(width, block, launch.rows, kind, rows // launch.rows),
+            num_warps=launch.warps,
+        )
+    return out, y, rstd3, rstd
+
+
+def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, rstd3, rstd):
+    """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale), absent ones None."""
+    batch, tokens, width = x.shape
+    block, launch = _launch(width)
+    rows, sums = _program_rows(batch, tokens), 2 + kind
+    parts = triton.cdiv(tokens, rows)
+    partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
+    dweights = x.new_empty(batch, 1 + kind // 2, width, dtype=torch.float32)
+    dx, dbranch = torch.empty_like(x), None if kind == PLAIN else torch.empty_like(branch)
+    dshift, dscale = scale.new_empty(batch, width), scale.new_empty(batch, width)
+    dgate = None if kind == PLAIN else gate.new_empty(batch, width)
+    reduce_block = min(block, 128)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(parts, batch)](
+            *(dout, dy, x, branch, gate, weight3, weight, scale, rstd3, rstd, dx, dbranch, partial, tokens),
+            *(0 if gate is None else gate.stride(0), scale.stride(0), width, block, rows, kind, sums),
+            num_warps=launch.backward_warps,
+        )
+        _reduce_kernel[(triton.cdiv(width, reduce_block), batch)](
+            *(partial, weight, scale, dshift, dscale, dgate, dweights, parts, scale.stride(0)),
+            *(width, reduce_block, next_power_of_2(parts), kind, sums),
+            num_warps=4,
+        )
+    dweights = dweights.sum(0)
+    dweight3 = dweights[1].to(weight3.dtype, copy=True) if kind == TAIL else None
+    return dx, dbranch, dgate, dweight3, dweights[0].to(weight.dtype, copy=True), dshift, dscale
