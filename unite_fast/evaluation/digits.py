@@ -57,7 +57,8 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, held_images: np.nda
     """(classifier, its accuracy on the held-out digits). Raises ValueError when that is below 97 %."""
     from sklearn.svm import SVC
 
-    classifier = SVC(C=10.0, gamma=0.25).fit(flat(images), labels)
+    classifier = SVC(C=10.0, gamma=0.25)  # pyright: ignore[reportArgumentType]  # the stubs know the text values only
+    classifier.fit(flat(images), labels)
     accuracy = recognised(classifier, held_images, held_labels)
     if not accuracy >= REQUIRED_ACCURACY:
         raise ValueError(f"the classifier is right on {accuracy:.1%} of held-out digits, needs {REQUIRED_ACCURACY:.0%}")
@@ -234,7 +235,9 @@ def save_pictures(folder: Path, images: dict[str, Tensor], held_labels: Tensor, 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m unite_fast.evaluation.digits", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast.evaluation.digits", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="run folder; its newest checkpoint's EMA weights are used")
     parser.add_argument("--samples", type=int, default=1000, help="number of samples, a multiple of 10")
     args = parser.parse_args(argv)
