@@ -14,6 +14,7 @@ from collections.abc import Callable
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
+from unite_fast.data.order import Order
 from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
 from unite_fast.data.stream import all_images, stream
 from unite_fast.data.synthetic import open_synthetic
@@ -22,6 +23,7 @@ __all__ = [
     "SOURCES",
     "BadImage",
     "Batch",
+    "Order",
     "Source",
     "WorkerError",
     "all_images",
