@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import command
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from conftest import command
 from unite_fast import objective
 from unite_fast.config import ObjectiveConfig
 from unite_fast.config_io import from_dict, parse_yaml

@@ -220,7 +220,7 @@ class Session:
         if error is not None:
             state, reason = ("diverged" if isinstance(error, Diverged) else "failed"), first_line(error)
             if self.log is not None and not isinstance(error, (RunError, UserError)):
-                self.log.logger.error("the run ends by an error", exc_info=error)
+                self.log.logger.info("the run ends by an error", exc_info=error)
         else:
             self.stop.close()
         if self._is_first_failure() if error is not None else self.ranks.is_main:

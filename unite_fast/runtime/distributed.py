@@ -115,7 +115,16 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(world))
         limit = timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=limit, device_id=chosen if use_cuda else None)
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store),  # torchrun's store keeps the dead attempt's addresses
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+            device_id=chosen if use_cuda else None,
+        )
         control = dist.new_group(backend="gloo", timeout=limit)
         assert isinstance(control, dist.ProcessGroup)
         return Ranks(rank, world, chosen, control)
