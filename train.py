@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, run
+from unite_fast import checkpoint, command, config, config_io, data, run, saving
 from unite_fast.checkpoint import TrainState
-from unite_fast.losses import load_perceptual
-from unite_fast.runtime import distributed, precision, stats
+from unite_fast.losses import Perceptual, load_perceptual
+from unite_fast.runtime import distributed, faults, precision, stats
 from unite_fast.runtime.flops import peak_flops, training_flops
+from unite_fast.session import Session, check_agreement, folder
 from unite_fast.step import METRICS, TrainStep
 
 
@@ -42,29 +46,63 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             settings,
             train=train,
             resume="never",
-            run_dir=f"{run.folder(settings)}-dev",
+            run_dir=f"{folder(settings)}-dev",
             sample=dataclasses.replace(settings.sample, solver="heun", steps=2),
         )
     return arguments, settings
 
 
-def train(settings: config.Config, ranks: distributed.Ranks, dry_run: bool = False) -> TrainState:
+class Inputs(NamedTuple):
+    """What a run reads from outside, opened before the ranks meet, so that a rank that misses a path says so."""
+
+    source: data.Source
+    perceptual: Perceptual | None
+    started: float
+
+    @classmethod
+    def check(cls, settings: config.Config) -> Inputs:
+        """Raises UserError."""
+        started = time.monotonic()
+        config.batch_split(settings.train, distributed.world_of_environment())
+        run.check_paths(settings)
+        source = data.open_source(settings.data, settings.model)
+        return cls(
+            source, load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels), started
+        )
+
+
+def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry_run: bool = False) -> TrainState:
     """One run from its configuration to its last checkpoint."""
-    t, device = settings.train, ranks.device
+    t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
-    source = data.open_source(settings.data, settings.model)
-    perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))
     if dry_run:
         return state
 
-    path = run.folder(settings)
-    sums, lines = run.resume(settings, state, path)
-    run.prepare(settings, ranks)
-    if ranks.is_main:
-        print("\n".join(lines))
+    check_agreement(settings, ranks)
+    choice = ranks.decide(lambda: run.choose(settings))
+    sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
+    with Session(settings, ranks, inputs.started) as session:
+        if ranks.is_main:
+            run.tidy(settings, choice)
+            run.write_description(settings, ranks)
+            print(choice.said(state.step))
+        loop(settings, ranks, state, inputs, session, sums)
+    return state
+
+
+def loop(
+    settings: config.Config,
+    ranks: distributed.Ranks,
+    state: TrainState,
+    inputs: Inputs,
+    session: Session,
+    sums: dict[str, float],
+) -> None:
+    t, device, source, perceptual = settings.train, ranks.device, inputs.source, inputs.perceptual
+    path, split = session.path, config.batch_split(t, ranks.world_size)
     total = int(t.epochs * len(source)) // t.global_batch
     total = min(total, t.max_steps or total)
     step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
@@ -74,18 +112,22 @@ def train(settings: config.Config, ranks: distributed.Ranks, dry_run: bool = Fal
     alarm = stats.CollapseAlarm(t.collapse_std)
     flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
     meter = stats.Meter(total * t.global_batch, state.images_seen, flops, peak_flops(device), ranks.world_size)
-    shown = run.examples(settings, device) if ranks.is_main else None
+    shown = run.examples(settings, device) if ranks.is_main and t.image_every else None
+    writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
     batches = data.stream(
         source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
         settings.data.workers, settings.data.timeout,
     )  # fmt: skip
 
-    run.status(path, ranks, "running", state.step)
+    session.begin(state.step)
     state.model.train()
-    while state.step < total:
+    ending = ""
+    while state.step < total and not ending:
+        faults.strike("load", state.step + 1)
         means.add(step(state, next(batches)))
-        last = state.step == total
-        if state.step % t.log_every == 0 or last:
+        ending = session.boundary(state.step)
+        done = state.step == total
+        if state.step % t.log_every == 0 or done:
             row = (
                 {"step": state.step, "images_seen": state.images_seen} | means.drain() | meter.rates(state.images_seen)
             )
@@ -94,26 +136,31 @@ def train(settings: config.Config, ranks: distributed.Ranks, dry_run: bool = Fal
                 print(stats.progress_line(row, total), flush=True)
                 if warning := alarm.check(row):
                     print(warning, file=sys.stderr)
-        if shown is not None and t.image_every and (state.step % t.image_every == 0 or last):
-            run.save_pictures(path, state, settings, *shown)
-        if state.step % t.checkpoint_every == 0 or last:
+            run.check_skips(settings, step.skips, source, ranks)
+        if t.replica_check_every and state.step % t.replica_check_every == 0:
+            run.check_replicas(state, ranks)
+        if shown is not None and not ending and (state.step % t.image_every == 0 or done):
+            session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, *shown))
+        if state.step % t.checkpoint_every == 0 or done or ending:
+            run.check_finite(state)
             kept = means.sums()
-            if ranks.is_main:
-                checkpoint.save(path / "checkpoints", state, settings, kept, t.keep_last)
-            ranks.barrier()
-    run.status(path, ranks, "finished", state.step)
-    return state
+            if writer is not None:
+                session.save(writer, state, kept)
+    if writer is not None:
+        session.finish_saving(writer)
 
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:
     """--fast-dev-run: what was saved loads again, equal."""
     again = run.fresh_state(settings, ranks)
-    run.resume(dataclasses.replace(settings, resume="must"), again, run.folder(settings))
+    choice = ranks.decide(lambda: run.choose(dataclasses.replace(settings, resume="must")))
+    assert choice.path is not None
+    checkpoint.resume(choice.path, again, settings)
     before, after = state.model.state_dict(), again.model.state_dict()
     if again.step != state.step or any(not torch.equal(before[k], after[k]) for k in before):
         raise RuntimeError("the checkpoint does not give back the model that was saved")
     if ranks.is_main:
-        print(f"fast dev run: {state.step} steps, pictures and a checkpoint round trip in {Path(run.folder(settings))}")
+        print(f"fast dev run: {state.step} steps, pictures and a checkpoint round trip in {Path(folder(settings))}")
 
 
 def main(argv: list[str]) -> int:
@@ -121,12 +168,14 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(config_io.to_yaml(settings), end="")
         return 0
-    ranks = distributed.start(settings.device)
+    inputs = Inputs.check(settings)
+    ranks = distributed.start(settings.device, settings.comm.train_timeout)
     try:
         precision.setup(ranks.device)
+        faults.arm(ranks.rank)
         if arguments.fast_dev_run and ranks.is_main:
-            shutil.rmtree(run.folder(settings), ignore_errors=True)
-        state = train(settings, ranks, arguments.dry_run)
+            shutil.rmtree(folder(settings), ignore_errors=True)
+        state = train(settings, ranks, inputs, arguments.dry_run)
         if arguments.fast_dev_run:
             check_round_trip(settings, state, ranks)
     finally:

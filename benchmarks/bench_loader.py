@@ -164,14 +164,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="of the whole sources")
+    parser.add_argument(
+        "--workers", type=int, default=min(16, len(os.sched_getaffinity(0))), help="of the whole sources"
+    )
     a = parser.parse_args()
     device = torch.device(a.device)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_photographs(root / "folder", a.images)
-        pack(root / "folder", root / "packed", SIZE, workers=os.cpu_count() or 1, per_shard=512)
+        pack(root / "folder", root / "packed", SIZE, workers=len(os.sched_getaffinity(0)), per_shard=512)
         table = variants(root)
         off = differences(table, a.images)
         load = os.getloadavg()[0]

@@ -77,6 +77,15 @@ def test_packed_equals_folder_bit_for_bit(folder, packs, workers):
         assert torch.equal(source.load(i, position=i, seed=3), reference.load(i, position=i, seed=3))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_on_the_gpu(packs, workers):
+    source = opened(packs / "uint8")
+    batches = take(source, 6, global_batch=36, device="cuda", workers=workers)
+    assert all(b.images.is_cuda and b.images.dtype == torch.uint8 for b in batches)
+    assert equal(take(source, 6, global_batch=36), [[t.cpu() for t in b] for b in batches])
+
+
 def test_png_shards_are_exact_and_jpeg_shards_close(folder, packs):
     reference, png, close = opened(folder, "folder"), opened(packs / "png"), opened(packs / "jpeg", crop="fast")
     check_streams(png, reference, steps=3)

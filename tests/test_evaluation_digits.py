@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from unite_fast import checkpoint
+from unite_fast import checkpoint, saving
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict
 from unite_fast.evaluation import digits as D
@@ -117,7 +117,9 @@ def test_latent_std():
 def save_untrained(folder, values):
     config = from_dict(values)
     model = build(config.model)
-    checkpoint.save(folder / "checkpoints", checkpoint.TrainState(model, Optimizer(model, config.optim)), config, {}, 1)
+    writer = saving.Writer(folder / "checkpoints", config)
+    writer.save(checkpoint.TrainState(model, Optimizer(model, config.optim)), {})
+    writer.wait()
 
 
 def test_report_on_an_untrained_model(tmp_path, capsys):

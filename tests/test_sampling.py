@@ -8,9 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command
 from PIL import Image
 
+from conftest import TINY, command
 from unite_fast import flow, sampling
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, process
 from safetensors.torch import load_file
 
+from conftest import command, process
 from unite_fast.checkpoint import load_model
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+
 from conftest import TINY, command, process
 
 

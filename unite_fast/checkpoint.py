@@ -1,27 +1,25 @@
-"""Training state on disk: tensors in safetensors, counters in JSON, a sha256 manifest, committed by rename.
+"""Training state on disk: tensors in safetensors, counters in JSON, a sha256 manifest. ``saving`` writes it.
 
     checkpoints/step-0000200/   training.safetensors   model.* ema.* momentum.* exp_avg.* exp_avg_sq.*
                                 state.json             counters, running means, the resolved configuration
                                 manifest.json          size and sha256 of both
 
-A folder named ``*.incomplete`` is an unfinished save and is never read. Parameter names are the stock ones, and
-nothing depends on the number of ranks. No file here can execute code when it is loaded.
+A folder named ``*.incomplete`` is an unfinished save or removal and is never read. Parameter names are the stock ones,
+and nothing depends on the number of ranks. No file here can execute code when it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unite_fast import interop
@@ -31,6 +29,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.optim.optimizer import Optimizer
 
 FORMAT = 1
+NO_PICKLE = "this program executes nothing while it loads"
 NAME = re.compile(r"step-(\d{7,})$")
 
 
@@ -49,81 +48,62 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def save(folder: Path, state: TrainState, config: Config, means: dict[str, float], keep_last: int) -> Path:
-    """Writes folder/step-N, then removes all but the newest ``keep_last``. Returns the new checkpoint's path.
-
-    ``means`` are the running sums of the log line in progress. Raises OSError when the disk refuses; older
-    checkpoints are then untouched.
-    """
-    final = folder / f"step-{state.step:07d}"
-    temporary = folder / f"{final.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by its name there, and the optimizer's step count."""
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in state.optimizer.ema.items()} | state.optimizer.state_dict()
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "training.safetensors")
-    _sync(temporary / "training.safetensors")
-    counters = {
-        "format": FORMAT,
-        "step": state.step,
-        "images_seen": state.images_seen,
-        "optimizer_steps": int(state.optimizer.steps),
-    }
-    _write(temporary / "state.json", json.dumps(counters | {"means": means, "config": to_dict(config)}, indent=1))
-    manifest = {name: _digest(temporary / name) for name in ("training.safetensors", "state.json")}
-    _write(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _sync(folder)
-    for old in _newest_first(folder)[max(1, keep_last) :]:
-        shutil.rmtree(old)
-    return final
+    return tensors | {STEPS: state.optimizer.steps}
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    found = [(int(m.group(1)), p) for p in folder.glob("step-*") if (m := NAME.search(p.name)) and p.is_dir()]
+def counters_of(state: TrainState) -> dict[str, Any]:
+    return {"format": FORMAT, "step": state.step, "images_seen": state.images_seen}
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other path."""
+    found = NAME.search(path.name)
+    return int(found.group(1)) if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    found = [(step, p) for p in folder.glob("step-*") if (step := step_of(p)) is not None and p.is_dir()]
     return [p for _, p in sorted(found, reverse=True)]
 
 
-def verify(path: Path) -> str:
-    """An empty string for a whole checkpoint, else what is wrong with it."""
+def verify(path: Path, content: bool = True) -> str:
+    """An empty string for a whole checkpoint, else what is wrong with it. Without ``content``, sizes alone count."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        files = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        if (path / ".metadata").exists():
+            return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
         return "it has no readable manifest.json"
-    for name, expected in manifest.items():
+    for name, size, sha256 in files:
         file = path / Path(name).name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}: it was cut short or changed"
-        if _digest(file)["sha256"] != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
+        if content and _digest(file)["sha256"] != sha256:
             return f"{name} does not have the recorded sha256: its content changed"
     return "" if {"training.safetensors", "state.json"} <= set(manifest) else "its manifest is incomplete"
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint that verifies or None, one line for each newer one that does not)."""
-    rejected = []
-    for path in _newest_first(folder):
+def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
+    """(the newest checkpoint that verifies or None, one line for each newer one that does not, those themselves)."""
+    lines: list[str] = []
+    rejected: list[Path] = []
+    for path in newest_first(folder):
         problem = verify(path)
         if not problem:
-            return path, rejected
-        rejected.append(f"skipping {path}: {problem}")
-    return None, rejected
+            return path, lines, rejected
+        lines.append(f"skipping {path}: {problem}")
+        rejected.append(path)
+    return None, lines, rejected
 
 
 def locate(path: str | Path) -> Path:
@@ -139,7 +119,7 @@ def locate(path: str | Path) -> Path:
             raise UserError(f"checkpoint {path} is damaged: {problem}; choose another one")
         return path
     for folder in (path / "checkpoints", path):
-        found, rejected = newest(folder) if folder.is_dir() else (None, [])
+        found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
         if found:
             return found
         if rejected:

@@ -16,6 +16,14 @@ class UserError(Exception):
     """A mistake that the user can mend. Programs print its one line and exit with code 2."""
 
 
+class CommonError(UserError):
+    """A user's mistake that every rank sees alike, so that rank 0 alone prints it."""
+
+
+class RunError(Exception):
+    """What ends a run although the command was right. Programs print its one line and exit with code 1."""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The Generative Encoder. YAML may name a size instead: small, base, medium, large, xl."""
@@ -150,7 +158,13 @@ class TrainConfig:
     log_every: int = 20  # optimizer steps
     image_every: int = 2000  # picture grids; 0 switches them off
     checkpoint_every: int = 2000
-    keep_last: int = 3
+    keep_last: int = 3  # checkpoints; at least 2, so that a damaged newest one loses little
+    keep_every: int = 0  # steps; checkpoints at multiples of this are never removed; 0 keeps none of them
+    max_minutes: float = 0.0  # wall time after which the run saves and exits with code 0; 0: no limit
+    max_skipped: int = 10  # steps in a row with a gradient that is not finite, then the run stops as diverged
+    replica_check_every: int = 0  # steps; compares a checksum of all tensors over ranks; 0 switches it off
+    on_oom: Literal["fail", "halve"] = "fail"  # halve: smaller micro-batches, the same global batch
+    on_eval_error: Literal["continue", "fail"] = "continue"  # pictures or evaluation that raise
     collapse_std: float = 0.1  # warn when the latents' standard deviation over samples falls below
     tensorboard: bool = False
 
@@ -164,6 +178,11 @@ class EfficiencyConfig:
     flow_mini_batch: int = 1  # flow steps that pass the network as one batch
     compile_decoder: bool = False
     checkpoint_blocks: bool = False  # recompute block activations in backward
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    train_timeout: float = 600.0  # seconds a rank waits for the others before it gives up
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,13 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+
+
+MAY_BE_ZERO = (
+    "in_context_start", "in_context_len", "image_every", "max_steps", "collapse_std", "keep_every", "max_minutes",
+    "replica_check_every",
+)  # fmt: skip
 
 
 def validate(config: Config) -> None:
@@ -194,7 +220,7 @@ def validate(config: Config) -> None:
     for section in (m, m.encoder, m.decoder, t):
         for f in dataclasses.fields(section):
             value = getattr(section, f.name)
-            may_be_zero = f.name in ("in_context_start", "in_context_len", "image_every", "max_steps", "collapse_std")
+            may_be_zero = f.name in MAY_BE_ZERO
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (may_be_zero and value == 0), f"{f.name} must be positive, got {value}")
     require(
@@ -219,6 +245,8 @@ def validate(config: Config) -> None:
             "0 <= low <= high <= 1")  # fmt: skip
     for name in ("noising_probability", "label_dropout", "tokenizer_t_max"):
         require(0 <= getattr(o, name) <= 1, f"objective.{name} must be within 0 and 1, got {getattr(o, name)}")
+    require(t.keep_last >= 2, f"train.keep_last must be at least 2, got {t.keep_last}: the newest may be damaged")
+    require(config.comm.train_timeout > 0, f"comm.train_timeout must be positive, got {config.comm.train_timeout}")
     require(config.efficiency.flow_mini_batch >= 1, "efficiency.flow_mini_batch must be at least 1")
     require(o.flow_steps >= 0, f"objective.flow_steps must not be negative, got {o.flow_steps}")
     require(0 < config.optim.ema_decay < 1, f"optim.ema_decay must be between 0 and 1, got {config.optim.ema_decay}")

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from unite_fast.config import SIZES, Config, UserError, validate
+from unite_fast.config import SIZES, CommonError, Config, UserError, validate
 
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
@@ -152,7 +152,14 @@ def from_dict(values: dict[str, Any], where: str = "config", base: Config | None
 
 
 def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises UserError."""
+    """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises CommonError."""
+    try:
+        return _load(path, overrides)
+    except UserError as error:
+        raise CommonError(str(error)) from None
+
+
+def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
     config = Config()
     if path is not None:
         try:

@@ -41,7 +41,10 @@ def read_official(path: str | Path) -> dict[str, Any]:
         if "Unsupported global" in text or "weights_only" in text.lower():
             name = re.search(r"GLOBAL ([\w.]+)", text)
             what = name.group(1) if name else "code"
-            raise UserError(f"{path} wants to execute {what} while loading; refused, nothing was run") from None
+            raise UserError(
+                f"{path} wants to execute {what} while loading; refused, nothing was run. If you trust its author "
+                f"as you trust a program: python -m unite_fast.export {path} --trust-pickle --out FOLDER"
+            ) from None
         raise UserError(
             f"{path} is damaged or not a checkpoint ({text.splitlines()[0][:120]}); fetch it again"
         ) from None

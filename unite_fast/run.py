@@ -1,36 +1,36 @@
 """A run's folder and what is done before, around and after its training loop.
 
-runs/<name>/   config.resolved.yaml  provenance.json  status.json  metrics.csv  metrics.jsonl
-               samples/step_*.png    checkpoints/step-*/
+runs/<name>/   config.resolved.yaml  provenance.json  status.json  run.lock  metrics.csv  metrics.jsonl
+               samples/step_*.png    checkpoints/step-*/   logs/rank_*.log
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unite_fast import __version__, checkpoint, data, interop, pictures, sampling
+from unite_fast import __version__, checkpoint, data, interop, pictures, sampling, saving
 from unite_fast.checkpoint import TrainState
-from unite_fast.config import Config, UserError
+from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_yaml
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
+from unite_fast.runtime import faults
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
+from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
+from unite_fast.session import Diverged, folder
 from unite_fast.step import sampling_model
 
 GRID_COLUMNS = 8
-
-
-def folder(config: Config) -> Path:
-    return Path(config.run_dir or f"runs/{config.name}")
 
 
 def provenance(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -56,27 +56,22 @@ def provenance(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def prepare(config: Config, ranks: Ranks) -> Path:
-    """Creates the run folder and writes what the run is. Raises UserError when it cannot be written."""
+def write_description(config: Config, ranks: Ranks) -> None:
+    """Writes into the run folder what the run is. Raises UserError when the disk refuses."""
     path = folder(config)
     try:
-        if ranks.is_main:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (path / "config.resolved.yaml").write_text(to_yaml(config))
-            (path / "provenance.json").write_text(json.dumps(provenance(config, ranks), indent=1))
+        (path / "config.resolved.yaml").write_text(to_yaml(config))
+        (path / "provenance.json").write_text(json.dumps(provenance(config, ranks), indent=1))
     except OSError as error:
         raise UserError(f"run folder {path}: {error.strerror}; choose another with run_dir=PATH") from None
-    ranks.barrier()
-    return path
 
 
-def status(path: Path, ranks: Ranks, state: str, step: int, reason: str = "") -> None:
-    """Writes status.json, for schedulers and people."""
-    if ranks.is_main:
-        content = {"state": state, "reason": reason, "step": step, "time": time.time()}
-        temporary = path / "status.json.tmp"
-        temporary.write_text(json.dumps(content))
-        temporary.replace(path / "status.json")
+def check_paths(config: Config) -> None:
+    """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
+    if config.resume not in ("auto", "must", "never"):
+        checkpoint.locate(config.resume)
+    if config.init_from:
+        checkpoint.locate(config.init_from)
 
 
 def fresh_state(config: Config, ranks: Ranks) -> TrainState:
@@ -94,23 +89,45 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels))
 
 
-def resume(config: Config, state: TrainState, path: Path) -> tuple[dict[str, float], list[str]]:
-    """Applies ``resume=auto|never|must|PATH``. Returns (running sums of the log line, what was chosen)."""
+class Choice(NamedTuple):
+    """The checkpoint from which a run goes on, and why."""
+
+    path: Path | None
+    why: str
+    lines: list[str]  # one for each newer checkpoint that is damaged
+    rejected: list[Path]  # those
+
+    def said(self, step: int) -> str:
+        """What is printed, once the checkpoint's step is known."""
+        chosen = f"resuming from {self.path} at step {step}: {self.why}" if self.path else f"starting fresh: {self.why}"
+        return "\n".join([*self.lines, chosen])
+
+
+def choose(config: Config) -> Choice:
+    """Applies ``resume=auto|never|must|PATH``. Raises UserError."""
+    path = folder(config)
     if config.resume == "never":
         if any((path / "checkpoints").glob("step-*")):
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
-        return {}, ["starting fresh: resume=never"]
+        return Choice(None, "resume=never", [], [])
     if config.resume not in ("auto", "must"):
-        chosen = checkpoint.locate(config.resume)
-        return checkpoint.resume(chosen, state, config), [f"resuming from {chosen} at step {state.step}: it was named"]
-    found, lines = checkpoint.newest(path / "checkpoints")
+        return Choice(checkpoint.locate(config.resume), "it was named", [], [])
+    found, lines, rejected = checkpoint.newest(path / "checkpoints")
     if found is None:
         if config.resume == "must":
             detail = f" ({lines[0]})" if lines else ""
             raise UserError(f"resume=must, but {path} has no usable checkpoint{detail}")
-        return {}, [*lines, f"starting fresh: no usable checkpoint in {path}"]
-    means = checkpoint.resume(found, state, config)
-    return means, [*lines, f"resuming from {found} at step {state.step}: the newest that verifies"]
+        return Choice(None, f"no usable checkpoint in {path}", lines, rejected)
+    return Choice(found, "the newest that verifies", lines, rejected)
+
+
+def tidy(config: Config, choice: Choice) -> None:
+    """Removes unfinished saves and renames damaged checkpoints to step-N.damaged. For the holder of the lock."""
+    saving.clean(folder(config) / "checkpoints")
+    for path in choice.rejected:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -137,18 +154,59 @@ def save_pictures(
     """
     model, s = state.model, config.sample
     model.eval()
+    faults.strike("eval", state.step)
     seeds = range(len(labels))
     options: dict[str, Any] = {"solver": s.solver, "steps": steps or s.steps, "cfg_scale": s.cfg_scale, "seeds": seeds}
     options |= {"cfg_interval": s.cfg_interval, "cfg_order": s.cfg_order}
-    raw = sampling.sample(model, labels, **options)
-    restore = sampling_model(state)
     try:
-        reconstruction = model.decode(model.tokenize(images))
-        averaged = sampling.sample(model, labels, **options)
+        raw = sampling.sample(model, labels, **options)
+        restore = sampling_model(state)
+        try:
+            reconstruction = model.decode(model.tokenize(images))
+            averaged = sampling.sample(model, labels, **options)
+        finally:
+            restore()
     finally:
-        restore()
-    model.train()
+        model.train()
     pictures.save_grid(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])
+
+
+def bad_batches(config: Config, source: data.Source, positions: list[int], path: Path) -> None:
+    """Writes bad_batches.json: which samples were in the skipped steps that began at ``positions``."""
+    order, n = data.Order(len(source), config.seed), config.train.global_batch
+    rows = [
+        {"step": p // n + 1, "first_position": p, "images": n, "samples": order.indices(p, p + n).tolist()}
+        for p in positions
+    ]
+    (path / "bad_batches.json").write_text(json.dumps(rows))
+
+
+def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: Ranks) -> None:
+    """With the log line, on all ranks: raises Diverged after train.max_skipped skipped steps in a row."""
+    t = config.train
+    longest, positions = skips.drain()
+    if longest >= t.max_skipped:
+        if ranks.is_main:
+            bad_batches(config, source, positions, folder(config))
+        raise Diverged(
+            f"the gradient was not finite in {longest} steps in a row (train.max_skipped={t.max_skipped}); the batches "
+            "are in bad_batches.json, the last checkpoint is from before; lower optim.lr or look at those images"
+        )
+
+
+def check_finite(state: TrainState) -> None:
+    """Before a save, on all ranks: raises Diverged naming the first tensor that is not finite."""
+    if name := first_nonfinite(checkpoint.tensors_of(state)):
+        raise Diverged(f"{name} is not finite at step {state.step}; nothing was saved, the last checkpoint stays")
+
+
+def check_replicas(state: TrainState, ranks: Ranks) -> None:
+    """On all ranks: raises RunError naming the first tensor that is not the same everywhere."""
+    if name := first_difference(checkpoint.tensors_of(state), ranks):
+        raise RunError(
+            f"the ranks no longer hold the same model at step {state.step}: {name} differs; one of the devices "
+            "computes wrongly, or a collective failed; resume from the last checkpoint, without that node"
+        )
 
 
 def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:

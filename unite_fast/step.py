@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,15 +10,18 @@ from torch import Tensor
 
 from unite_fast import objective
 from unite_fast.checkpoint import TrainState
-from unite_fast.config import Config
+from unite_fast.config import Config, RunError
 from unite_fast.data import Batch, to_float
 from unite_fast.losses import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.runtime import precision
+from unite_fast.runtime import faults, precision
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.guards import SkipCounter
+from unite_fast.runtime.stats import SKIPPED
 
-METRICS = ("total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
+log = logging.getLogger("unite_fast.step")
+METRICS = ("total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr", SKIPPED)
 
 
 class TrainStep:
@@ -35,6 +39,7 @@ class TrainStep:
         self.config, self.ranks, self.perceptual = config, ranks, perceptual
         self.micro_batch, self.accumulation = split
         self.images_per_epoch = images_per_epoch
+        self.skips = SkipCounter(ranks.device)
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
@@ -49,11 +54,55 @@ class TrainStep:
         return objective.Draws.make(model, self.config.objective, self.config.seed, samples)
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
-        """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU."""
+        """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
+
+        A step whose gradient norm is not finite changes nothing, on all ranks; its metrics are 0 and "skipped" is 1.
+        """
+        number = state.step + 1
+        losses = self.accumulate(state, batch, number)
+        grads = [p.grad for p in state.optimizer.parameters.values() if p.grad is not None]
+        faults.strike("bwd", number, grads)
+        self.ranks.average_(grads)
+        lr = self.lr(state.images_seen)
+        norm = state.optimizer.step(lr)
+        skip = state.optimizer.skip
+        faults.strike("opt", number, list(state.optimizer.parameters.values()))
+        faults.strike("ema", number, list(state.optimizer.ema.values()))
+        self.skips.record(skip, state.images_seen)
+        state.step = number
+        state.images_seen += self.config.train.global_batch
+        metrics = losses | {"grad_norm": norm, "lr": torch.full_like(norm, lr)}
+        metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
+        return metrics | {SKIPPED: skip.to(norm.dtype)}
+
+    def accumulate(self, state: TrainState, batch: Batch, number: int) -> dict[str, Tensor]:
+        """Gradients of the share's mean loss; the losses. Out of memory: halves this rank's micro-batch if allowed.
+
+        The gradient does not depend on how the share is cut, so the ranks need not agree on it.
+        """
+        while True:
+            try:
+                return self._accumulate(state, batch, number)
+            except torch.OutOfMemoryError:
+                half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
+                where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
+                if self.config.train.on_oom == "fail" or not half:
+                    mend = f"; set train.micro_batch={half}" if half else "; the model needs a larger GPU"
+                    raise RunError(f"{where}{mend} (or efficiency.checkpoint_blocks=true)") from None
+            log.warning("%s; going on with %d, the global batch stays", where, half)
+            self.micro_batch = half
+            for parameter in state.optimizer.parameters.values():
+                parameter.grad = None
+            if self.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, state: TrainState, batch: Batch, number: int) -> dict[str, Tensor]:
         config, model = self.config, state.model
+        parts = len(batch.labels) // self.micro_batch
         sums: dict[str, Tensor] = {}
         for images, labels, samples in zip(*(part.split(self.micro_batch) for part in batch), strict=True):
             images = to_float(images)
+            faults.strike("fwd", number, [images])
             draws = self.draws(model, samples)
             with precision.autocast(config.efficiency.precision, self.ranks.device):
                 losses = objective.backward(
@@ -63,19 +112,13 @@ class TrainStep:
                     draws,
                     config.objective,
                     self.perceptual,
-                    1 / self.accumulation,
+                    1 / parts,
                     config.efficiency.flow_mini_batch,
                 )
             losses["latent_std"] = losses.pop("latents").float().std(dim=0, correction=0).mean()
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
-        self.ranks.average_([p.grad for p in state.optimizer.parameters.values() if p.grad is not None])
-        lr = self.lr(state.images_seen)
-        norm = state.optimizer.step(lr)
-        state.step += 1
-        state.images_seen += config.train.global_batch
-        metrics = {name: value / self.accumulation for name, value in sums.items()}
-        return metrics | {"grad_norm": norm, "lr": torch.full_like(norm, lr)}
+        return {name: value / parts for name, value in sums.items()}
 
 
 def sampling_model(state: TrainState) -> Callable[[], None]:

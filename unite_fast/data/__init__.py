@@ -15,6 +15,7 @@ from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data.dali import open_dali
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
+from unite_fast.data.order import Order
 from unite_fast.data.packed import open_packed
 from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
 from unite_fast.data.stream import all_images, stream
@@ -25,6 +26,7 @@ __all__ = [
     "SOURCES",
     "BadImage",
     "Batch",
+    "Order",
     "Source",
     "WorkerError",
     "all_images",

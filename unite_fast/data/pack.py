@@ -336,7 +336,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("dest", type=Path, metavar="DEST")
     parser.add_argument("--size", type=int, default=256, help="pixels, height and width (default 256)")
     parser.add_argument("--format", choices=FORMATS, default="uint8")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: this one")
     parser.add_argument("--quality", type=int, default=95, help="of --format jpeg (default 95, 4:4:4)")
     parser.add_argument("--per-shard", type=int, default=2048, help="images per shard (default 2048)")
     parser.add_argument(

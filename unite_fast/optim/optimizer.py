@@ -24,7 +24,8 @@ class Optimizer:
     """Muon + AdamW + EMA of ``model`` (SPEC section 3).
 
     Attributes: ``momentum`` (Muon), ``exp_avg`` and ``exp_avg_sq`` (AdamW), ``ema``: tensors by parameter name;
-    ``steps``: updates done (0-d float32 tensor), the same for every AdamW tensor.
+    ``steps``: updates done (0-d float32 tensor), the same for every AdamW tensor; ``skip``: whether the last step
+    changed nothing because the gradient was not finite (0-d bool tensor).
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, backend: str = "eager") -> None:
@@ -36,6 +37,7 @@ class Optimizer:
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = torch.zeros((), device=next(iter(self.ema.values())).device)
+        self.skip = torch.zeros_like(self.steps, dtype=torch.bool)
 
     def newton_schulz_dtype(self, device: torch.device) -> torch.dtype:
         choice = self.config.newton_schulz_dtype
@@ -47,10 +49,11 @@ class Optimizer:
     def step(self, lr: float) -> Tensor:
         """Updates parameters, state and EMA from ``.grad`` and clears it; returns the gradient norm before the clip.
 
-        Parameters without a gradient keep their value.
+        Parameters without a gradient keep their value. When the norm is not finite nothing changes and ``skip`` is
+        true, without the host knowing; gradients averaged over ranks make all of them skip together.
         """
         live = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm, coefficient, _ = multi_tensor.clip(list(live.values()), self.config.clip, backend=self.backend)
+        norm, coefficient, self.skip = multi_tensor.clip(list(live.values()), self.config.clip, backend=self.backend)
         rate = torch.full_like(norm, lr)
         self._adamw({n: g for n, g in live.items() if n in self.adamw}, rate, coefficient)
         self._muon({n: g for n, g in live.items() if n in self.muon}, rate, coefficient)
@@ -73,6 +76,7 @@ class Optimizer:
                 c.eps,
                 c.weight_decay,
                 clip_coef=coefficient,
+                skip=self.skip,
                 ema=[self.ema[n] for n in grads],
                 ema_decay=c.ema_decay,
                 backend=self.backend,
@@ -94,6 +98,7 @@ class Optimizer:
             [self.momentum[n] for n in names],
             c.muon_momentum,
             clip_coef=coefficient,
+            skip=self.skip,
             out=slices,
             backend=self.backend,
         )
@@ -107,6 +112,7 @@ class Optimizer:
             lr,
             [0.2 * math.sqrt(max(grads[n].shape)) for n in names],
             c.muon_weight_decay,
+            skip=self.skip,
             ema=[self.ema[n] for n in names],
             ema_decay=c.ema_decay,
             backend=self.backend,

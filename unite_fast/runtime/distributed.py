@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unite_fast.config import UserError
+from unite_fast.config import CommonError, UserError
 
-TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25  # gradients are averaged in flat pieces of at most this many elements
 
 
@@ -24,6 +25,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo, for objects and flags: never waits for a GPU
 
     @property
     def is_main(self) -> bool:
@@ -32,6 +34,30 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain ``value``, on every rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, on every rank; its UserError is raised on every rank."""
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [("", function())]
+            except UserError as error:
+                outcome = [(str(error), None)]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        problem, value = outcome[0]
+        if problem:
+            raise CommonError(problem)
+        return value
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its mean over ranks. All ranks must pass tensors of equal shapes in equal order."""
@@ -63,9 +89,17 @@ def rank_of_environment() -> int:
     return _environment("RANK", "SLURM_PROCID", 0)
 
 
-def start(device: str = "auto") -> Ranks:
-    """Joins the process group that the environment describes (none for a single process). Raises UserError."""
-    world, rank = _environment("WORLD_SIZE", "SLURM_NTASKS", 1), rank_of_environment()
+def world_of_environment() -> int:
+    """The number of processes that torchrun or SLURM started, before anything is set up."""
+    return _environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+
+
+def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
+    """Joins the process group that the environment describes (none for a single process). Raises UserError.
+
+    A collective that takes longer than ``timeout`` seconds raises on the ranks that wait in it.
+    """
+    world, rank = world_of_environment(), rank_of_environment()
     local = _environment("LOCAL_RANK", "SLURM_LOCALID", 0)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here; use device=cpu or check the driver")
@@ -80,7 +114,20 @@ def start(device: str = "auto") -> Ranks:
             raise UserError(f"{world} processes but no MASTER_ADDR; launch with torchrun")
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(world))
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=chosen if use_cuda else None)
+        limit = timedelta(seconds=timeout)
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store),  # torchrun's store keeps the dead attempt's addresses
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+            device_id=chosen if use_cuda else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=limit)
+        assert isinstance(control, dist.ProcessGroup)
+        return Ranks(rank, world, chosen, control)
     return Ranks(rank, world, chosen)
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+import math
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unite_fast.config import UserError
 from unite_fast.runtime.distributed import Ranks
+
+log = logging.getLogger("unite_fast.stats")
+SKIPPED = "skipped"  # the metric that is 1 in a step whose other metrics do not count
 
 
 class Means:
@@ -41,12 +46,16 @@ class Means:
         self.total.copy_(torch.tensor([sums.get(name, 0.0) for name in self.names], dtype=torch.float64))
 
     def drain(self) -> dict[str, float]:
-        """The means since the last drain, over steps and ranks. The step's only host sync."""
+        """The means since the last drain, over ranks and over steps that were not skipped; NaN when all were.
+
+        "skipped" is their number. The step's only host sync.
+        """
         sums = self.sums()
-        count = max(1.0, sums.pop("count"))
+        skipped = sums.pop(SKIPPED, 0.0)
+        count = sums.pop("count") - skipped
         self.total.zero_()
         self.count = 0
-        return {name: value / count for name, value in sums.items()}
+        return {name: value / count if count else math.nan for name, value in sums.items()} | {SKIPPED: skipped}
 
 
 class Log:
@@ -54,26 +63,40 @@ class Log:
 
     def __init__(self, folder: Path, resumed_step: int, tensorboard: bool = False) -> None:
         self.json_path, self.csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.header: list[str] = []
+        self.writer: Any = None
+        self.warned = False
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard=true needs tensorboard; pip install 'unite-fast[log]'") from None
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        try:
+            self._cut(resumed_step)
+        except OSError as error:
+            self._warn(error)
+
+    def _cut(self, resumed_step: int) -> None:
+        """Removes rows later than the checkpoint from which the run goes on: they will come again."""
         rows = [r for r in read_metrics(self.json_path) if r["step"] <= resumed_step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary = self.json_path.with_suffix(".tmp")
-        temporary.write_text(text)
+        temporary.write_text("".join(_json(row) for row in rows))
         os.replace(temporary, self.json_path)
         self.header = list(rows[0]) if rows else []
         table = [self.header, *([row[k] for k in self.header] for row in rows)]
         self.csv_path.write_text(_csv(table) if rows else "")
-        self.writer: Any = None
-        self.warned = False
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional package: asked for, so an error if absent
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+    def _warn(self, error: Exception) -> None:
+        if not self.warned:
+            log.warning("metrics cannot be written (%s); training goes on", error)
+        self.warned = True
 
     def write(self, row: dict[str, float]) -> None:
-        """A full or read-only disk costs the row and one warning, never the run."""
+        """A full or read-only disk costs the row and one warning, never the run. JSON has no NaN: it becomes null."""
         try:
             with self.json_path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_json(row))
             with self.csv_path.open("a", newline="") as file:
                 if not self.header:
                     self.header = list(row)
@@ -83,9 +106,11 @@ class Log:
                 for name, value in row.items():
                     self.writer.add_scalar(name, value, int(row["step"]))
         except Exception as error:
-            if not self.warned:
-                warnings.warn(f"metrics cannot be written ({error}); training goes on", stacklevel=2)
-            self.warned = True
+            self._warn(error)
+
+
+def _json(row: dict[str, float]) -> str:
+    return json.dumps({k: None if math.isnan(v) else v for k, v in row.items()}) + "\n"
 
 
 def _csv(rows: list[list[Any]]) -> str:
@@ -100,7 +125,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if path.is_file():
         for line in path.read_text().splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
             except ValueError:
                 break
     return rows
@@ -134,10 +159,11 @@ def progress_line(row: dict[str, float], total_steps: int) -> str:
     left = int(row["seconds_left"])
     speed = f"mfu {row['mfu']:.1%}" if "mfu" in row else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
     lpips = f" lpips {row['lpips']:.4f}" if row["lpips"] else ""
+    skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
     return (
         f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
         f"pixel {row['l1']:.4f}{lpips}  flow {row['flow']:.4f}  latent std {row['latent_std']:.3f}  "
-        f"|grad| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
+        f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
         f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     )
 
@@ -154,7 +180,9 @@ class CollapseAlarm:
         self.seen_healthy = self.spoken = False
 
     def check(self, row: dict[str, float]) -> str:
-        """The warning, or an empty string."""
+        """The warning, or an empty string. A row of skipped steps says nothing."""
+        if math.isnan(row["latent_std"]):
+            return ""
         healthy = row["latent_std"] >= self.threshold
         self.seen_healthy |= healthy
         if healthy or self.spoken or not (self.seen_healthy or row["step"] >= self.patience):
