@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from photographs import add, check_streams, crop, equal, jpeg, take, write_folde
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data import all_images, open_source
 from unite_fast.data import tar as tar_module
+from unite_fast.data.ahead import spread
 from unite_fast.data.index import main as index_main
 from unite_fast.data.tar import index_path, write_index
 
@@ -54,6 +56,17 @@ def test_tar_equals_folder(folder, tars, monkeypatch):
     assert source.name(0).endswith("000.tar/0000.jpg")
     single = opened(tars / "001.tar")
     assert torch.equal(single.load(3), reference.load(23))
+
+
+def test_threads_read_the_right_bytes_while_files_are_closed(folder, tars, monkeypatch):
+    monkeypatch.setattr(tar_module, "OPEN_FILES", 1)
+    source, reference = opened(tars), opened(folder, "folder")
+    truth = [reference.encoded(i) for i in range(60)]
+    order = [int(i) for i in np.random.default_rng(0).integers(0, 60, 4000)]
+    before = len(os.listdir("/proc/self/fd"))
+    read = spread(source.encoded, order, 8)
+    assert all(data == truth[i] for i, data in zip(order, read, strict=True))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_random_crops_and_the_fast_crop(folder, tars):

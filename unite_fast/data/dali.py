@@ -6,7 +6,7 @@ order, resume and world size are those of every other source. Only 8-bit gray an
 through DALI; anything else (PNG, WebP, CMYK, damaged headers) goes through Pillow.
 
 Difference from the Pillow crop, in gray levels of 8-bit images, on the CPU (JPEG decoding is exact there):
-    shorter side below twice the size     at most 13, 0.15 on average (crops of photographs to 256 x 256)
+    shorter side below twice the size     at most 14, 0.15 on average (crops of photographs to 256 x 256)
     halved first, even sides              at most 3, 0.5 to 1.5 on average (Pillow rounds up where DALI does not)
     halved first, odd sides               up to 78 at single pixels: DALI has no box filter for a factor just above 2
 On a GPU decoding is nvJPEG's and differs by more. Where exactness matters, pack the images (pack.py) instead.

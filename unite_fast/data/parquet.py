@@ -92,11 +92,12 @@ class Parquet(EncodedSource):
         import pyarrow.parquet as pq
 
         group, row = self._place(index)
-        if self._held[0] != group:
+        held, images = self._held
+        if held != group:
             table, number, _ = self._groups[group]
             images = pq.ParquetFile(self.tables[table]).read_row_group(number, columns=["image"]).column("image")
             self._held = group, images
-        data = self._held[1][row].as_py()["bytes"]
+        data = images[row].as_py()["bytes"]
         if data is None:
             raise BadImage("no bytes")
         check_bytes(len(data))

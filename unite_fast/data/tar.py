@@ -13,6 +13,7 @@ that are links or devices, or whose names leave the archive (absolute, or with "
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -167,6 +168,17 @@ def list_tars(tars: list[Path], field: str) -> tuple[list[Path], list[TarIndex],
     return tars, indexes, class_names(tars, max(int(i.labels.max()) for i in indexes if len(i.labels)))
 
 
+class _File:
+    """A file open for reading until nobody refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class Tar(EncodedSource):
     """The images of indexed tars."""
 
@@ -178,7 +190,7 @@ class Tar(EncodedSource):
         self._ends = np.cumsum([len(index.labels) for index in indexes])
         self._extents = np.concatenate([index.extents for index in indexes])
         self._members = Names([name for index in indexes for name in index.names])
-        self._files: OrderedDict[int, int] = OrderedDict()  # number of a tar -> descriptor, least recently used first
+        self._files: OrderedDict[int, _File] = OrderedDict()  # by number of the tar, oldest first
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_files": OrderedDict()}
@@ -193,12 +205,13 @@ class Tar(EncodedSource):
         offset, length = self._extents[index].tolist()
         check_bytes(length)
         number = self._tar(index)
-        if number not in self._files:
-            while len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[number] = os.open(self.tars[number], os.O_RDONLY)
-        self._files.move_to_end(number)
-        data = os.pread(self._files[number], min(length, MAX_ENCODED_BYTES), offset)
+        file = self._files.get(number)  # threads may come here together: each step below leaves the table whole
+        if file is None:
+            file = self._files[number] = _File(self.tars[number])
+            with contextlib.suppress(KeyError):
+                while len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+        data = os.pread(file.descriptor, min(length, MAX_ENCODED_BYTES), offset)
         if len(data) != length:
             raise BadImage("the tar has become shorter")
         return data
