@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -189,12 +190,14 @@ def main() -> None:
             )
             rows.append(
                 {"kind": "per core", "variant": variant, "shape": [table[variant][0], 3, SIZE, SIZE], "dtype": "uint8"}
-                | {"n": len(values), "images": a.images, "load": load, "images_per_cpu_second": q}
+                | {"n": len(values), "images": a.images, "images_per_cpu_second": q}
                 | {"images_per_second": quantiles(wall), "ratio_to_pillow": ratio}
                 | {"max_difference": off[variant][0], "mean_difference": off[variant][1]}
             )
         rows += whole_sources(root, device, a.workers, 5.0)
-        print(f"rows written to {record('loader', device, rows)}")
+        packages = ("pillow", "simplejpeg", "torchvision", "nvidia-dali-cuda130")
+        common = {"versions": {name: version(name) for name in packages}, "load": [load, os.getloadavg()[0]]}
+        print(f"rows written to {record('loader', device, [row | common for row in rows])}")
 
 
 if __name__ == "__main__":

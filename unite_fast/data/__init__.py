@@ -5,7 +5,7 @@
 
 | data.source | what it reads | pixels | for |
 |---|---|---|---|
-| folder | one sub-folder of images per class | Pillow, exact; data.crop=fast: within 3 gray levels, 2.4 times faster | anything |
+| folder | one sub-folder of images per class | Pillow, exact; data.crop=fast: within 3, 2.4 x faster | anything |
 | tar | tars in WebDataset's layout, indexed | as folder | data that is there already |
 | packed | shards written by python -m unite_fast.data.pack | uint8 shards: those of folder, bit for bit | training |
 | dali | folders, tars or jpeg shards, decoded on the GPU | near those of folder; see dali.py | no room to pack |
