@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -39,6 +38,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     settings = config_io.load(arguments.config, arguments.overrides)
+    if arguments.fast_dev_run < 0:
+        raise config.UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
     if arguments.fast_dev_run:
         n = arguments.fast_dev_run
         train = dataclasses.replace(settings.train, max_steps=n, log_every=1, image_every=n, checkpoint_every=n)
@@ -86,7 +87,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry
     sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
     with Session(settings, ranks, inputs.started) as session:
         if ranks.is_main:
-            run.tidy(settings, choice)
+            run.tidy(settings, choice, state.step)
             run.write_description(settings, ranks)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
@@ -103,15 +104,15 @@ def loop(
 ) -> None:
     t, device, source, perceptual = settings.train, ranks.device, inputs.source, inputs.perceptual
     path, split = session.path, config.batch_split(t, ranks.world_size)
-    total = int(t.epochs * len(source)) // t.global_batch
-    total = min(total, t.max_steps or total)
+    total = run.last_step(settings, state, len(source))
     step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
     log = stats.Log(path, state.step, t.tensorboard) if ranks.is_main else None
     alarm = stats.CollapseAlarm(t.collapse_std)
     flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
-    meter = stats.Meter(total * t.global_batch, state.images_seen, flops, peak_flops(device), ranks.world_size)
+    goal = state.images_seen + (total - state.step) * t.global_batch
+    meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
     shown = run.examples(settings, device) if ranks.is_main and t.image_every else None
     writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
     batches = data.stream(
@@ -120,6 +121,8 @@ def loop(
     )  # fmt: skip
 
     session.begin(state.step)
+    if state.step >= total and ranks.is_main:
+        print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
     ending = ""
     while state.step < total and not ending:
@@ -173,8 +176,8 @@ def main(argv: list[str]) -> int:
     try:
         precision.setup(ranks.device)
         faults.arm(ranks.rank)
-        if arguments.fast_dev_run and ranks.is_main:
-            shutil.rmtree(folder(settings), ignore_errors=True)
+        if arguments.fast_dev_run:
+            ranks.decide(lambda: run.clear_dev_folder(folder(settings)))
         state = train(settings, ranks, inputs, arguments.dry_run)
         if arguments.fast_dev_run:
             check_round_trip(settings, state, ranks)

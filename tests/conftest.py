@@ -1,43 +1,12 @@
-"""Fixtures shared by the tests: a tiny configuration that trains in seconds, and the golden values."""
+"""Fixtures shared by the tests."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-
-import sample
-import train
-import unite_fast.command
-
-ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT.parent / "shared" / "reference"
-
-TINY = """\
-name: tiny
-model:
-  image_size: 8
-  patch_size: 2
-  channels: 1
-  num_classes: 10
-  latent_dim: 4
-  num_latents: 8
-  encoder: {depth: 3, width: 32, heads: 2, in_context_start: 1, in_context_len: 2}
-  decoder: {depth: 1, width: 32, heads: 2, mlp_hidden: 64, in_features: 32}
-objective: {perceptual_weight: 0, pixel_loss: l2, pixel_weight: 4, flow_weight: 0.03, flow_steps: 2}
-optim: {lr: 2e-3, schedule: cosine, warmup_epochs: 0.1, decay_epochs: 0}
-data: {source: digits, flip: false}
-sample: {solver: euler, steps: 2}
-train: {global_batch: 16, micro_batch: 8, epochs: 1, log_every: 1, image_every: 0, checkpoint_every: 1000}
-efficiency: {precision: fp32}
-"""
+from support import REFERENCE, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -59,30 +28,3 @@ def reference() -> Path:
     if not (REFERENCE / "tiny.safetensors").is_file():
         pytest.skip("the golden values lie in ../shared/reference beside the checkout; they are not there")
     return REFERENCE
-
-
-class Outcome(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def command(program: str, *arguments: object) -> Outcome:
-    """Runs train.py or sample.py in this process, as its main block does: quick, since torch is loaded once."""
-    main = {"train.py": train.main, "sample.py": sample.main}[program]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = unite_fast.command.run(main, [str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a program of the project in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    words = [sys.executable, *(str(a) for a in arguments)]
-    return subprocess.run(
-        words, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )

@@ -19,8 +19,8 @@ import pytest
 import torch
 from photographs import check_streams, equal, take, write_folder, write_tars
 from PIL import Image
+from support import ROOT
 
-from conftest import ROOT
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data import WorkerError, all_images, open_source
 from unite_fast.data import ahead as ahead_module

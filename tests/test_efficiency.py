@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from support import command
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import command
 from unite_fast import objective
 from unite_fast.config import ObjectiveConfig
 from unite_fast.config_io import from_dict, parse_yaml
@@ -45,7 +45,7 @@ def test_losses_of_every_rung(tiny, tmp_path, rung):
 
 def test_kernels_draw_the_same_numbers():
     """SeededDraws, whose randomness is made inside the kernels, equals Draws.make."""
-    from conftest import TINY
+    from support import TINY
 
     model = build(from_dict(parse_yaml(TINY, "tiny")).model)
     o, samples, labels = ObjectiveConfig(), torch.arange(50, 58), torch.arange(8)
@@ -66,7 +66,7 @@ def test_kernels_draw_the_same_numbers():
 
 def test_a_step_never_waits_for_the_device():
     """Nothing in forward and backward asks for a tensor's value: fake tensors have none and would raise."""
-    from conftest import TINY
+    from support import TINY
 
     config = from_dict(parse_yaml(TINY, "tiny"))
     with FakeTensorMode():

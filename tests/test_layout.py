@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from conftest import ROOT
+from support import ROOT
 
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (

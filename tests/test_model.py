@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from support import TINY
 
-from conftest import TINY
 from unite_fast import objective
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, ModelConfig, ObjectiveConfig
 from unite_fast.config_io import from_dict, parse_yaml

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import TINY, command
 
-from conftest import TINY, command
 from unite_fast import flow, sampling
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml

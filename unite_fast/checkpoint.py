@@ -138,9 +138,53 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load_file(path / "training.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from None
-    if state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = state if isinstance(state, dict) else {}
         raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {FORMAT}")
     return tensors, state
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "state.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
+    found = []
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            found += _differences(old[key], new[key], f"{path}{key}.")
+        elif old[key] != new[key]:
+            found.append((path + key, old[key], new[key]))
+    return sorted(found)
+
+
+def check_same_model(saved: dict[str, Any], config: Config, where: str) -> None:
+    """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
+    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(config)["model"]})
+    if changed:
+        listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
+        raise UserError(f"{where} holds another model: {listed}")
+
+
+def changes(path: Path, config: Config) -> list[str]:
+    """A line for each setting that a run changes by resuming from ``path``. Raises UserError for another model."""
+    if path.is_file():  # an official .pt says nothing of its run
+        return []
+    saved = _saved_config(path)
+    check_same_model(saved, config, str(path))
+    sections = ("objective", "optim", "data", "efficiency")
+    old, new = ({k: c.get(k, {}) for k in (*sections, "seed")} for c in (saved, to_dict(config)))
+    watched = _differences(old, new)
+    batch = [c.get("train", {}).get("global_batch") for c in (saved, to_dict(config))]
+    if batch[0] != batch[1]:
+        watched.append(("train.global_batch", *batch))
+    quiet = ("data.workers", "data.timeout", "data.path", "objective.perceptual_trunk")
+    return [f"changed since {path.name}: {key} {old} -> {new}" for key, old, new in watched if key not in quiet]
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -163,14 +207,19 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     weights = _part(tensors, "model")
     rest = {k: v for k, v in tensors.items() if not k.startswith(("model.", "ema."))}
     interop.check_weights(state.model, weights, str(path))
+    ema, wanted = _part(tensors, "ema"), state.optimizer.ema
+    wrong = [name for name, value in wanted.items() if name not in ema or ema[name].shape != value.shape]
+    kinds = {"step": int, "images_seen": int, "optimizer_steps": int, "means": dict}
+    wrong += [name for name, kind in kinds.items() if not isinstance(counters.get(name), kind)]
+    if wrong:
+        raise UserError(f"checkpoint {path}: {wrong[0]} is missing or malformed")
     try:
         state.optimizer.load_state_dict(rest, counters["optimizer_steps"])
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}") from None
     interop.load_weights(state.model, weights, str(path))
-    ema = _part(tensors, "ema")
     with torch.no_grad():
-        for name, value in state.optimizer.ema.items():
+        for name, value in wanted.items():
             value.copy_(ema[name])
     state.step, state.images_seen = counters["step"], counters["images_seen"]
     return counters["means"]

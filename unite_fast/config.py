@@ -209,6 +209,12 @@ MAY_BE_ZERO = (
 )  # fmt: skip
 
 
+# Sections whose numbers are not negative, but for these; those of NONZERO are above 0, those of FRACTIONS below 1.
+SIGNED = ("flow_time_mean", "cfg_interval", "betas")
+NONZERO = ("lr", "clip", "eps", "flow_time_std", "newton_schulz_steps", "steps", "timeout", "flow_mini_batch")
+FRACTIONS = ("muon_momentum", "ema_decay")
+
+
 def validate(config: Config) -> None:
     """Checks that span several fields. Raises UserError."""
     m, o, t, s = config.model, config.objective, config.train, config.sample
@@ -223,6 +229,21 @@ def validate(config: Config) -> None:
             may_be_zero = f.name in MAY_BE_ZERO
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (may_be_zero and value == 0), f"{f.name} must be positive, got {value}")
+    for name in ("objective", "optim", "data", "sample", "efficiency"):
+        for f in dataclasses.fields(getattr(config, name)):
+            value, key = getattr(getattr(config, name), f.name), f"{name}.{f.name}"
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and f.name not in SIGNED:
+                least = "more than 0" if f.name in NONZERO else "at least 0"
+                require(value > 0 or (value == 0 and f.name not in NONZERO), f"{key} must be {least}, got {value}")
+                require(value < 1 or f.name not in FRACTIONS, f"{key} must be below 1, got {value}")
+    require(
+        all(0 <= b < 1 for b in config.optim.betas), f"optim.betas {list(config.optim.betas)} must be within 0 and 1"
+    )
+    require(config.seed >= 0, f"seed must be at least 0, got {config.seed}")
+    require(m.encoder.width % 2 == 0, f"model.encoder.width {m.encoder.width} must be even (sin-cos positions)")
+    require(int(2 / 3 * m.encoder.mlp_ratio * m.encoder.width) >= 1, "model.encoder.mlp_ratio is too small")
+    require(m.image_size <= 1 << 16, f"model.image_size {m.image_size} is too large")
+    require(s.solver != "dopri5" or s.steps >= 2, "sample.steps must be at least 2 for dopri5")
     require(
         m.image_size % m.patch_size == 0,
         f"model.image_size {m.image_size} is not a multiple of model.patch_size {m.patch_size}",

@@ -50,6 +50,13 @@ def read_official(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a UNITE checkpoint: it has no 'model' state dict")
+    for part in ("model", "ema"):
+        for key, value in (content.get(part) or {}).items():
+            dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+            if not isinstance(key, str) or not dense:
+                raise UserError(
+                    f"{path}: '{part}' holds {key!r}, which is not a dense tensor of floating-point numbers"
+                )
     return content
 
 
@@ -108,7 +115,7 @@ def infer_config(
             encoder=encoder,
             decoder=decoder,
         )
-    except (KeyError, StopIteration, ValueError) as error:
+    except (KeyError, StopIteration, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where} is not a UNITE model: {error} is missing or has an unknown shape") from None
     for key, value in (overrides or {}).items():
         config = _override(config, key, value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from unite_fast import __version__, checkpoint, data, interop, pictures, sampling, saving
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, RunError, UserError
-from unite_fast.config_io import to_yaml
+from unite_fast.config_io import to_dict, to_yaml
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.runtime import faults
@@ -78,7 +78,9 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
     """A new model (the same on every rank) with its optimizer, on the device; weights from ``init_from`` if given."""
     model = build(config.model, config.seed, ranks.device)
     if config.init_from:
-        weights, _ = checkpoint.load_weights(config.init_from, "ema")
+        weights, saved = checkpoint.load_weights(config.init_from, "ema")
+        if saved is not None:
+            checkpoint.check_same_model(to_dict(saved), config, config.init_from)
         interop.load_weights(model, weights, config.init_from)
     for part in (model.encoder, getattr(model, "denoiser", None)):
         if part is not None:
@@ -94,7 +96,7 @@ class Choice(NamedTuple):
 
     path: Path | None
     why: str
-    lines: list[str]  # one for each newer checkpoint that is damaged
+    lines: list[str]  # one for each newer checkpoint that is damaged, and for each setting that changed
     rejected: list[Path]  # those
 
     def said(self, step: int) -> str:
@@ -111,23 +113,41 @@ def choose(config: Config) -> Choice:
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
         return Choice(None, "resume=never", [], [])
     if config.resume not in ("auto", "must"):
-        return Choice(checkpoint.locate(config.resume), "it was named", [], [])
+        named = checkpoint.locate(config.resume)
+        return Choice(named, "it was named", checkpoint.changes(named, config), [])
     found, lines, rejected = checkpoint.newest(path / "checkpoints")
     if found is None:
         if config.resume == "must":
             detail = f" ({lines[0]})" if lines else ""
             raise UserError(f"resume=must, but {path} has no usable checkpoint{detail}")
         return Choice(None, f"no usable checkpoint in {path}", lines, rejected)
-    return Choice(found, "the newest that verifies", lines, rejected)
+    return Choice(found, "the newest that verifies", lines + checkpoint.changes(found, config), rejected)
 
 
-def tidy(config: Config, choice: Choice) -> None:
-    """Removes unfinished saves and renames damaged checkpoints to step-N.damaged. For the holder of the lock."""
-    saving.clean(folder(config) / "checkpoints")
-    for path in choice.rejected:
-        aside = path.with_name(f"{path.name}.damaged")
+def tidy(config: Config, choice: Choice, step: int) -> None:
+    """Removes unfinished saves; renames damaged checkpoints to step-N.damaged and those newer than ``step``, from which
+    the run goes on, to step-N.abandoned. For the holder of the lock."""
+    checkpoints = folder(config) / "checkpoints"
+    saving.clean(checkpoints)
+    newer = [p for p in checkpoint.newest_first(checkpoints) if (checkpoint.step_of(p) or 0) > step]
+    for path in newer:
+        aside = path.with_name(f"{path.name}.{'damaged' if path in choice.rejected else 'abandoned'}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
+
+
+def clear_dev_folder(path: Path) -> None:
+    """Removes what an earlier --fast-dev-run left; anything else in its place is a UserError."""
+    if path.exists() and any(path.iterdir()) and not (path / "config.resolved.yaml").is_file():
+        raise UserError(f"--fast-dev-run writes to {path}, which holds something else; choose another run_dir")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def last_step(config: Config, state: TrainState, images_per_epoch: int) -> int:
+    """The number of the run's last step: whole batches until ``epochs`` of images are seen, or ``max_steps``."""
+    t = config.train
+    total = state.step + max(0, int(t.epochs * images_per_epoch) - state.images_seen) // t.global_batch
+    return min(total, t.max_steps or total)
 
 
 def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -223,7 +243,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     persistent = sum(x.numel() for x in state.optimizer.state_dict().values()) + 3 * count  # weights, gradients, EMA
-    total = int(t.epochs * images) // t.global_batch
+    total = last_step(config, state, images)
     return "\n".join(
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
@@ -231,7 +251,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps})",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
             f"memory         {persistent * 4 / 2**30:.2f} GiB per rank before activations",
-            f"length         {images:,} images/epoch, {t.epochs:g} epochs, {min(total, t.max_steps or total):,} steps",
+            f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}",
         )
     )

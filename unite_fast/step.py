@@ -62,7 +62,10 @@ class TrainStep:
         losses = self.accumulate(state, batch, number)
         grads = [p.grad for p in state.optimizer.parameters.values() if p.grad is not None]
         faults.strike("bwd", number, grads)
+        moments = [losses.pop("latent_mean"), losses.pop("latent_square")]
         self.ranks.average_(grads)
+        self.ranks.average_(moments)  # over the global batch, however it is split
+        losses["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
         lr = self.lr(state.images_seen)
         norm = state.optimizer.step(lr)
         skip = state.optimizer.skip
@@ -115,7 +118,8 @@ class TrainStep:
                     1 / parts,
                     config.efficiency.flow_mini_batch,
                 )
-            losses["latent_std"] = losses.pop("latents").float().std(dim=0, correction=0).mean()
+            z = losses.pop("latents").double()
+            losses |= {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}

@@ -84,7 +84,7 @@ class Log:
         temporary.write_text("".join(_json(row) for row in rows))
         os.replace(temporary, self.json_path)
         self.header = list(rows[0]) if rows else []
-        table = [self.header, *([row[k] for k in self.header] for row in rows)]
+        table = [self.header, *([row.get(k, "") for k in self.header] for row in rows)]
         self.csv_path.write_text(_csv(table) if rows else "")
 
     def _warn(self, error: Exception) -> None:
@@ -101,7 +101,7 @@ class Log:
                 if not self.header:
                     self.header = list(row)
                     file.write(_csv([self.header]))
-                file.write(_csv([[row[k] for k in self.header]]))
+                file.write(_csv([[row.get(k, "") for k in self.header]]))
             if self.writer is not None:
                 for name, value in row.items():
                     self.writer.add_scalar(name, value, int(row["step"]))
@@ -123,11 +123,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                rows.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
-            except ValueError:
+                row = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+                row["step"] = int(row["step"])
+            except (ValueError, AttributeError, KeyError, TypeError):
                 break
+            rows.append(row)
     return rows
 
 
@@ -149,15 +151,14 @@ class Meter:
             "tflops": rate * self.flops / 1e12,
             "seconds_left": (self.total - images_seen) / max(rate, 1e-9),
         }
-        if self.peak:
-            values["mfu"] = rate * self.flops / (self.peak * self.world)
+        values["mfu"] = rate * self.flops / (self.peak * self.world) if self.peak else math.nan
         return values
 
 
 def progress_line(row: dict[str, float], total_steps: int) -> str:
     """One line of the terminal: step, images, losses, gradient norm, speed, time to go."""
     left = int(row["seconds_left"])
-    speed = f"mfu {row['mfu']:.1%}" if "mfu" in row else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
+    speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
     lpips = f" lpips {row['lpips']:.4f}" if row["lpips"] else ""
     skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
     return (
