@@ -9,7 +9,7 @@ import torch
 
 from unite_fast import checkpoint, command, sampling
 from unite_fast.config import Config, UserError
-from unite_fast.generate import Request, generate, merge, parse_labels, parse_seeds
+from unite_fast.generate import Request, generate, merge, parse_interval, parse_labels, parse_seeds
 from unite_fast.reconstruct import reconstruct_folder
 from unite_fast.runtime import distributed, precision
 
@@ -44,11 +44,7 @@ def request(arguments: argparse.Namespace, config: Config) -> Request:
     s = config.sample
     interval = s.cfg_interval
     if arguments.cfg_interval is not None:
-        try:
-            low, high = (float(x) for x in arguments.cfg_interval.split(","))
-        except ValueError:
-            raise UserError(f"--cfg-interval {arguments.cfg_interval}: write LOW,HIGH such as 0.1,1.0") from None
-        interval = (low, high)
+        interval = parse_interval(arguments.cfg_interval)
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = parse_seeds(arguments.seeds)

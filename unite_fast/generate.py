@@ -79,6 +79,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "0.1,1.0" -> (0.1, 1.0). Raises UserError."""
+    try:
+        low, high = (float(x) for x in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval {text}: write LOW,HIGH such as 0.1,1.0") from None
+    return low, high
+
+
 def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
     """One class per seed. "equal": seed modulo classes; "random": a function of the seed; else a list used in turn."""
     if text == "equal":
