@@ -66,8 +66,7 @@ def test_guidance_interval(t, interval, acts):
     assert flow.inside(t, interval) is acts
 
 
-# exp4 is of order 4 once it has four predictions; its first steps leave an error of order 2 with a small factor.
-ORDERS = {"euler": 1, "heun": 2, "ab2": 2, "dpmpp2m": 2, "exp4": 2}
+ORDERS = {"euler": 1, "heun": 2, "ab2": 2, "dpmpp2m": 2, "exp3": 4}
 
 
 @pytest.mark.parametrize("solver", solvers.FIXED)
@@ -83,7 +82,6 @@ def test_fixed_step_solvers_have_their_order(solver):
         return abs(float(end) - math.exp(math.sin(2.7) / 3))
 
     assert math.log2(error(160) / error(320)) == pytest.approx(ORDERS[solver], abs=0.2)
-    assert solver != "exp4" or error(160) < 2e-6  # five times below Heun's at half of its evaluations
 
 
 def test_exponential_weights_integrate_cubics():
@@ -97,7 +95,7 @@ def test_exponential_weights_integrate_cubics():
             assert ours == pytest.approx(np.trapezoid(kernel * solvers.phi(u) ** power, u), rel=1e-7)
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpmpp2m", "exp4"])
+@pytest.mark.parametrize("solver", ["euler", "dpmpp2m", "exp3"])
 def test_a_constant_prediction_is_followed_exactly(solver):
     """z(1) = x0 + sigma(1) (z - x0), sigma(1) = 0.05 / e; in one step for the exponential solvers."""
     times = [0.0, 1.0] if solver != "euler" else torch.linspace(0, 1, 5001, dtype=torch.float64).tolist()
@@ -134,7 +132,7 @@ def test_solvers_agree(model):
     fine = latents("heun", 800)
     error = {s: float((latents(s, 50) - fine).norm() / fine.norm()) for s in sampling.SOLVERS}
     assert max(error["ab2"], error["dpmpp2m"]) < 2e-2
-    assert error["exp4"] < error["heun"]
+    assert error["exp3"] < error["heun"]
     assert error["dopri5"] < 5e-3
     assert error["heun"] < 1e-2
     assert error["heun"] < error["euler"] / 2

@@ -38,7 +38,7 @@ PAPER = (
     ("Heun 50, balanced", {"solver": "heun", "steps": 50, "labels": "equal"}),
     ("dopri5, balanced", {"solver": "dopri5", "steps": 50, "labels": "equal"}),
     ("dopri5, random", {"solver": "dopri5", "steps": 50, "labels": "random"}),
-    ("exp4 32, balanced", {"solver": "exp4", "steps": 32, "labels": "equal"}),
+    ("exp3 32, balanced", {"solver": "exp3", "steps": 32, "labels": "equal"}),
 )
 
 

@@ -121,8 +121,8 @@ def sample(
     if solver == "dopri5":
         latents = _dopri5(field, state, flow.time_grid(steps, model.time_shift, device))
     else:
-        exp4 = solver == "exp4"
-        times = solvers.phi_grid(steps + 1) if exp4 else flow.time_grid(steps + 1, model.time_shift).tolist()
+        exp3 = solver == "exp3"
+        times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
         latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
     images = model.decode(latents).float().clamp(0, 1)
     model.train(training)
