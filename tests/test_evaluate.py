@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, command_of, process
 
+from conftest import TINY, command, command_of, process
 from unite_fast import checkpoint, evaluate, sampling
 from unite_fast.config import UserError
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_of, process
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from conftest import ROOT, command_of, process
 from unite_fast.config import UserError
 from unite_fast.evaluation import features, fid, statistics
 from unite_fast.runtime.distributed import Ranks

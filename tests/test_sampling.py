@@ -10,10 +10,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, process
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import TINY, command, process
 from unite_fast import flow, sampling, solvers
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml
