@@ -37,8 +37,11 @@ def folder(tmp_path: Path) -> Path:
     (run / "status.json").write_text(json.dumps({"state": "finished", "step": 900}))
     result = {"fid": 12.345678, "is": 3.0, "evaluations": 32}
     (run / "scores" / "fid.json").write_text(json.dumps({"protocol": {"seeds": "0-99"}, "result": result}))
-    searched = {"settings": {"cfg_scale": 1.8, "cfg_interval": [0, 1]}, "result": result}
-    (run / "scores" / "search.json").write_text(json.dumps({"best": {}, "rows": [searched]}))
+    searched = [
+        {"settings": {"cfg_scale": w, "cfg_interval": [0, 1], "cfg_order": "both"}, "result": result | {"fid": w}}
+        for w in (1.8, 2.0)
+    ]
+    (run / "scores" / "search.json").write_text(json.dumps({"best": {}, "rows": searched}))
     (run / "scores" / "broken.json").write_text("{")
     return run
 
@@ -76,7 +79,8 @@ def test_everything_is_in_one_file(folder):
     assert "&lt;script&gt;" in text
     assert "12.346" in text
     assert "w 1.8 in [0, 1]" in text
-    assert "1 values not finite" in text
+    assert "(1 not finite)" in text
+    assert "FID over the guidance scale" in text
     assert "step 8: real" in text  # the newest picture is among the chosen
     assert "LPIPS</text>" not in text  # never measured in this run
 

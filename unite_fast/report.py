@@ -60,12 +60,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def curve(title: str, xs: list[float], ys: list[float]) -> str:
-    """A line chart as SVG; values that are not finite leave a gap in nothing: they are left out and counted."""
+    """A line chart as SVG; values that are not finite are left out and counted."""
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     left_out = len(xs) - len(pairs)
     stride = max(1, math.ceil(len(pairs) / MOST_POINTS))
     pairs = pairs[::stride] + (pairs[-1:] if (len(pairs) - 1) % stride else [])
-    name = html.escape(title) + (f" ({left_out} values not finite)" if left_out else "")
+    name = html.escape(title) + (f" ({left_out} not finite)" if left_out else "")
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text class="title" x="0" y="14">{name}</text>'
     if not pairs:
         return head + "</svg>"
@@ -129,6 +129,17 @@ def rows_of(name: str, content: dict[str, Any]) -> list[tuple[str, dict[str, Any
     return rows
 
 
+def guidance_plot(content: dict[str, Any]) -> str:
+    """FID over the guidance scale, of a search's rows that share the first one's interval and order; else nothing."""
+    rows = [row for row in content.get("rows", []) if "settings" in row]
+    same = [r for r in rows if all(r["settings"][k] == rows[0]["settings"][k] for k in ("cfg_interval", "cfg_order"))]
+    points = sorted((row["settings"]["cfg_scale"], row["result"]["fid"]) for row in same)
+    if len(points) < 2:
+        return ""
+    plot = curve("FID over the guidance scale", [p[0] for p in points], [p[1] for p in points])
+    return f"<div class='grid'>{plot}</div>"
+
+
 def scores(folder: Path) -> str:
     """Tables of all results in RUN/scores, each protocol folded beneath."""
     parts = []
@@ -145,7 +156,7 @@ def scores(folder: Path) -> str:
         )
         protocol = content.get("protocol") or content.get("best") or [row.get("protocol") for row in content["rows"]]
         folded = html.escape(json.dumps(protocol, indent=1))
-        parts.append(f"<table><tr>{header}</tr>{body}</table>")
+        parts.append(f"<table><tr>{header}</tr>{body}</table>" + guidance_plot(content))
         parts.append(f"<details><summary>protocol of {html.escape(path.stem)}</summary><pre>{folded}</pre></details>")
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
