@@ -9,7 +9,7 @@ import torch
 
 from unite_fast import checkpoint, command, sampling
 from unite_fast.config import Config, UserError
-from unite_fast.generate import Request, generate, merge, parse_labels, parse_seeds
+from unite_fast.generate import Request, generate, merge, parse_interval, parse_labels, parse_seeds
 from unite_fast.reconstruct import reconstruct_folder
 from unite_fast.runtime import distributed, precision
 
@@ -29,9 +29,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's)")
     add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's)")
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
-    add("--solver", choices=sampling.SOLVERS, help="dopri5 depends slightly on batch mates (default: the run's)")
+    add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
-    add("--batch", type=int, default=64, help="images per forward pass on one process (default: 64)")
+    add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the ODE state is fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--reconstruct", metavar="FOLDER", help="instead of sampling: originals beside reconstructions, with PSNR")
@@ -44,11 +44,7 @@ def request(arguments: argparse.Namespace, config: Config) -> Request:
     s = config.sample
     interval = s.cfg_interval
     if arguments.cfg_interval is not None:
-        try:
-            low, high = (float(x) for x in arguments.cfg_interval.split(","))
-        except ValueError:
-            raise UserError(f"--cfg-interval {arguments.cfg_interval}: write LOW,HIGH such as 0.1,1.0") from None
-        interval = (low, high)
+        interval = parse_interval(arguments.cfg_interval)
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = parse_seeds(arguments.seeds)

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,11 @@ class Outcome(NamedTuple):
 
 def command(program: str, *arguments: object) -> Outcome:
     """Runs train.py or sample.py in this process, as its main block does: quick, since torch is loaded once."""
-    main = {"train.py": train.main, "sample.py": sample.main}[program]
+    return command_of({"train.py": train.main, "sample.py": sample.main}[program], *arguments)
+
+
+def command_of(main: Callable[[list[str]], int | None], *arguments: object) -> Outcome:
+    """Runs a ``main`` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -16,15 +16,18 @@ LAYERS = (
     {"config"},
     {"config_io"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
+    {"solvers"},
     {"objective", "sampling", "interop", "pictures"},
     {"checkpoint"},
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
     {"run", "evaluation", "doctor", "export"},
+    {"evaluate", "report"},
 )
 DOORS = {
     "torchdiffeq": "sampling.py",
     "lpips": "losses.py",
+    "torch_fidelity": "evaluation/",
     "nvidia": "data/",
     "flash_attn": "model/attention.py",
     "transformer_engine": "runtime/precision.py",

@@ -142,7 +142,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    solver: Literal["dopri5", "heun", "euler"] = "heun"
+    solver: Literal["dopri5", "heun", "euler", "ab2", "dpmpp2m", "exp3"] = "heun"
     steps: int = 50
     cfg_scale: float = 1.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)

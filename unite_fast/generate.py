@@ -1,4 +1,4 @@
-"""Batch sampling to files: one image per seed, whatever the batch size and the number of processes.
+"""Batch sampling to files: the same bits for a seed, whatever the batch size and the number of processes.
 
 Images are first written one by one to a folder (``OUT`` itself, or ``OUT.parts`` for a grid, npz or tar). A rerun makes
 only what is missing; a folder made with other options or another checkpoint is refused.
@@ -7,11 +7,13 @@ only what is missing; a folder made with other options or another checkpoint is 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,7 @@ class Request:
             "cfg_scale": self.cfg_scale,
             "cfg_interval": list(self.cfg_interval),
             "cfg_order": self.cfg_order,
+            "tile": sampling.TILE,
         }
 
 
@@ -74,6 +77,15 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds {text}: a seed stands twice; each makes one image")
     return seeds
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "0.1,1.0" -> (0.1, 1.0). Raises UserError."""
+    try:
+        low, high = (float(x) for x in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval {text}: write LOW,HIGH such as 0.1,1.0") from None
+    return low, high
 
 
 def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
@@ -120,32 +132,46 @@ def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
     ranks.barrier()
 
 
+def chunks(pairs: list[tuple[int, int]], batch: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs of (seed, label), sorted by seed, of whole tiles: as many as hold ``batch`` places, at least one."""
+    per_chunk = max(1, batch // sampling.TILE)
+    tiles = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0] // sampling.TILE)]
+    for begin in range(0, len(tiles), per_chunk):
+        yield list(itertools.chain.from_iterable(tiles[begin : begin + per_chunk]))
+
+
 def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: str) -> str:
     """Writes this rank's missing images; returns a line on the speed."""
     folder = _parts(out)
     _open(folder, request.protocol(identity), ranks)
-    pairs = list(zip(request.seeds, request.labels, strict=True))[ranks.rank :: ranks.world_size]
+    pairs = sorted(zip(request.seeds, request.labels, strict=True))
+    tiles = sorted({seed // sampling.TILE for seed in request.seeds})[ranks.rank :: ranks.world_size]
+    own = set(tiles)
+    pairs = [(s, y) for s, y in pairs if s // sampling.TILE in own]
     missing = [(s, y) for s, y in pairs if not (folder / _name(s, y)).is_file()]
     started = time.perf_counter()
-    for begin in range(0, len(missing), request.batch):
-        chunk = missing[begin : begin + request.batch]
-        images = sampling.sample(
+    counts: dict[str, int] = {}
+    for chunk in chunks(missing, request.batch):
+        images = sampling.sample_tiles(
             model,
-            torch.tensor([y for _, y in chunk]),
+            [s for s, _ in chunk],
+            [y for _, y in chunk],
             solver=request.solver,
             steps=request.steps,
             cfg_scale=request.cfg_scale,
             cfg_interval=request.cfg_interval,
             cfg_order=request.cfg_order,
-            seeds=[s for s, _ in chunk],
+            counts=counts,
         )
-        if not torch.isfinite(images).all():
-            raise UserError(f"the model gives images that are not finite (seeds {chunk[0][0]} to {chunk[-1][0]})")
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        if not all(finite):
+            raise UserError(f"the model gives an image that is not finite (seed {chunk[finite.index(False)][0]})")
         for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
             pictures.save_png(folder / _name(seed, label), image)
     seconds = time.perf_counter() - started
     rate = (
-        f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes"
+        f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes, "
+        f"NFE {counts['evaluations']}, {counts['passes']} passes"
         if missing
         else "nothing was missing"
     )

@@ -5,22 +5,22 @@ Shape letters: B batch, K registers, C latent dim, Q channels, S image size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unite_fast import flow
+from unite_fast import flow, solvers
 from unite_fast.config import UserError
 from unite_fast.model.unite import UNITE
 from unite_kernels import philox
 
-SOLVERS = ("dopri5", "heun", "euler")
+SOLVERS = ("dopri5", *solvers.FIXED)
 ORDERS = ("norm_first", "cfg_first", "both")
 SAMPLE_STREAM = 1 << 16  # of the initial noise; training uses streams below
 RTOL, ATOL = 1e-3, 1e-6
+TILE = 32  # images per forward pass when bits must not depend on the request
 
 
 def initial_noise(model: UNITE, seeds: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
@@ -30,23 +30,34 @@ def initial_noise(model: UNITE, seeds: Sequence[int] | Tensor, device: torch.dev
 
 
 class GuidedField:
-    """The ODE's velocity v(t, z) for given labels; counts its evaluations in ``evaluations`` (NFE)."""
+    """The guided x0 prediction and the ODE's velocity for given labels.
+
+    Counts ``evaluations`` (NFE) and ``passes``, the forward passes of the network per image: two where guidance acts.
+    """
 
     def __init__(self, model: UNITE, labels: Tensor, scale: float, interval: tuple[float, float], order: str) -> None:
         self.model, self.labels, self.order = model, labels, order
         self.scale, self.interval = scale, interval
         self.null = torch.full_like(labels, model.null_class)
-        self.evaluations = 0
+        self.evaluations = self.passes = 0
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """t scalar tensor, z (B, K, C) -> (B, K, C). Outside the interval, or at scale 1, the class alone is asked."""
-        self.evaluations += 1
+        """The velocity (B, K, C) at a scalar tensor t, for adaptive solvers, which read their times back anyway."""
         return flow.velocity(self.predict(t, z), z, t)
 
     def predict(self, t: Tensor, z: Tensor) -> Tensor:
-        """The guided x0 prediction (B, K, C)."""
-        times = t.expand(len(z)).to(torch.float32)
-        if self.scale == 1 or not flow.inside(float(t), self.interval):
+        """x0 (B, K, C), guided if t lies in the interval."""
+        return self._x0(t.expand(len(z)).to(torch.float32), z, flow.inside(float(t), self.interval))
+
+    def at(self, t: float, z: Tensor, guided: bool) -> Tensor:
+        """x0 (B, K, C) at a time that the host knows, guided if it says so: nothing is read from the device."""
+        return self._x0(torch.full((len(z),), t, dtype=torch.float32, device=z.device), z, guided)
+
+    def _x0(self, times: Tensor, z: Tensor, guided: bool) -> Tensor:
+        guided = guided and self.scale != 1
+        self.evaluations += 1
+        self.passes += 1 + guided
+        if not guided:
             return self.model.denoise(z, times, self.labels).to(z.dtype)
         both = torch.cat([z, z]), torch.cat([times, times]), torch.cat([self.null, self.labels])
         null, conditional = self.model.denoise_raw(*both).chunk(2)
@@ -58,20 +69,6 @@ def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
 
     result: Any = odeint(field, z, grid, rtol=RTOL, atol=ATOL, method="dopri5")
     return result[-1]
-
-
-def _euler(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
-    for t, t_next in itertools.pairwise(grid):
-        z = z + (t_next - t) * field(t, z)
-    return z
-
-
-def _heun(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
-    for t, t_next in itertools.pairwise(grid):
-        h = t_next - t
-        v = field(t, z)
-        z = z + h / 2 * (v + field(t_next, z + h * v))
-    return z
 
 
 def check(solver: str, steps: int, interval: Sequence[float], order: str) -> None:
@@ -98,13 +95,16 @@ def sample(
     cfg_order: str = "norm_first",
     return_latents: bool = False,
     seeds: Sequence[int] | Tensor | None = None,
+    counts: dict[str, int] | None = None,
 ) -> Any:
     """Images (B, Q, S, S) float32 in [0, 1] for labels int64 (B,); with ``return_latents`` also the latents (B, K, C).
 
     noise: initial state (B, K, C); else it is drawn from ``seeds``, one integer per image (0, 1, ... by default).
-    steps: intervals of the shifted time grid for heun (two evaluations each) and euler; for dopri5 the number of
-    grid points, which does not change the result. dopri5 (torchdiffeq, rtol 1e-3, atol 1e-6) chooses its steps for
-    the batch as a whole, so an image depends slightly on its batch mates; with the other solvers it does not.
+    steps: intervals of the time grid of a fixed-step solver (heun: two evaluations each, the others one); for dopri5
+    the number of grid points, which does not change the result. dopri5 (torchdiffeq, rtol 1e-3, atol 1e-6) chooses
+    its steps for the batch as a whole, so an image depends slightly on its batch mates; with the other solvers it
+    depends on them in rounding alone, and not at all through ``sample_tiles``.
+    counts: a dictionary that receives "evaluations" (NFE) and "passes" (forward passes per image).
     Raises UserError on options that make no sense.
     """
     check(solver, steps, cfg_interval, cfg_order)
@@ -115,11 +115,38 @@ def sample(
     if noise.shape != (len(labels), *model.latent_shape):
         raise UserError(f"noise has shape {tuple(noise.shape)}, expected {(len(labels), *model.latent_shape)}")
     field = GuidedField(model, labels, cfg_scale, cfg_interval, cfg_order)
-    solve = {"dopri5": _dopri5, "heun": _heun, "euler": _euler}[solver]
-    grid = flow.time_grid(steps if solver == "dopri5" else steps + 1, model.time_shift, device)
     training = model.training
     model.eval()
-    latents = solve(field, noise.to(device), grid)
+    state = noise.to(device)
+    if solver == "dopri5":
+        latents = _dopri5(field, state, flow.time_grid(steps, model.time_shift, device))
+    else:
+        exp3 = solver == "exp3"
+        times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
+        latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
     images = model.decode(latents).float().clamp(0, 1)
     model.train(training)
+    if counts is not None:
+        counts |= {"evaluations": field.evaluations, "passes": field.passes}
     return (images, latents) if return_latents else images
+
+
+def sample_tiles(model: UNITE, seeds: Sequence[int], labels: Sequence[int], **options: Any) -> Tensor:
+    """Images (B, Q, S, S) for ``seeds`` with ``labels``; equal bits for a seed whatever it is asked together with.
+
+    The network always runs at one batch shape, TILE, and a seed always has the same place in it, seed modulo TILE:
+    the same kernels then do the same sums. Seeds of one tile, k TILE to (k + 1) TILE - 1, share a pass; a tile that
+    is asked for in part costs as much as a whole one. Its other places run the seeds that belong there, with classes
+    in turn, so with equal labels even dopri5 gives equal bits. ``options``: those of ``sample``.
+    """
+    members: dict[int, dict[int, int]] = {}
+    for place, seed in enumerate(seeds):
+        members.setdefault(seed // TILE, {})[seed] = place
+    result: list[Tensor | None] = [None] * len(seeds)
+    for tile, wanted in members.items():
+        own = range(tile * TILE, (tile + 1) * TILE)
+        classes = [labels[wanted[s]] if s in wanted else s % model.config.num_classes for s in own]
+        images = sample(model, torch.tensor(classes), seeds=own, **options)
+        for seed, place in wanted.items():
+            result[place] = images[seed % TILE]
+    return torch.stack([image for image in result if image is not None])

@@ -79,6 +79,12 @@ class Ranks:
                 torch._foreach_copy_(bucket, pieces)
                 bucket, size = [], 0
 
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over ranks. All ranks must pass tensors of equal shapes in equal order."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
 
 def _environment(name: str, slurm: str, default: int) -> int:
     return int(os.environ.get(name, os.environ.get(slurm, default)))

@@ -1,0 +1,233 @@
+"""The evaluation commands on a tiny model of the digits: protocols, reruns, interruption, search, users' mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import TINY, command, command_of, process
+
+from unite_fast import checkpoint, evaluate, sampling
+from unite_fast.config import UserError
+from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
+from unite_fast.evaluation.features import digits_network
+from unite_fast.evaluation.generation import Settings
+from unite_fast.runtime.distributed import Ranks
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder, with reference statistics beside it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "tiny.yaml").write_text(TINY)
+    options = ("--config", folder / "tiny.yaml", f"run_dir={folder / 'run'}", "train.max_steps=60", "optim.lr=6e-3")
+    assert command("train.py", *options).returncode == 0
+    said = command_of(
+        statistics.main, "--config", folder / "tiny.yaml", "--extractor", "digits", "--features", "--out",
+        folder / "real.npz",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    return folder
+
+
+def options(trained: Path, out: Path, *more: object) -> tuple[object, ...]:
+    common = ("--checkpoint", trained / "run", "--extractor", "digits", "--out", out, "--device", "cpu")
+    return (*common, "--reference", trained / "real.npz", "--count", 100, *more)
+
+
+def run(trained: Path, name: str, out: Path, *more: object) -> dict:
+    said = command_of(evaluate.main, name, *options(trained, out, *more))
+    assert said.returncode == 0, said.stderr
+    return json.loads(out.read_text())
+
+
+def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path):
+    first = run(trained, "fid", tmp_path / "a.json", "--pairs", "--kid-subset", 50, "--cfg", 1.5, "--solver", "heun")
+    assert first["protocol"]["settings"] | {"steps": 2} == {
+        "count": 100, "labels": "equal", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
+        "cfg_order": "norm_first", "precision": "fp32", "uint8": "truncated", "tile": 32,
+    }  # fmt: skip
+    assert {"commit", "dirty", "torch", "device"} <= set(first["protocol"]["environment"])
+    assert all(len(first["protocol"][part]["sha256"]) == 64 for part in ("checkpoint", "extractor", "reference"))
+    assert {"fid", "is", "kid", "precision", "recall"} <= set(first["result"])
+    assert first["result"]["evaluations"] == 4
+    assert first["result"]["passes"] == 7  # guided at both ends of every step but t = 1
+    again = run(trained, "fid", tmp_path / "b.json", "--protocol", tmp_path / "a.json")
+    assert again["protocol"]["settings"] == first["protocol"]["settings"]
+    assert again["result"]["fid"] == first["result"]["fid"]
+    other = run(trained, "fid", tmp_path / "c.json", "--protocol", tmp_path / "a.json", "--labels", "random")
+    assert other["result"]["fid"] != first["result"]["fid"]
+
+
+def test_the_score_is_that_of_the_images(trained, tmp_path):
+    """Against images drawn and scored in one piece."""
+    found = run(trained, "fid", tmp_path / "a.json")
+    model, config = checkpoint.load_model(trained / "run")
+    extractor = digits_network(config)
+    labels = torch.arange(100) % 10
+    images = sampling.sample(model, labels, seeds=range(100), solver="euler", steps=2)
+    features = extractor.compute((images * 255).to(torch.uint8))[0].double().numpy()
+    made = fid.Statistics(features.mean(0), __import__("numpy").cov(features, rowvar=False), 100)
+    expected = fid.frechet(made, statistics.read(str(trained / "real.npz"))[0])
+    assert found["result"]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_give_the_same_score(trained, tmp_path):
+    one = run(trained, "fid", tmp_path / "a.json")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "unite_fast.evaluate", "fid")
+    result = process(*launch, *options(trained, tmp_path / "two.json"))
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["result"]["fid"] == pytest.approx(one["result"]["fid"], rel=1e-9)
+    assert two["result"]["is"] == pytest.approx(one["result"]["is"], rel=1e-9)
+
+
+def test_interrupted_scoring_goes_on(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.0)
+    whole = run(trained, "fid", tmp_path / "whole.json")
+    draw, calls = sampling.sample_tiles, []
+
+    def interrupted(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(sampling, "sample_tiles", interrupted)
+    assert command_of(evaluate.main, "fid", *options(trained, tmp_path / "b.json")).returncode == 130
+    left = list(tmp_path.glob("b.json.partial-*"))
+    assert len(left) == 1
+    other = tmp_path / left[0].name.replace("b.json", "c.json")
+    shutil.copy(left[0], other)
+    resumed = run(trained, "fid", tmp_path / "b.json")
+    assert resumed["result"]["resumed_at"] == 2
+    assert len(calls) == 3 + 2
+    assert resumed["result"]["fid"] == whole["result"]["fid"]
+    assert not list(tmp_path.glob("b.json.partial-*"))
+    fresh = run(trained, "fid", tmp_path / "c.json", "--cfg", 3)  # sums of other settings are left alone
+    assert fresh["result"]["resumed_at"] == 0
+
+
+def test_table_of_the_papers_protocols(trained, tmp_path):
+    said = command_of(evaluate.main, "table", *options(trained, tmp_path / "t.json", "--cfg", 1.0))
+    assert said.returncode == 0, said.stderr
+    rows = {row["name"]: row["result"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]}
+    assert rows["Heun 50, balanced"]["evaluations"] == 100
+    assert rows["exp3 32, balanced"]["evaluations"] == 32
+    assert rows["dopri5, random"]["evaluations"] > 10
+    assert "dopri5, random" in said.stdout
+    assert abs(rows["Heun 50, balanced"]["fid"] / rows["dopri5, balanced"]["fid"] - 1) < 0.02
+
+
+def parabola(best: float):
+    asked = []
+
+    def score(settings: Settings) -> float:
+        asked.append((settings.cfg_scale, settings.cfg_interval[0], settings.cfg_order))
+        bonus = 0.5 * (settings.cfg_interval[0] == 0.15) + 0.2 * (settings.cfg_order == "cfg_first")
+        return (settings.cfg_scale - best) ** 2 - bonus
+
+    return score, asked
+
+
+@pytest.mark.parametrize(("start", "best", "ends"), [(3.0, 2.2, 2.2), (3.0, 3.8, 3.8), (3.0, 3.05, 3.0), (3.0, 9, 4.4)])
+def test_search_walks_downhill(start, best, ends):
+    score, asked = parabola(best)
+    found = guidance_search.search(score, Settings(cfg_scale=start))
+    assert found.cfg_scale == pytest.approx(ends)
+    assert {a[0] for a in asked[:2]} == {start, start - 0.2}
+    assert len({a[0] for a in asked}) <= 2 + guidance_search.MOST
+    swept = guidance_search.sweep(score, found)
+    assert (swept.cfg_interval, swept.cfg_order) == ((0.15, 1.0), "norm_first")
+    assert swept.cfg_scale == found.cfg_scale
+
+
+def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
+    out = tmp_path / "s.json"
+    first = run(trained, "search", out, "--cfg", 1.4)
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    assert len(lines) == len(first["rows"]) >= 3
+    out.with_suffix(".jsonl").write_text("\n".join(lines[:2]) + '\n{"cut sh')
+    computed = []
+    compute = generation.score
+    monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
+    again = run(trained, "search", out, "--cfg", 1.4)
+    assert len(computed) == len(lines) - 2
+    strip = [{k: r["result"][k] for k in ("fid", "is")} for r in first["rows"]]
+    assert [{k: r["result"][k] for k in ("fid", "is")} for r in again["rows"]] == strip
+    refused = command_of(evaluate.main, "search", *options(trained, out, "--cfg", 1.4, "--weights", "model"))
+    assert refused.returncode == 2
+    assert "another checkpoint" in refused.stderr
+
+
+def test_rfid(trained, tmp_path):
+    out = tmp_path / "r.json"
+    common = ("--checkpoint", trained / "run", "--extractor", "digits", "--out", out)
+    said = command_of(evaluate.main, "rfid", *common)
+    assert said.returncode == 0, said.stderr
+    result = json.loads(out.read_text())["result"]
+    assert result["images"] == 300
+    model, config = checkpoint.load_model(trained / "run")
+    with torch.no_grad():
+        ideal = reconstruction.score(Perfect(model), config, digits_network(config), ONE)  # pyright: ignore
+    assert ideal["rfid"] == pytest.approx(0, abs=1e-3)
+    assert ideal["l1"] < 1e-6
+    assert ideal["psnr"] > 100
+    assert 0 < result["psnr"] < 40
+    assert result["rfid"] > 1
+
+
+class Perfect:
+    """A tokenizer that keeps the image."""
+
+    def __init__(self, model) -> None:
+        self.latent_shape = model.latent_shape
+
+    def tokenize(self, images, noise, t):
+        return images
+
+    def decode(self, z):
+        return z
+
+
+def test_users_mistakes_are_one_line(trained, tmp_path):
+    def error(name: str, *words: object) -> str:
+        said = command_of(evaluate.main, name, *words)
+        assert said.returncode == 2
+        assert said.stderr.count("\n") == 1
+        return said.stderr
+
+    def fid_error(*more: object) -> str:
+        return error("fid", *options(trained, tmp_path / "e.json", *more))
+
+    assert "nearest that do: 100 or 110" in fid_error("--count", 105)
+    assert "such as 0.1,1.0" in fid_error("--cfg-interval", "wide")
+    assert "no such file" in fid_error("--extractor", "inception", "--inception", tmp_path / "none.pth")
+    assert "--inception" in fid_error("--extractor", "inception")
+    assert "KID subsets of 1000" in fid_error("--pairs")
+    (tmp_path / "p.json").write_text("{}")
+    assert "not a result" in fid_error("--protocol", tmp_path / "p.json")
+    run(trained, "fid", tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["protocol"]["reference"]["sha256"] = "0" * 64
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert "the protocol was made with 000000000000..." in fid_error("--protocol", tmp_path / "p.json")
+
+
+def test_nan_images_stop_the_score(trained):
+    model, config = checkpoint.load_model(trained / "run")
+    extractor = digits_network(config)
+    with torch.no_grad():
+        model.decoder.decoder_pred.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="seed 0"):
+        generation.score(model, Settings(count=10, solver="euler", steps=1), extractor, None, ONE)
+    with pytest.raises(UserError, match=r"sample 0 is not finite"):
+        reconstruction.score(model, config, None, ONE)
+    with pytest.raises(UserError, match="truncated"):
+        dataclasses.replace(Settings(count=10), uint8="rounded").check(config.model)

@@ -1,0 +1,298 @@
+"""Scores of a checkpoint, each written with everything that it depends on.
+
+    python -m unite_fast.evaluate fid --checkpoint runs/imagenet_b --reference imagenet256.npz \\
+        --inception weights-inception-2015-12-05-6726825d.pth
+
+    fid --protocol scores/fid.json ...    the same settings again; the files' hashes are compared
+    table ...                             the paper's protocols: Heun 50 balanced, dopri5 balanced, dopri5 random
+    search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
+    rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
+
+Under torchrun the work is shared out. Results lie in RUN/scores unless --out says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unite_fast import checkpoint, command, losses, run, sampling
+from unite_fast.config import Config, UserError
+from unite_fast.evaluation import guidance_search, reconstruction, statistics
+from unite_fast.evaluation.features import Extractor
+from unite_fast.evaluation.fid import Statistics
+from unite_fast.evaluation.generation import Settings, digest, of_run, score
+from unite_fast.generate import parse_interval
+from unite_fast.model.unite import UNITE
+from unite_fast.runtime import distributed, precision
+from unite_fast.runtime.distributed import Ranks
+
+PAPER = (
+    ("Heun 50, balanced", {"solver": "heun", "steps": 50, "labels": "equal"}),
+    ("dopri5, balanced", {"solver": "dopri5", "steps": 50, "labels": "equal"}),
+    ("dopri5, random", {"solver": "dopri5", "steps": 50, "labels": "random"}),
+    ("exp3 32, balanced", {"solver": "exp3", "steps": 32, "labels": "equal"}),
+)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("fid", "table", "search", "rfid"):
+        one = commands.add_parser(name)
+        add = one.add_argument
+        add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
+        add("--weights", choices=("ema", "model"), default="ema")
+        add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        add("--debug", action="store_true", help="show tracebacks")
+        statistics.add_extractor_options(one)
+        if name == "rfid":
+            add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth; LPIPS is left out without it")
+            add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
+            continue
+        add("--reference", required=True, metavar="FILE.npz", help="statistics of the real images")
+        add("--count", type=int, help="images (default: 50000, or the protocol's)")
+        add("--pairs", action="store_true", help="also KID and precision/recall; needs a reference with features")
+        add("--kid-subset", type=int, default=1000, help="images of a KID subset (default: 1000)")
+        add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
+        add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
+        add("--precision", choices=("fp32", "bf16"))
+        if name == "search":
+            add("--sweep", action="store_true", help="then other intervals and the order cfg_first")
+        if name == "fid":
+            add("--protocol", metavar="FILE", help="an earlier result: its settings are used, its hashes compared")
+        if name != "table":
+            add("--cfg-order", choices=sampling.ORDERS)
+            add("--labels", choices=("equal", "random"))
+            add("--solver", choices=sampling.SOLVERS)
+            add("--steps", type=int)
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the commands share."""
+
+    arguments: argparse.Namespace
+    located: Path
+    model: UNITE
+    config: Config
+    ranks: Ranks
+
+    def weights(self) -> dict[str, str]:
+        return {"sha256": checkpoint.identity(self.located), "weights": self.arguments.weights}
+
+    def out(self) -> Path:
+        if self.arguments.out:
+            return Path(self.arguments.out)
+        given = Path(self.arguments.checkpoint)
+        folder = given if given.is_dir() and not (given / "manifest.json").is_file() else Path()
+        return folder / "scores" / f"{self.arguments.command}.json"
+
+    def settings(self) -> Settings:
+        """From the run's ``sample`` section, or the protocol's, with what the options change."""
+        a = self.arguments
+        if getattr(a, "protocol", None):
+            base = protocol_settings(read_result(a.protocol))
+        else:
+            base = of_run(self.config.sample)
+        changes: dict[str, Any] = {
+            "count": a.count,
+            "cfg_scale": a.cfg,
+            "cfg_interval": None if a.cfg_interval is None else parse_interval(a.cfg_interval),
+            "precision": a.precision,
+        }
+        changes |= {name: getattr(a, name, None) for name in ("labels", "solver", "steps", "cfg_order")}
+        changed = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
+        changed.check(self.model.config)
+        return changed
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Writes the result whole, on one process. Raises UserError when the disk refuses."""
+        if not self.ranks.is_main:
+            return
+        path = self.out()
+        temporary = path.with_name(f"{path.name}.incomplete")
+        try:
+            temporary.write_text(json.dumps(content, indent=1))
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"--out {path}: {error.strerror}") from None
+        print(f"written to {path}")
+
+
+def read_result(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+        if isinstance(content["protocol"]["settings"], dict):
+            return content
+    except OSError as error:
+        raise UserError(f"--protocol {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
+
+
+def protocol_settings(content: dict[str, Any]) -> Settings:
+    values = content["protocol"]["settings"]
+    unknown = set(values) ^ {field.name for field in dataclasses.fields(Settings)}
+    if unknown:
+        raise UserError(f"the protocol's settings differ from this version's in {', '.join(sorted(unknown))}")
+    return Settings(**(values | {"cfg_interval": tuple(values["cfg_interval"])}))
+
+
+class Scorer:
+    """Opens the network and the reference once; ``score`` then serves any settings."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, a = context, context.arguments
+        self.extractor: Extractor = statistics.open_extractor(a, context.config, context.ranks.device)
+        self.reference: Statistics
+        self.reference, self.about = statistics.read(a.reference)
+        statistics.check_extractor(self.about, len(self.reference.mean), self.extractor, a.reference)
+        if a.pairs and self.reference.features is None:
+            raise UserError(f"--pairs needs features in {a.reference}; make it with --features")
+
+    def protocol(self, settings: Settings) -> dict[str, Any]:
+        """What the score depends on. Equal protocols and an equal commit give equal scores."""
+        return {
+            "checkpoint": self.context.weights(),
+            "extractor": self.extractor.identity(),
+            "reference": self.about,
+            "settings": dataclasses.asdict(settings),
+            "seeds": f"0-{settings.count - 1}",
+            "inception_score_parts": 10,
+            "kid_subset": self.context.arguments.kid_subset if self.context.arguments.pairs else None,
+            "environment": run.provenance(self.context.config, self.context.ranks),
+        }
+
+    def score(self, settings: Settings) -> dict[str, Any]:
+        a, ranks = self.context.arguments, self.context.ranks
+        progress = (
+            (lambda line: print(line, end="\r", file=sys.stderr)) if sys.stderr.isatty() and ranks.is_main else None
+        )
+        return score(
+            self.context.model,
+            settings,
+            self.extractor,
+            self.reference,
+            ranks,
+            json.dumps(self.context.weights()),
+            a.pairs,
+            a.kid_subset,
+            self.context.out(),
+            progress or (lambda line: None),
+        )
+
+
+def compare(protocol: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Raises UserError naming the first file that is not the protocol's."""
+    for part, name in (("checkpoint", "--checkpoint"), ("extractor", "the extractor"), ("reference", "--reference")):
+        now, before = protocol[part]["sha256"], earlier["protocol"][part]["sha256"]
+        if now != before:
+            raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...")
+
+
+def fid_command(context: Context) -> None:
+    scorer, settings = Scorer(context), context.settings()
+    protocol = scorer.protocol(settings)
+    earlier = read_result(context.arguments.protocol) if context.arguments.protocol else None
+    if earlier is not None:
+        compare(protocol, earlier)
+    result = scorer.score(settings)
+    if context.ranks.is_main:
+        print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+        if earlier is not None:
+            print(f"earlier: fid {earlier['result']['fid']:.6g}, now {result['fid']:.6g}")
+    context.save({"protocol": protocol, "result": result})
+
+
+def table_command(context: Context) -> None:
+    scorer, base, rows = Scorer(context), context.settings(), []
+    for name, changes in PAPER:
+        settings = dataclasses.replace(base, **changes)
+        rows.append({"name": name, "protocol": scorer.protocol(settings), "result": scorer.score(settings)})
+    if context.ranks.is_main:
+        print(f"{'protocol':22}{'NFE':>6}{'passes':>8}{'FID':>10}{'IS':>9}{'images/s':>10}")
+        for row in rows:
+            r = row["result"]
+            rate = f"{r['images_per_second']:.1f}" if "images_per_second" in r else "-"
+            nfe = f"{r['evaluations'] or '-':>6}{r['passes'] or '-':>8}"
+            print(f"{row['name']:22}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
+    context.save({"rows": rows})
+
+
+def search_command(context: Context) -> None:
+    scorer, start, path = Scorer(context), context.settings(), context.out()
+    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"]])
+    scored = guidance_search.Scored(path.with_suffix(".jsonl"), identity, scorer.score, context.ranks.is_main)
+    best = guidance_search.search(scored, start)
+    if context.arguments.sweep:
+        best = guidance_search.sweep(scored, best)
+    if context.ranks.is_main:
+        print(guidance_search.table(scored.rows))
+    context.save({"best": scorer.protocol(best), "rows": scored.rows})
+
+
+def rfid_command(context: Context) -> None:
+    a, config = context.arguments, context.config
+    if a.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
+    perceptual = None
+    if a.lpips:
+        objective = dataclasses.replace(config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips)
+        perceptual = losses.load_perceptual(objective, config.model.channels)
+    perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
+    extractor = statistics.open_extractor(a, config, context.ranks.device)
+    result = reconstruction.score(context.model, config, extractor, context.ranks, perceptual)
+    if context.ranks.is_main:
+        print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))
+    protocol = {
+        "checkpoint": context.weights(),
+        "extractor": extractor.identity(),
+        "data": {"source": config.data.source, "split": "heldout", "crop": "adm", "size": config.model.image_size},
+        "lpips": None if perceptual is None else {"trunk": losses.TORCHVISION_VGG16, "range": perceptual.input_range},
+        "uint8": "truncated",
+        "environment": run.provenance(config, context.ranks),
+    }
+    context.save({"protocol": protocol, "result": result})
+
+
+COMMANDS: dict[str, Callable[[Context], None]] = {
+    "fid": fid_command,
+    "table": table_command,
+    "search": search_command,
+    "rfid": rfid_command,
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    located = checkpoint.locate(arguments.checkpoint)
+    model, config = checkpoint.load_model(located, arguments.weights)
+    ranks = distributed.start(arguments.device)
+    try:
+        precision.setup(ranks.device)
+        context = Context(arguments, located, model.to(ranks.device), config, ranks)
+        try:
+            context.out().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {context.out()}: {error.strerror}") from None
+        with torch.no_grad():
+            COMMANDS[arguments.command](context)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

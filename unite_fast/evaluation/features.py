@@ -1,0 +1,115 @@
+"""What FID looks at: uint8 images -> (features, logits), by torch-fidelity's InceptionV3 or a small network of digits.
+
+Shape letters: B batch, Q channels, S image size, F features, L logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast import data
+from unite_fast.config import Config, UserError
+
+# The first digits of the sha256 that torch-fidelity publishes in the name of its weights.
+INCEPTION = "6726825d"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+LAYERS = ("2048", "logits_unbiased")
+SHALLOW = ("64", "192", "768", "2048")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """``compute`` maps uint8 images (B, Q, S, S) to float32 features (B, F) and logits (B, L); the rest names it."""
+
+    name: str
+    sha256: str
+    layers: tuple[str, str]
+    sizes: tuple[int, int]  # (F, L)
+    compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256, "layers": list(self.layers)}
+
+
+def inception(
+    path: str, expected: str = INCEPTION, layers: tuple[str, str] = LAYERS, device: torch.device | str = "cpu"
+) -> Extractor:
+    """torch-fidelity's InceptionV3 with the weights of ``path``, in its own file format.
+
+    expected: the first digits of the file's sha256. Raises UserError for a missing file, another hash, other content.
+    """
+    file = Path(path)
+    where = f"Inception weights {path}"
+    if not file.is_file():
+        raise UserError(f"{where}: no such file; get {INCEPTION_FILE} from torch-fidelity's releases and name it")
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if not digest.startswith(expected):
+        raise UserError(f"{where}: sha256 {digest}, expected {expected}...; scores of other weights do not compare")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in many ways; each means that the file is not what it should be
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports torchvision: seconds
+
+    known = FeatureExtractorInceptionV3.get_provided_features_list()
+    if unknown := [layer for layer in layers if layer not in known]:
+        raise UserError(f"Inception has no layer {unknown[0]}; choose from {', '.join(known)}")
+    # The class unpickles whatever it is given, so it gets a copy of tensors that were read safely.
+    checked = io.BytesIO()
+    torch.save(state, checked)
+    checked.seek(0)
+    names = list(dict.fromkeys(layers))
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", names, feature_extractor_weights_path=checked)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not torch-fidelity's InceptionV3 ({str(error).splitlines()[0]})") from None
+    network.to(device)
+
+    @torch.no_grad()
+    def compute(images: Tensor) -> tuple[Tensor, Tensor]:
+        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        with torch.autocast(images.device.type, enabled=False):  # scores are float32 whatever drew the images
+            found = dict(zip(names, network(rgb), strict=True))
+        return found[layers[0]], found[layers[1]]
+
+    sizes = {name: int(name) if name in SHALLOW else 1008 for name in names}
+    return Extractor(
+        "torch-fidelity inception-v3-compat", digest, layers, (sizes[layers[0]], sizes[layers[1]]), compute
+    )
+
+
+def digits_network(config: Config, device: torch.device | str = "cpu") -> Extractor:
+    """A classifier of the digits with 64 hidden units, fitted from a fixed seed to the real training digits.
+
+    Its hidden layer is what FID sees, its outputs what the Inception score sees. The same on every machine up to
+    rounding; the hash in ``identity`` tells. Scores compare only with those of the same network.
+    """
+    from sklearn.neural_network import MLPClassifier
+
+    source = data.open_source(config.data, config.model, "train")
+    images = torch.stack([data.to_float(source.load(i)) for i in range(len(source))]).flatten(1).numpy()
+    fitted: Any = MLPClassifier((64,), alpha=1e-2, max_iter=60, random_state=0, tol=0.0, n_iter_no_change=60)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it stops at max_iter, which is meant
+        fitted.fit(images, source.labels.numpy())
+    arrays = [np.ascontiguousarray(a, dtype=np.float32) for a in (*fitted.coefs_, *fitted.intercepts_)]
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    w1, w2, b1, b2 = (torch.from_numpy(a).to(device) for a in arrays)
+
+    def compute(images: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (images.flatten(1).float() / 255 @ w1 + b1).relu()
+        return hidden, hidden @ w2 + b2
+
+    return Extractor("digits 64", digest, ("hidden", "logits"), (64, 10), compute)

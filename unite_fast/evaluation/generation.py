@@ -1,0 +1,171 @@
+"""Scores of generated images: samples stream from the sampler into the sums of FID and are never all in memory.
+
+Interrupted scoring goes on: each process keeps its sums in a file beside the result, together with what it had done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unite_fast import pictures, sampling
+from unite_fast.config import ModelConfig, SampleConfig, UserError
+from unite_fast.evaluation import fid
+from unite_fast.evaluation.features import Extractor
+from unite_fast.generate import parse_labels
+from unite_fast.model.unite import UNITE
+from unite_fast.runtime import precision
+from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.flops import encoder_forward
+
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which images: everything that a score depends on besides the weights, the extractor and the reference."""
+
+    count: int = 50_000  # seeds 0 .. count - 1, one image each
+    labels: str = "equal"  # class-balanced; or random
+    solver: str = "heun"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_order: str = "norm_first"
+    precision: str = "fp32"
+    uint8: str = "truncated"  # x * 255 without rounding, as published
+    tile: int = sampling.TILE
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError on settings that make no sense."""
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        if self.labels not in ("equal", "random"):
+            raise UserError(f"--labels {self.labels}: equal or random")
+        if self.count < 2:
+            raise UserError(f"--count {self.count}: at least 2 images")
+        below = self.count // model.num_classes * model.num_classes
+        if self.labels == "equal" and self.count != below:
+            near = " or ".join(str(n) for n in (below, below + model.num_classes) if n)
+            raise UserError(
+                f"--count {self.count} does not divide over {model.num_classes} classes; nearest that do: {near} "
+                "(or --labels random)"
+            )
+        if self.uint8 != "truncated" or self.tile != sampling.TILE:
+            raise UserError(
+                f"this version makes truncated uint8 in tiles of {sampling.TILE}, the protocol says otherwise"
+            )
+
+
+def of_run(options: SampleConfig, **changes: Any) -> Settings:
+    """The settings of a run's ``sample`` section, with ``changes``."""
+    taken = {k: getattr(options, k) for k in ("solver", "steps", "cfg_scale", "cfg_interval", "cfg_order")}
+    return Settings(**(taken | changes))
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Progress:
+    """A process's sums on disk while it works; ``key`` says what they are of, ``done`` how many tiles they hold."""
+
+    def __init__(self, path: Path | None, key: str, ranks: Ranks) -> None:
+        name = f"{ranks.rank}-of-{ranks.world_size}"
+        self.path = None if path is None else path.with_name(f"{path.name}.partial-{name}")
+        self.key, self.saved = key, time.monotonic()
+
+    def load(self, accumulator: fid.Accumulator) -> int:
+        """Restores the sums; returns the tiles they hold, 0 when there is nothing of this key."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            if content["key"] != self.key:
+                return 0
+            accumulator.restore(content["sums"])
+            return int(content["done"])
+        except Exception:  # cut short or foreign: begin again
+            accumulator.restore({k: torch.zeros_like(v) for k, v in accumulator.state().items()})
+            return 0
+
+    def save(self, accumulator: fid.Accumulator, done: int) -> None:
+        if self.path is not None and time.monotonic() - self.saved >= SAVE_SECONDS:
+            temporary = self.path.with_name(f"{self.path.name}.incomplete")
+            torch.save({"key": self.key, "done": done, "sums": accumulator.state()}, temporary)
+            os.replace(temporary, self.path)
+            self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def score(
+    model: UNITE,
+    settings: Settings,
+    extractor: Extractor,
+    reference: fid.Statistics | None,
+    ranks: Ranks,
+    identity: str = "",
+    pairs: bool = False,
+    subset: int = 1000,
+    progress: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """{"fid", "is", "is_std", ..., "evaluations", "passes", "gflop_per_image", "images_per_second", "resumed_at"}.
+
+    identity: of the weights, so that interrupted sums of others are not taken up. Every process returns the same.
+    """
+    settings.check(model.config)
+    accumulator = fid.Accumulator(settings.count, extractor.sizes, ranks.device, pairs)
+    key = digest([identity, extractor.identity(), asdict(settings), pairs, ranks.world_size])
+    file = Progress(progress, key, ranks)
+    tiles = range(ranks.rank, -(-settings.count // settings.tile), ranks.world_size)
+    done = resumed = file.load(accumulator)
+    counts: dict[str, int] = {}
+    begun = time.perf_counter()
+    for tile in tiles[done:]:
+        seeds = list(range(tile * settings.tile, min((tile + 1) * settings.tile, settings.count)))
+        labels = parse_labels(settings.labels, seeds, model.config.num_classes)
+        with precision.autocast(settings.precision, ranks.device):
+            images = sampling.sample_tiles(
+                model,
+                seeds,
+                labels,
+                solver=settings.solver,
+                steps=settings.steps,
+                cfg_scale=settings.cfg_scale,
+                cfg_interval=settings.cfg_interval,
+                cfg_order=settings.cfg_order,
+                counts=counts,
+            )
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        if not all(finite):
+            raise UserError(
+                f"the model gives an image that is not finite (seed {seeds[finite.index(False)]}); no score"
+            )
+        accumulator.add(torch.tensor(seeds), *extractor.compute(pictures.to_uint8(images)))
+        done += 1
+        file.save(accumulator, done)
+        report(f"{done} of {len(tiles)} tiles")
+    seconds = time.perf_counter() - begun
+    accumulator.reduce(ranks)
+    result: dict[str, Any] = fid.scores(accumulator, reference, pairs, subset)
+    result |= {"evaluations": counts.get("evaluations"), "passes": counts.get("passes"), "resumed_at": resumed}
+    if counts:
+        flops = encoder_forward(model.config, model.config.num_latents) * counts["passes"]
+        share = (len(tiles) - resumed) * settings.tile * ranks.world_size
+        result |= {"gflop_per_image": flops / 1e9, "images_per_second": share / seconds}
+    ranks.barrier()
+    file.remove()
+    return result

@@ -1,0 +1,90 @@
+"""The published search for the guidance scale, and the sweep over intervals and orders around its result.
+
+``search`` and ``sweep`` ask a function for the FID of settings and know nothing else; ``Scored`` remembers what was
+asked, so that an interrupted search goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unite_fast.config import UserError
+from unite_fast.evaluation.generation import Settings
+
+STEP = 0.2
+MOST = 7  # further scales after the first two
+LOWS = (0.0, 0.05, 0.15, 0.2)
+
+
+class Scored:
+    """A cache of scores in a .jsonl file: one line per settings, with the ``identity`` of files."""
+
+    def __init__(self, path: Path, identity: str, compute: Callable[[Settings], dict[str, Any]], write: bool) -> None:
+        self.path, self.identity, self.compute, self.write = path, identity, compute, write
+        self.rows: list[dict[str, Any]] = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a line cut short by an interruption
+                    continue
+                if row["identity"] != identity:
+                    raise UserError(
+                        f"{path} holds scores of another checkpoint, network or reference; choose another --out"
+                    )
+                self.rows.append(row)
+
+    def __call__(self, settings: Settings) -> float:
+        plain = json.loads(json.dumps(dataclasses.asdict(settings)))
+        for row in self.rows:
+            if row["settings"] == plain:
+                return row["result"]["fid"]
+        row = {"identity": self.identity, "settings": plain, "result": self.compute(settings)}
+        self.rows.append(row)
+        if self.write:
+            whole = "".join(json.dumps(r) + "\n" for r in self.rows)
+            temporary = self.path.with_name(f"{self.path.name}.incomplete")
+            temporary.write_text(whole)
+            temporary.replace(self.path)
+        return row["result"]["fid"]
+
+
+def search(fid: Callable[[Settings], float], start: Settings) -> Settings:
+    """The best scale found from ``start``: it and the one 0.2 below, then on the better way while FID falls."""
+
+    def at(scale: float) -> Settings:
+        return dataclasses.replace(start, cfg_scale=round(scale, 6))
+
+    here, below = at(start.cfg_scale), at(start.cfg_scale - STEP)
+    down = fid(below) < fid(here)
+    best, direction = (below, -STEP) if down else (here, STEP)
+    for _ in range(MOST):
+        candidate = at(best.cfg_scale + direction)
+        if candidate.cfg_scale < 0 or fid(candidate) >= fid(best):
+            break
+        best = candidate
+    return best
+
+
+def sweep(fid: Callable[[Settings], float], best: Settings) -> Settings:
+    """The best of ``best``, its other intervals (low to 1), and the order cfg_first."""
+    options = [best]
+    options += [dataclasses.replace(best, cfg_interval=(low, 1.0)) for low in LOWS]
+    options += [dataclasses.replace(best, cfg_order="cfg_first")]
+    return min(options, key=fid)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The scores as text, the best marked."""
+    lowest = min(row["result"]["fid"] for row in rows)
+    lines = [f"{'w':>6}  {'interval':14}{'order':12}{'FID':>10}{'IS':>9}"]
+    for row in rows:
+        s, r = row["settings"], row["result"]
+        interval = f"[{s['cfg_interval'][0]:g}, {s['cfg_interval'][1]:g}]"
+        mark = "  best" if r["fid"] == lowest else ""
+        lines.append(f"{s['cfg_scale']:>6g}  {interval:14}{s['cfg_order']:12}{r['fid']:>10.3f}{r['is']:>9.3f}{mark}")
+    return "\n".join(lines)

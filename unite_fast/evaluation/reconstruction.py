@@ -1,0 +1,68 @@
+"""Reconstruction of held-out images: rFID, PSNR, L1 and LPIPS over any number of processes.
+
+Each image is tokenized with noise that is a function of its index, decoded, clamped to [0, 1]. PSNR and L1 are means
+over images of the float values; rFID compares truncated uint8 images with the originals in the same form.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from unite_fast import data, pictures
+from unite_fast.config import Config, UserError
+from unite_fast.evaluation import fid
+from unite_fast.evaluation.features import Extractor
+from unite_fast.losses import Perceptual
+from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
+from unite_fast.reconstruct import psnr
+from unite_fast.runtime.distributed import Ranks
+from unite_kernels import corruption
+
+
+@torch.no_grad()
+def score(
+    model: UNITE,
+    config: Config,
+    extractor: Extractor | None,
+    ranks: Ranks,
+    perceptual: Perceptual | None = None,
+    split: str = "heldout",
+    batch: int = 32,
+) -> dict[str, float]:
+    """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}; the last but one only with its network."""
+    source = data.open_source(config.data, config.model, split)
+    real, made = (
+        (fid.Accumulator(len(source), extractor.sizes, ranks.device) if extractor is not None else None)
+        for _ in range(2)
+    )
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, PSNR, L1, LPIPS
+    begun = time.perf_counter()
+    for found in data.all_images(
+        source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
+    ):
+        images = data.to_float(found.images)
+        noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, found.samples, model.latent_shape, TOKENIZE_T_MAX)
+        reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+        finite = torch.isfinite(reconstruction).flatten(1).all(1).tolist()
+        if not all(finite):
+            index = int(found.samples[finite.index(False)])
+            raise UserError(f"the reconstruction of {source.name(index)} is not finite; no score")
+        lpips = perceptual(images, reconstruction) * len(images) if perceptual is not None else sums.new_zeros(())
+        absolute = (images - reconstruction).abs().flatten(1).mean(1)
+        values = [sums.new_tensor(len(images)), psnr(images, reconstruction).sum(), absolute.sum(), lpips]
+        sums += torch.stack([v.double() for v in values])
+        if extractor is not None and real is not None and made is not None:
+            real.add(found.samples, *extractor.compute(pictures.to_uint8(images)))
+            made.add(found.samples, *extractor.compute(pictures.to_uint8(reconstruction)))
+    ranks.sum_([sums])
+    count = float(sums[0])
+    result = {"images": count, "psnr": float(sums[1]) / count, "l1": float(sums[2]) / count}
+    if perceptual is not None:
+        result["lpips"] = float(sums[3]) / count
+    if real is not None and made is not None:
+        real.reduce(ranks)
+        made.reduce(ranks)
+        result["rfid"] = fid.frechet(made.statistics(), real.statistics())
+    return result | {"images_per_second": count / (time.perf_counter() - begun)}

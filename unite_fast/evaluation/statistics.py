@@ -1,0 +1,159 @@
+"""Reference statistics for FID: computed from a data source, or read from .npz files such as those of JiT and ADM.
+
+    python -m unite_fast.evaluation.statistics --config configs/imagenet_b.yaml data.path=imagenet/train \\
+        --inception weights-inception-2015-12-05-6726825d.pth --out imagenet256.npz
+
+The file holds "mu", "sigma" (float64), "count", "protocol" (JSON: extractor, source, split, images), and with
+--features also "features", which KID and precision/recall need. Under torchrun the images are shared out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unite_fast import command, config_io, data, pictures
+from unite_fast.config import Config, UserError
+from unite_fast.evaluation import features
+from unite_fast.evaluation.features import Extractor
+from unite_fast.evaluation.fid import Accumulator, Statistics
+from unite_fast.runtime import distributed
+from unite_fast.runtime.distributed import Ranks
+
+
+def read(path: str) -> tuple[Statistics, dict[str, Any]]:
+    """(statistics, {"sha256", "count", "protocol"}) of an .npz with "mu" and "sigma". Raises UserError."""
+    where, file = f"reference statistics {path}", Path(path)
+    if not file.is_file():
+        raise UserError(f"{where}: no such file; make it with python -m unite_fast.evaluation.statistics")
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            missing = {"mu", "sigma"} - set(content.files)
+            if missing:
+                raise UserError(f"{where}: no array {sorted(missing)[0]!r} in it, only {', '.join(content.files)}")
+            mean, covariance = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+            kept = content["features"] if "features" in content.files else None
+            count = int(content["count"]) if "count" in content.files else 0
+            protocol = json.loads(str(content["protocol"])) if "protocol" in content.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where}: not a readable .npz file ({error})") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{where}: mu is {mean.shape} and sigma {covariance.shape}; expected (F,) and (F, F)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{where}: holds values that are not finite")
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Statistics(mean, covariance, count, kept), {"sha256": digest, "count": count, "protocol": protocol}
+
+
+def check_extractor(reference: dict[str, Any], size: int, extractor: Extractor, path: str) -> None:
+    """Raises UserError when statistics of ``size`` features do not belong to ``extractor``, if the file tells."""
+    if size != extractor.sizes[0]:
+        raise UserError(
+            f"reference statistics {path} have {size} features, layer {extractor.layers[0]} of {extractor.name} "
+            f"gives {extractor.sizes[0]}; use statistics of the same layer"
+        )
+    made_with = (reference["protocol"] or {}).get("extractor")
+    if made_with is not None and made_with["sha256"] != extractor.sha256:
+        raise UserError(
+            f"reference statistics {path} were made with {made_with['name']} {made_with['sha256'][:8]}..., not with "
+            f"{extractor.name} {extractor.sha256[:8]}..."
+        )
+
+
+def write(path: str, statistics: Statistics, protocol: dict[str, Any]) -> None:
+    """Writes the file whole or not at all. Raises UserError when it cannot."""
+    file = Path(path)
+    temporary = file.with_name(file.name + ".incomplete")
+    arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.count}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as opened:
+            np.savez(opened, protocol=np.array(json.dumps(protocol)), **arrays)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}") from None
+
+
+@torch.no_grad()
+def of_source(
+    config: Config, split: str, extractor: Extractor, ranks: Ranks, keep: bool = False, batch: int = 64
+) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics of all images of a data source, center-cropped, without flips, and the protocol that says so."""
+    source = data.open_source(config.data, config.model, split)
+    accumulator = Accumulator(len(source), extractor.sizes, ranks.device, keep)
+    batches = data.all_images(
+        source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
+    )
+    for found in batches:
+        images = found.images if found.images.dtype == torch.uint8 else pictures.to_uint8(found.images)
+        accumulator.add(found.samples, *extractor.compute(images))
+    accumulator.reduce(ranks)
+    size = config.model.image_size
+    said = {"source": config.data.source, "split": split, "images": len(source), "size": size, "crop": "adm"}
+    return accumulator.statistics(), {"extractor": extractor.identity(), "data": said}
+
+
+def add_extractor_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--extractor", choices=("inception", "digits"), default="inception", help="what looks at the images")
+    add("--inception", metavar="FILE", default="", help=f"its weights: {features.INCEPTION_FILE}")
+    add("--inception-sha256", metavar="HEX", default=features.INCEPTION, help="first digits of that file's sha256")
+    add("--layers", default=",".join(features.LAYERS), metavar="FID,IS", help="its layers (default: %(default)s)")
+
+
+def open_extractor(arguments: argparse.Namespace, config: Config, device: torch.device) -> Extractor:
+    """The extractor that the options of ``add_extractor_options`` ask for. Raises UserError."""
+    if arguments.extractor == "digits":
+        if config.data.source != "digits":
+            raise UserError(f"--extractor digits is for data.source=digits, this is {config.data.source}")
+        return features.digits_network(config, device)
+    if not arguments.inception:
+        raise UserError(f"name the Inception weights with --inception {features.INCEPTION_FILE}")
+    layers = tuple(arguments.layers.split(","))
+    if len(layers) != 2:
+        raise UserError(f"--layers {arguments.layers}: write two names such as {','.join(features.LAYERS)}")
+    if len(arguments.inception_sha256) < 8:
+        raise UserError(f"--inception-sha256 {arguments.inception_sha256}: give at least 8 digits")
+    return features.inception(arguments.inception, arguments.inception_sha256, (layers[0], layers[1]), device)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast.evaluation.statistics", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML of a run: its data section and image size count")
+    add("--split", choices=("train", "heldout"), default="train")
+    add("--out", required=True, metavar="FILE.npz")
+    add("--features", action="store_true", help="also keep the features, for KID and precision/recall")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--debug", action="store_true", help="show tracebacks")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add_extractor_options(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    config = config_io.load(arguments.config, arguments.overrides)
+    ranks = distributed.start(arguments.device)
+    try:
+        extractor = open_extractor(arguments, config, ranks.device)
+        found, protocol = of_source(config, arguments.split, extractor, ranks, arguments.features)
+        if ranks.is_main:
+            write(arguments.out, found, protocol)
+            print(f"{found.count} images, {len(found.mean)} features of {extractor.name}, in {arguments.out}")
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
