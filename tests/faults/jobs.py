@@ -60,6 +60,8 @@ class Launcher:
             [sys.executable, str(Path(__file__).with_name("launcher.py"))],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        assert self.server.stdout is not None
+        self.server.stdout.readline()  # "ready", once everything is imported
 
     def ask(self, request: dict):
         assert self.server.stdin is not None
