@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test check check-kernels bench gpu-check clean
+.PHONY: help install demo test test-faults soak check check-kernels bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,12 @@ demo: install  ## train, reconstruct and sample real images on this CPU, in minu
 
 test: install  ## every test that needs no GPU
 	$(RUN) -m pytest -n 2
+
+test-faults: install  ## what a cluster does to a run: two ranks on this CPU, a table of faults and outcomes at the end
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/faults
+
+soak: install  ## 300 steps with random faults; the end must equal the undisturbed run bit for bit
+	OMP_NUM_THREADS=1 $(RUN) tests/faults/soak.py
 
 check: install  ## lint, format, types, layout
 	$(RUN) -m ruff check .

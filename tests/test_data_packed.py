@@ -23,7 +23,6 @@ from support import ROOT
 
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data import WorkerError, all_images, open_source
-from unite_fast.data import ahead as ahead_module
 from unite_fast.data import pack as pack_module
 from unite_fast.data.ahead import ahead
 from unite_fast.data.index import main as index_main
@@ -406,11 +405,13 @@ def test_ahead_keeps_order_passes_errors_and_ends():
         seen.extend(ahead(fail, range(9), 2, 10, str))
     with pytest.raises(WorkerError, match=r"no images for 0.2 s \(data.timeout\) while reading that shard"):
         next(ahead(time.sleep, [3], 2, 0.2, lambda: "that shard"))
+    before = set(threading.enumerate())
     endless = ahead(lambda x: x, iter(int, 1), 2, 10, str)
     assert next(endless) == 0
+    (thread,) = set(threading.enumerate()) - before
     endless.close()
-    time.sleep(3 * ahead_module.WAKE)
-    assert sum(t.name == "unite_fast.data" for t in threading.enumerate()) <= 1  # the one that sleeps
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_packed_forked_and_pickled(packs):

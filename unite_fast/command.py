@@ -10,6 +10,8 @@ from unite_fast.config import CommonError, RunError, UserError
 from unite_fast.data import WorkerError
 from unite_fast.runtime.distributed import rank_of_environment
 
+# Raised by a signal handler of torch, anywhere in the program.
+DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? (\d+)[\d, ]*\) (is killed|exited)")
 LOST_CONTACT = re.compile(r"Connection (reset|closed)|Timed out|timed out waiting|Broken pipe|Connection refused", re.I)
 
 
@@ -38,7 +40,13 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         print("interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if debug or not LOST_CONTACT.search(str(error)):
+        if debug:
+            raise
+        if died := DIED.search(str(error)):
+            print(f"error: {who}data: a decoding worker (pid {died[1]}) died; out of memory? lower data.workers, or "
+                  "free memory and /dev/shm", file=sys.stderr)  # fmt: skip
+            return 1
+        if not LOST_CONTACT.search(str(error)):
             raise
         print(f"error: {who}another rank is gone or stuck ({first_line(error)}); see logs/ in the run folder",
               file=sys.stderr)  # fmt: skip

@@ -212,7 +212,7 @@ MAY_BE_ZERO = (
 # Sections whose numbers are not negative, but for these; those of NONZERO are above 0, those of FRACTIONS below 1.
 SIGNED = ("flow_time_mean", "cfg_interval", "betas")
 NONZERO = ("lr", "clip", "eps", "flow_time_std", "newton_schulz_steps", "steps", "timeout", "flow_mini_batch")
-FRACTIONS = ("muon_momentum", "ema_decay")
+FRACTIONS = ("muon_momentum",)
 
 
 def validate(config: Config) -> None:

@@ -174,7 +174,6 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.failures = 0
         self.error: BaseException | None = None
-        self.last_good: int | None = None
 
     def save(self, state: TrainState, means: dict[str, float]) -> None:
         """Starts writing ``state`` as it is now, after the save before it has ended."""
@@ -196,7 +195,7 @@ class Writer:
                 log.warning("checkpoint of step %d: %s; trying again after removing old ones", step, error)
                 prune(self.folder, KEPT_AT_LEAST, train.keep_every)
                 commit(self.folder, step, saved, content)
-            self.failures, self.last_good = 0, step
+            self.failures = 0
             prune(self.folder, train.keep_last, train.keep_every)
         except OSError as error:
             self.failures += 1

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from unite_fast import checkpoint
 from unite_fast.checkpoint import TrainState
 from unite_fast.command import first_line
 from unite_fast.config import CommonError, Config, RunError, UserError
@@ -125,7 +126,6 @@ class Session:
         self.config, self.ranks, self.path = config, ranks, folder(config)
         self.stop = Stop(ranks, config.train.max_minutes, started)
         self.step = 0
-        self.last_good: int | None = None
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
         self.descriptor: int | None = None
         self.log: RankLog | None = None
@@ -146,9 +146,8 @@ class Session:
             raise UserError(f"run folder {self.path}: {error.strerror}; choose another with run_dir=PATH") from None
 
     def begin(self, step: int) -> None:
-        self.step = self.last_good = step
+        self.step = step
         if self.ranks.is_main:
-            self.last_good = step if step else None
             self.status("running")
 
     def boundary(self, step: int) -> str:
@@ -174,12 +173,9 @@ class Session:
         writer.wait()
         self._look_at(writer)
         if writer.failures:
-            raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good}")
+            raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good()}")
 
     def _look_at(self, writer: Writer) -> None:
-        """The writer's news so far."""
-        if writer.last_good is not None:
-            self.last_good = writer.last_good
         if writer.failures >= MAX_FAILURES:
             self.stop.fail(
                 f"the disk refused {writer.failures} checkpoints in a row; free some space, then start again"
@@ -191,7 +187,7 @@ class Session:
             "state": state,
             "reason": redact(reason),
             "step": self.step,
-            "last_good": self.last_good,
+            "last_good": self.last_good(),
             "rank": self.ranks.rank,
             "time": time.time(),
         }
@@ -203,6 +199,12 @@ class Session:
             temporary.unlink(missing_ok=True)
             if self.log is not None:
                 self.log.logger.warning("status.json cannot be written (%s)", error)
+
+    def last_good(self) -> int | None:
+        """The step of the newest checkpoint whose files are all there."""
+        whole = (p for p in checkpoint.newest_first(self.path / "checkpoints") if not checkpoint.verify(p, False))
+        newest = next(whole, None)
+        return checkpoint.step_of(newest) if newest else None
 
     def guarded(self, what: str, function: Callable[[], None]) -> None:
         """Evaluation inside training: what it raises is noted, and ends the run only by train.on_eval_error=fail."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from jobs import TINY, Job, Launcher
+from jobs import STRAIGHT, TINY, Job, Launcher
 
 ROWS = [f"F{i:02d}" for i in range(1, 47)]
 
@@ -53,9 +53,6 @@ def job(launcher, tmp_path) -> Job:
 def jobs(launcher, tmp_path):
     """A function that makes further jobs: jobs("name", config)."""
     return lambda name, config=TINY: Job(launcher, tmp_path / name, config)
-
-
-STRAIGHT = ("train.max_steps=20", "train.checkpoint_every=5", "train.keep_last=10")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from unite_fast.runtime.stats import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = Path(__file__).with_name("tiny.yaml").read_text()
+STRAIGHT = ("train.max_steps=20", "train.checkpoint_every=5", "train.keep_last=10")
 COMPARED = ("step", "images_seen", "total", "l1", "flow", "grad_norm", "lr")
 
 
@@ -60,6 +61,8 @@ class Launcher:
             [sys.executable, str(Path(__file__).with_name("launcher.py"))],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        assert self.server.stdout is not None
+        self.server.stdout.readline()  # "ready", once everything is imported
 
     def ask(self, request: dict):
         assert self.server.stdin is not None

@@ -63,6 +63,7 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def main() -> None:
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:

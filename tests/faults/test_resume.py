@@ -10,9 +10,7 @@ import sys
 
 import pytest
 import torch
-from jobs import ROOT, TINY, equal
-
-from conftest import STRAIGHT
+from jobs import ROOT, STRAIGHT, TINY, equal
 
 fault = pytest.mark.fault
 

@@ -193,6 +193,9 @@ def _stop_workers(iterator: object) -> None:
     if stop is not None:
         with contextlib.suppress(RuntimeError):  # DataLoader's SIGCHLD handler, naming a worker already reported
             stop()
+        for worker in getattr(iterator, "_workers", ()):
+            if worker.is_alive():  # hung: it did not heed SIGTERM, and this process could not exit before it
+                worker.kill()
 
 
 def load_batches(

@@ -3,7 +3,8 @@
     UNITE_FAST_TESTING=1 UNITE_FAST_FAULT="kill@rank=1,step=7,phase=bwd;nan@step=9,steps=3,phase=fwd" python ...
 
 Without UNITE_FAST_TESTING=1 nothing is read and ``strike`` returns at once. Conditions left out match everything;
-``step`` is the number of the step in progress, ``steps`` how many steps from there are struck (default 1). A fault
+``step`` is the number of the step in progress, ``steps`` how many steps from there are struck (default 1), ``times``
+how often at most. A fault
 strikes the first start of a job only, not what torchrun restarts.
 """
 
@@ -38,9 +39,11 @@ class Fault:
     steps: int = 1
     phase: str = "load"
     seconds: float = 3600.0  # of "sleep"
+    times: int = 1 << 30  # strikes at most
 
 
 _armed: list[Fault] = []
+_struck: list[Fault] = []
 _rank = 0
 
 
@@ -57,6 +60,7 @@ def parse(text: str) -> list[Fault]:
             int(values.pop("steps", 1)),
             values.pop("phase", "load"),
             float(values.pop("seconds", 3600)),
+            int(values.pop("times", 1 << 30)),
         )
         if values or fault.name not in NAMES or fault.phase not in PHASES:
             raise ValueError(f"no such fault: {part}")
@@ -79,8 +83,9 @@ def strike(phase: str, step: int, tensors: Sequence[Tensor] = ()) -> None:
     if not _armed:
         return
     for fault in _armed:
-        here = fault.phase == phase and fault.rank in (None, _rank)
+        here = fault.phase == phase and fault.rank in (None, _rank) and _struck.count(fault) < fault.times
         if here and (fault.step is None or fault.step <= step < fault.step + fault.steps):
+            _struck.append(fault)
             _do(fault, tensors)
 
 

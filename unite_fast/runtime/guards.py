@@ -22,6 +22,7 @@ class SkipCounter:
         self.longest = torch.zeros_like(self.run)  # since the last drain
         self.total = torch.zeros_like(self.run)  # since the last drain
         self.positions = torch.zeros(REMEMBERED, dtype=torch.int64, device=device)
+        self.history: list[int] = []  # positions of the run's skipped steps, as far as drained
 
     def record(self, skip: Tensor, position: int) -> None:
         """skip: 0-d bool. position: the number of images seen before the step."""
@@ -32,11 +33,12 @@ class SkipCounter:
         self.total += skip
 
     def drain(self) -> tuple[int, list[int]]:
-        """(the longest run of skipped steps since the last drain, positions of the skipped steps since then)."""
+        """(the longest run of skipped steps since the last drain, positions of the last skipped steps of all)."""
         counters = torch.cat([self.longest[None], self.total[None], self.positions]).tolist()
         self.longest.copy_(self.run)
         self.total.zero_()
-        return counters[0], sorted(counters[2 : 2 + min(counters[1], REMEMBERED)])
+        self.history = (self.history + sorted(counters[2 : 2 + min(counters[1], REMEMBERED)]))[-REMEMBERED:]
+        return counters[0], self.history
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,151 @@
+"""F11, F36, F37, F46: a disk that is full, slow or read-only, and what is kept on it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from jobs import STRAIGHT, equal
+
+from unite_fast import checkpoint, saving
+
+fault = pytest.mark.fault
+
+
+@fault("F11", "disk full in one save", "the run goes on with a warning; earlier checkpoints stay; later saves work")
+def test_full_once(job, straight):
+    said = job.train(*STRAIGHT, fault="enospc@step=10,phase=ckpt.write,times=2")
+    assert "checkpoint of step 10: [Errno 28] No space left on device; trying again" in said
+    assert "checkpoint of step 10 is not saved" in said
+    assert job.steps() == [5, 15, 20]
+    assert job.leftovers() == []
+    assert equal(job.tensors(20), straight.tensors(20))
+
+
+@fault("F11", "disk full in one save", "after removing old checkpoints the same save succeeds")
+def test_full_until_pruned(job):
+    said = job.train(*STRAIGHT, fault="enospc@step=20,phase=ckpt.write,times=1")
+    assert "trying again after removing old ones" in said
+    assert "is not saved" not in said
+    assert job.steps() == [10, 15, 20]
+
+
+@fault("F11", "disk full for good", "after 3 refused saves all ranks end with one line, exit 1; the old ones stay")
+def test_full_for_good(job, straight):
+    said = job.train(*STRAIGHT[:1], "train.checkpoint_every=2", code=1,
+                     fault="enospc@step=6,steps=100,phase=ckpt.write")  # fmt: skip
+    assert "the disk refused 3 checkpoints in a row" in said
+    assert job.status["state"] == "failed"
+    assert job.status["last_good"] == 4
+    assert job.steps() == [2, 4]
+    assert job.leftovers() == []
+
+
+@fault("F11", "a real limit on the size of files", "the same, by RLIMIT_FSIZE")
+def test_real_limit(job):
+    limit = {"FILE_SIZE_LIMIT": "200000"}
+    said = job.train("train.max_steps=9", "train.checkpoint_every=1", ranks=1, environment=limit, code=1)
+    assert "File too large" in said
+    assert "the disk refused 3 checkpoints in a row" in said
+    assert job.steps() == []
+    assert job.leftovers() == []
+
+
+@fault("F36", "a save that is still running", "one in flight; the exit waits; what is saved is one step's state")
+def test_slow_save(job, straight):
+    started = time.monotonic()
+    job.train(*STRAIGHT, fault="sleep@phase=ckpt.write,seconds=0.5")
+    assert time.monotonic() - started > 2  # four saves, one after the other
+    assert job.steps() == [5, 10, 15, 20]
+    for step in job.steps():
+        assert equal(job.tensors(step), straight.tensors(step)), step
+
+
+@fault("F36", "a save that is still running", "the step goes on meanwhile: the save does not see later changes")
+def test_snapshot(tmp_path, monkeypatch):
+    state, config = untrained()
+    writer = saving.Writer(tmp_path, config)
+    entered, expected = [], {k: v.clone() for k, v in checkpoint.tensors_of(state).items() if k != checkpoint.STEPS}
+
+    def slow(phase: str, step: int, tensors: object = ()) -> None:
+        entered.append((phase, time.monotonic()))
+        time.sleep(0.3)
+
+    monkeypatch.setattr(saving.faults, "strike", slow)
+    state.step = 1
+    started = time.monotonic()
+    writer.save(state, {})
+    assert time.monotonic() - started < 0.25
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1.0)
+    state.step = 2
+    writer.save(state, {})  # waits for the first
+    assert [p for p, _ in entered[:2]] == ["ckpt.write", "ckpt.commit"]
+    assert (tmp_path / "step-0000001" / "manifest.json").is_file()
+    writer.wait()
+    tensors, _ = checkpoint._read(tmp_path / "step-0000001")
+    assert equal(tensors, expected)
+    tensors, _ = checkpoint._read(tmp_path / "step-0000002")
+    assert not equal(tensors, expected)
+
+
+def untrained():
+    from unite_fast.config_io import from_dict, parse_yaml
+    from unite_fast.model.unite import build
+    from unite_fast.optim.optimizer import Optimizer
+
+    from jobs import TINY  # isort: skip
+
+    config = from_dict(parse_yaml(TINY, "tiny"))
+    model = build(config.model)
+    return checkpoint.TrainState(model, Optimizer(model, config.optim)), config
+
+
+@fault("F37", "metrics that cannot be written", "one warning; training goes on, to the same end")
+def test_metrics_unwritable(job, straight):
+    (job.run / "metrics.jsonl").mkdir(parents=True)
+    (job.run / "metrics.csv").mkdir()
+    said = job.train(*STRAIGHT)
+    assert said.count("metrics cannot be written") == 1
+    assert equal(job.tensors(20), straight.tensors(20))
+
+
+@fault("F37", "metrics that cannot be written", "a writer that raises costs one warning, not the row in the file")
+def test_failing_writer(tmp_path, caplog):
+    from unite_fast.runtime.stats import Log, read_metrics
+
+    class Broken:
+        def add_scalar(self, *arguments):
+            raise ConnectionError("the service is away")
+
+    log = Log(tmp_path, 0)
+    log.writer = Broken()
+    for step in (1, 2):
+        log.write({"step": step, "total": 0.5})
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert len([r for r in caplog.records if "metrics cannot be written" in r.message]) == 1
+
+
+@fault("F46", "crash in the removal of old checkpoints", "two whole ones at every instant; the rest is cleaned")
+def test_killed_while_pruning(job, straight):
+    words = (STRAIGHT[0], "train.checkpoint_every=5", "train.keep_last=2")
+    job.train(*words, fault="kill@rank=0,step=5,phase=ckpt.prune", code=None)
+    assert job.steps() == [10, 15]
+    assert job.leftovers() == ["step-0000005.removed.incomplete"]
+    job.train(*words)
+    assert job.steps() == [15, 20]
+    assert job.leftovers() == []
+    assert equal(job.tensors(20), straight.tensors(20))
+
+
+@fault("F46", "crash in the removal of old checkpoints", "damaged ones do not count; keep_every ones stay")
+def test_what_is_kept(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        saving.commit(tmp_path, step, {"a": torch.ones(3)}, {"step": step})
+    (tmp_path / "step-0000005" / "state.json").write_text("cut")
+    saving.prune(tmp_path, 2, keep_every=2)
+    assert [checkpoint.step_of(p) for p in checkpoint.newest_first(tmp_path)] == [5, 4, 3, 2]
+    saving.prune(tmp_path, 2)
+    assert [checkpoint.step_of(p) for p in checkpoint.newest_first(tmp_path)] == [5, 4, 3]
