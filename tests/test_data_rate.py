@@ -32,9 +32,9 @@ def slow():
 
 def test_measure(slow):
     rate = measure(slow, batch=10, seconds=0.4)
-    assert 100 < rate.images_per_second < 500  # 10 images in 20 ms, on a busy machine more
+    assert 20 < rate.images_per_second < 500  # 10 images in 20 ms, longer on a busy machine
     assert rate.images % 10 == 0
-    assert 0.4 <= rate.seconds < 2
+    assert 0.4 <= rate.seconds < 4
     assert rate.first_batch_seconds >= 0.02
     assert "2.0 times" in rate._replace(images_per_second=500.0).line(250)
     assert "times" not in rate.line()
@@ -60,4 +60,4 @@ def test_waits(slow):
     assert batches.share() < 0.05
     next(batches)
     time.sleep(0.06)
-    assert 0.1 < batches.share() < 0.6
+    assert 0.02 < batches.share() < 0.9
