@@ -88,7 +88,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry
     with Session(settings, ranks, inputs.started) as session:
         if ranks.is_main:
             run.tidy(settings, choice, state.step)
-            run.write_description(settings, ranks)
+            run.write_description(settings, ranks, inputs.source)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
     return state
@@ -115,10 +115,11 @@ def loop(
     meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
     shown = run.examples(settings, device) if ranks.is_main and t.image_every else None
     writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
-    batches = data.stream(
+    stream = data.stream(
         source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
         settings.data.workers, settings.data.timeout,
     )  # fmt: skip
+    batches = data.Waits(stream)
 
     session.begin(state.step)
     if state.step >= total and ranks.is_main:
@@ -131,9 +132,8 @@ def loop(
         ending = session.boundary(state.step)
         done = state.step == total
         if state.step % t.log_every == 0 or done:
-            row = (
-                {"step": state.step, "images_seen": state.images_seen} | means.drain() | meter.rates(state.images_seen)
-            )
+            row = {"step": state.step, "images_seen": state.images_seen} | means.drain()
+            row |= meter.rates(state.images_seen) | {"data_wait": batches.share()}
             if log is not None:
                 log.write(row)
                 print(stats.progress_line(row, total), flush=True)

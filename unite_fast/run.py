@@ -56,12 +56,13 @@ def provenance(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def write_description(config: Config, ranks: Ranks) -> None:
+def write_description(config: Config, ranks: Ranks, source: data.Source) -> None:
     """Writes into the run folder what the run is. Raises UserError when the disk refuses."""
     path = folder(config)
     try:
         (path / "config.resolved.yaml").write_text(to_yaml(config))
-        (path / "provenance.json").write_text(json.dumps(provenance(config, ranks), indent=1))
+        described = provenance(config, ranks) | {"pipeline": source.pipeline_id(ranks.device.type)}
+        (path / "provenance.json").write_text(json.dumps(described, indent=1))
     except OSError as error:
         raise UserError(f"run folder {path}: {error.strerror}; choose another with run_dir=PATH") from None
 

@@ -26,6 +26,7 @@ from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
 from unite_fast.data.order import Order
 from unite_fast.data.packed import open_packed
+from unite_fast.data.rate import Waits
 from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
 from unite_fast.data.stream import all_images, stream
 from unite_fast.data.synthetic import open_synthetic
@@ -37,6 +38,7 @@ __all__ = [
     "Batch",
     "Order",
     "Source",
+    "Waits",
     "WorkerError",
     "all_images",
     "open_source",

@@ -105,7 +105,7 @@ def build_pipeline(size: int, crop: str, device: torch.device, threads: int) -> 
 
     The inputs are encoded, resized and anchor, and corner and kept for random_resized, else halvings and halved.
     """
-    from nvidia import dali
+    import nvidia.dali as dali
 
     fn: Any = dali.fn  # their annotations cover a part of what the functions take
     types: Any = dali.types
@@ -219,7 +219,7 @@ class Dali(Source):
         return self.inner.name(index)
 
     def pipeline_id(self, device: str = "cpu") -> str:
-        from nvidia import dali
+        import nvidia.dali as dali
 
         kind = "mixed" if device.startswith("cuda") else "cpu"
         return f"dali-{dali.__version__}-{kind}+pillow-{PIL.__version__}/{self.inner.crop}-{self.inner.size}"

@@ -165,7 +165,7 @@ def progress_line(row: dict[str, float], total_steps: int) -> str:
         f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
         f"pixel {row['l1']:.4f}{lpips}  flow {row['flow']:.4f}  latent std {row['latent_std']:.3f}  "
         f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
-        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+        f"data {row['data_wait']:.0%}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     )
 
 
