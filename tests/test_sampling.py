@@ -311,10 +311,11 @@ def test_reconstruct_a_folder(trained, tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     Image.new("RGB", (30, 20), (200, 200, 200)).save(tmp_path / "in" / "a.jpg")
     Image.new("L", (9, 9), 90).save(tmp_path / "in" / "sub" / "b.png")
+    Image.new("L", (9, 9), 90).save(tmp_path / "in" / "sub" / "b.webp")
     said = make(trained, tmp_path / "out", "--reconstruct", tmp_path / "in")
-    assert "2 images, mean PSNR" in said
+    assert "3 images, mean PSNR" in said
     assert (tmp_path / "out" / "a.png").is_file()
-    assert (tmp_path / "out" / "sub" / "b.png").is_file()
+    assert sorted(p.name for p in (tmp_path / "out" / "sub").iterdir()) == ["b.png.png", "b.webp.png"]
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     result = command("sample.py", "--checkpoint", trained, "--out", tmp_path / "o2", "--reconstruct", tmp_path / "in")
     assert result.returncode == 2

@@ -191,6 +191,8 @@ SAMPLING = {
     "seeds": (["--seeds", "1,1"], "twice"),
     "seed text": (["--seeds", "many"], "ranges"),
     "steps": (["--solver", "heun", "--steps", "0"], "too few"),
+    "guidance": (["--cfg", "nan"], "finite"),
+    "huge seed": (["--seeds", "99999999999999999999"], "too large"),
     "folder": (["--reconstruct", "no/such"], "no such folder"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -31,6 +32,7 @@ LABEL_STREAM = 1 << 17
 MAX_SEEDS = 10_000_000
 GRID_COLUMNS = 10
 PROTOCOL = "protocol.json"
+FILES = (".png", ".npz", ".tar")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Request:
     def check(self) -> None:
         """Raises UserError on options that make no sense."""
         sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise UserError(f"guidance scale {self.cfg_scale} must be a finite number of at least 0")
 
     def protocol(self, identity: str) -> dict[str, object]:
         """What an image depends on besides its own seed and label."""
@@ -71,6 +75,8 @@ def parse_seeds(text: str) -> list[int]:
             last = int(high) if dash else first
         except ValueError:
             raise UserError(f"--seeds {text}: write ranges and numbers such as 0-49,100") from None
+        if max(abs(first), abs(last)) >= 1 << 62:
+            raise UserError(f"--seeds {text}: {part} is too large a number")
         if last < first or len(seeds) + last - first >= MAX_SEEDS:
             raise UserError(f"--seeds {text}: the range {part} is empty or too long")
         seeds.extend(range(first, last + 1))
@@ -107,7 +113,13 @@ def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
 
 def _parts(out: str) -> Path:
     path = Path(out)
-    return path.with_name(path.name + ".parts") if path.suffix in (".png", ".npz", ".tar") else path
+    if path.suffix in FILES:
+        if path.is_dir():
+            raise UserError(f"--out {out} is a folder; name a file that can be written")
+        return path.with_name(path.name + ".parts")
+    if path.suffix.lower() in (*FILES, ".jpg", ".jpeg", ".webp", ".zip", ".gz"):
+        raise UserError(f"--out {out}: write a folder, or a file that ends in {', '.join(FILES)}")
+    return path
 
 
 def _name(seed: int, label: int) -> str:
@@ -118,7 +130,11 @@ def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
     """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
     file = folder / PROTOCOL
     if file.is_file():
-        if json.loads(file.read_text()) != protocol:
+        try:
+            same = json.loads(file.read_text()) == protocol
+        except ValueError:
+            raise UserError(f"{file} is damaged; choose another --out") from None
+        if not same:
             raise UserError(f"{folder} holds images of another checkpoint or other options; choose another --out")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
     folder = Path(out)
     if folder.suffix:
         raise UserError(f"--out {out}: reconstructions go to a folder; leave out the suffix {folder.suffix}")
+    stems = Counter(p.with_suffix("") for p in files)
+    twins = {p for p in files if stems[p.with_suffix("")] > 1}  # a.jpg beside a.png: both keep their suffix
     mine = files[ranks.rank :: ranks.world_size]
     mode = "L" if model.config.channels == 1 else "RGB"
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -58,7 +61,8 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
         reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
         total += torch.stack([psnr(images, reconstruction).double().sum(), torch.tensor(len(chunk)).to(total)])
         for path, image, made in zip(chunk, images, reconstruction, strict=True):
-            target = (folder / path.relative_to(root)).with_suffix(".png")
+            target = folder / path.relative_to(root)
+            target = target.with_name(target.name + ".png") if path in twins else target.with_suffix(".png")
             pictures.save_grid(target, [torch.stack([image, made])])
     if ranks.world_size > 1:
         ranks.average_([total])
