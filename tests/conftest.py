@@ -9,9 +9,14 @@ import torch
 from support import REFERENCE, TINY
 
 
+def pytest_configure() -> None:
+    """Before any fixture, whatever its scope: small matrices run fastest on one thread, and sums depend on how many."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small matrices run fastest on one thread; denormals are flushed as in training."""
+    """As at the start, whatever an earlier test set; denormals are flushed as in training."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
