@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,13 +96,13 @@ def digits_network(config: Config, device: torch.device | str = "cpu") -> Extrac
     rounding; the hash in ``identity`` tells. Scores compare only with those of the same network.
     """
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     source = data.open_source(config.data, config.model, "train")
     images = torch.stack([data.to_float(source.load(i)) for i in range(len(source))]).flatten(1).numpy()
     fitted: Any = MLPClassifier((64,), alpha=1e-2, max_iter=60, random_state=0, tol=0.0, n_iter_no_change=60)
-    import warnings
-
-    with warnings.catch_warnings():
+    # One thread: the sums of matrix products, and with them the network's hash, depend on how many share the work.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it stops at max_iter, which is meant
         fitted.fit(images, source.labels.numpy())
     arrays = [np.ascontiguousarray(a, dtype=np.float32) for a in (*fitted.coefs_, *fitted.intercepts_)]
