@@ -89,15 +89,23 @@ def _milliseconds(function: Callable[[], object], calls: int, device: torch.devi
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], device: torch.device, rounds: int = 25, sample_ms: float = 4.0
+    variants: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 25,
+    sample_ms: float = 4.0,
+    warmup: int = 3,
 ) -> dict[str, list[float]]:
-    """Milliseconds per call of every variant, one sample a round, each sample long enough for the clock."""
-    calls = {}
+    """Milliseconds per call of every variant, one sample a round, each sample long enough for the clock.
+
+    warmup: calls of each before its first sample, and again to find its length. 0: a sample is one call.
+    """
+    calls = dict.fromkeys(variants, 1)
     for name, function in variants.items():
-        for _ in range(3):
+        for _ in range(warmup):
             function()
-        once = min(_milliseconds(function, 1, device) for _ in range(3))
-        calls[name] = max(1, round(sample_ms / once))
+        if warmup:
+            once = min(_milliseconds(function, 1, device) for _ in range(warmup))
+            calls[name] = max(1, round(sample_ms / once))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
         order = list(variants)

@@ -13,7 +13,7 @@ from unite_fast import objective, sampling
 from unite_fast.config import ModelConfig, ObjectiveConfig, OptimConfig
 from unite_fast.config_io import from_dict
 from unite_fast.flow import shift_time, time_grid
-from unite_fast.interop import load_reference
+from unite_fast.interop import load_reference, load_training, save_reference
 from unite_fast.model.unite import UNITE, build
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer
@@ -149,6 +149,24 @@ def test_dopri5_in_float64(reference, golden):
     with torch.no_grad():
         latents = sampling._dopri5(field, noise, time_grid(50, model.time_shift).double())
     assert relative(latents.float(), golden["sample.cfg4.norm_first.0.1-1.0.latent"]) < 2e-4
+
+
+def test_written_checkpoints_have_the_official_content(reference, tmp_path):
+    """load_training, then save_reference: weights and both optimizers come back bit for bit, under the same keys."""
+    content = torch.load(reference / "tiny.pt", weights_only=True)
+    model = load_reference(reference / "tiny.pt", weights="model")
+    optimizer = Optimizer(model, OptimConfig())
+    load_training(content, model, optimizer, "tiny.pt")
+    save_reference(tmp_path / "again.pt", model, optimizer, lr=1e-3, step=7, epoch=1, best_cfg_scale=3.2)
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert set(again[part]) == set(content[part])
+        for name, value in content[part].items():
+            torch.testing.assert_close(again[part][name], value, rtol=1e-6, atol=1e-6, msg=name)
+    for part in ("optimizer", "optimizer_muon"):
+        assert again[part]["param_groups"] == content[part]["param_groups"]
+        for index, state in content[part]["state"].items():
+            assert all(torch.equal(again[part]["state"][index][key], value) for key, value in state.items())
 
 
 def test_base_has_the_published_number_of_parameters():

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from unite_fast import pictures
 from unite_fast.config import UserError
-from unite_fast.data.encoded import decode
+from unite_fast.data.encoded import EXTENSIONS, decode
 from unite_fast.data.folder import read_file
 from unite_fast.data.transforms import transform
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
 from unite_fast.runtime.distributed import Ranks
 from unite_kernels import corruption
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--reconstruct {source}: no such folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not files:
         raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
     folder = Path(out)

@@ -49,14 +49,8 @@ def rotary_table(positions: int, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, statistics in float32, result in the input's dtype."""
+    """The weight (D,) of a root-mean-square norm; the fused operations that take it compute the norm itself."""
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
