@@ -4,9 +4,11 @@
     steps times:  A = X X^T,  B = b A + c A A^T,  X = a X + B X
 
 Shapes: G (batch, rows, cols) or (rows, cols); the result has G's shape in the computing dtype. Arithmetic per step:
-2 n^2 k + 2 n^3 + 2 n^2 k FLOPs dense. Three forms:
+2 n^2 k + 2 n^3 + 2 n^2 k FLOPs dense. Four forms:
 
     plain       batched torch products; in bfloat16 the same operations in the same order as torch.optim.Muon
+    separate    one matrix after the other, so that its iterates stay in a CPU's caches; float32 symmetric products
+                are computed in block rows up to the diagonal, and mirrored
     symmetric   X X^T and b A + c A A^T by a Triton kernel that computes one triangle and mirrors it: half their FLOPs
     gram        iterates on R = X X^T (n x n) and touches X once per ``GRAM_STEPS`` steps, then takes R afresh:
                 cheaper the longer k is against n. Opt-in. Its n x n matrices are float32: the error against float64 is
@@ -15,6 +17,7 @@ Shapes: G (batch, rows, cols) or (rows, cols); the result has G's shape in the c
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +27,16 @@ from . import backend as _backend
 from .jit import jit, tl, triton
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-METHODS = ("auto", "plain", "symmetric", "gram")
+METHODS = ("auto", "plain", "separate", "symmetric", "gram")
 GRAM_STEPS = 3
 
 # Short side from which "auto" takes the symmetric kernel on a CUDA device. UNMEASURED default: published timings of
 # such kernels lose to the vendor library at 1024 and below; to be replaced by a table measured on the device.
 SYMMETRIC_FROM = 2048
+# Elements of a matrix from which "auto" takes them one by one on a CPU. A batch of UNITE-B's 4096 x 768 matrices is
+# larger than any cache.
+SEPARATE_FROM = 1 << 16
+BLOCK_ROWS = 192  # of a symmetric product on a CPU, 0.83 of a dense product's time at 768 rows
 
 
 def _plain(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
@@ -39,6 +46,38 @@ def _plain(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> T
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, update, x, beta=a)
     return x
+
+
+def _symmetric_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left right, known to be symmetric: block rows up to the diagonal, then their mirror image."""
+    n = len(out)
+    for low in range(0, n, BLOCK_ROWS):
+        high = min(low + BLOCK_ROWS, n)
+        torch.mm(left[low:high], right[:, :high], out=out[low:high, :high])
+        if low:
+            out[:low, low:high] = out[low:high, :low].T
+
+
+def _separate(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+    a, b, c = coefficients
+    n = x.shape[1]
+    gram, update = x.new_empty(n, n), x.new_empty(n, n)
+    result = torch.empty_like(x)  # with x's strides: a tall matrix is worked on as it lies
+    for matrix, out in zip(x.unbind(0), result.unbind(0), strict=True):
+        current, spares = matrix, itertools.cycle((torch.empty_like(out), torch.empty_like(out)))
+        for step in range(steps):
+            target = out if step == steps - 1 else next(spares)
+            if x.dtype == torch.float32:
+                _symmetric_into(gram, current, current.T)
+                _symmetric_into(update, gram, gram)
+                update.mul_(c).add_(gram, alpha=b).diagonal().add_(a)
+                torch.mm(update, current, out=target)
+            else:  # every rounding as in torch.optim.Muon
+                torch.mm(current, current.T, out=gram)
+                torch.addmm(gram, gram, gram, beta=b, alpha=c, out=update)
+                torch.addmm(current, update, current, beta=a, out=target)
+            current = target
+    return result
 
 
 @dataclass(frozen=True)
@@ -172,6 +211,8 @@ def newton_schulz(
     """Approximate orthogonal factor of each matrix of ``g`` (batch, rows, cols) or (rows, cols), in ``dtype``."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
     if g.ndim not in (2, 3):
         raise ValueError(f"expected (rows, cols) or (batch, rows, cols), not {tuple(g.shape)}")
     if dtype not in (torch.float32, torch.bfloat16):
@@ -181,7 +222,11 @@ def newton_schulz(
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     if method == "auto":
-        method = "symmetric" if x.is_cuda and x.shape[-2] >= SYMMETRIC_FROM else "plain"
-    x = {"plain": _plain, "symmetric": _symmetric, "gram": _gram}[method](x, steps, coefficients)
+        if x.device.type == "cpu":
+            method = "separate" if x.shape[-2] * x.shape[-1] >= SEPARATE_FROM else "plain"
+        else:
+            method = "symmetric" if x.is_cuda and x.shape[-2] >= SYMMETRIC_FROM else "plain"
+    forms = {"plain": _plain, "separate": _separate, "symmetric": _symmetric, "gram": _gram}
+    x = forms[method](x, steps, coefficients)
     x = x.mT if tall else x
     return x if g.ndim == 3 else x[0]

@@ -30,16 +30,28 @@ def truth(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there a batched product is another kernel, with another order of sums")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_plain_form_has_the_bits_of_torch_muon(shape):
+@pytest.mark.parametrize("method", ["plain", "separate"])
+def test_form_has_the_bits_of_torch_muon(shape, method):
     g = matrices(*shape)
     expected = torch.stack([muon_reference(m, COEFFICIENTS, 5, 1e-7) for m in g])
-    assert torch.equal(newton_schulz(g, method="plain"), expected)
-    assert torch.equal(newton_schulz(g[0], method="plain"), expected[0])
+    assert torch.equal(newton_schulz(g, method=method), expected)
+    assert torch.equal(newton_schulz(g[0], method=method), expected[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the form is for CPUs")
+@pytest.mark.parametrize("shape", [(2, 256, 300), (1, 500, 200)])
+def test_large_matrices_on_a_cpu_are_taken_one_by_one(shape):
+    g = matrices(*shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(newton_schulz(g, dtype=dtype), newton_schulz(g, dtype=dtype, method="separate"))
+    error = (newton_schulz(g, dtype=torch.float32).double() - truth(g)).abs().max()
+    plain = (newton_schulz(g, dtype=torch.float32, method="plain").double() - truth(g)).abs().max()
+    assert error <= 2 * plain + 8 * 2**-24
 
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["plain", "symmetric", "gram"])
+@pytest.mark.parametrize("method", ["plain", "separate", "symmetric", "gram"])
 def test_float32_forms_agree_with_float64(shape, method):
     g = matrices(*shape)
     error = (newton_schulz(g, dtype=torch.float32, method=method).double() - truth(g)).abs().max()
@@ -48,7 +60,7 @@ def test_float32_forms_agree_with_float64(shape, method):
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("method", ["plain", "symmetric", "gram"])
+@pytest.mark.parametrize("method", ["plain", "separate", "symmetric", "gram"])
 def test_bfloat16_error_is_no_larger_than_that_of_torch_muon(method):
     """The mean ratio over shapes and seeds; one matrix may be rounded 3 % worse or better by the order of its sums."""
     ratios = []
