@@ -241,6 +241,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)
+    executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     persistent = sum(x.numel() for x in state.optimizer.state_dict().values()) + 3 * count  # weights, gradients, EMA
@@ -249,7 +250,8 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
             f"optimizers     Muon {moments} tensors, AdamW {len(state.optimizer.adamw)} tensors",
-            f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps})",
+            f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
+            f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
             f"memory         {persistent * 4 / 2**30:.2f} GiB per rank before activations",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
