@@ -78,7 +78,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry
     split = config.batch_split(t, ranks.world_size)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
-        print(run.describe(settings, state, ranks, split, len(source)))
+        print(run.describe(settings, state, ranks, split, len(source), activations=dry_run))
     if dry_run:
         return state
 

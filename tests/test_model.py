@@ -116,7 +116,7 @@ def test_block_checkpointing_changes_nothing():
     gradients = []
     for recompute in (False, True):
         model = filled(tiny())
-        model.encoder.checkpoint_blocks = recompute
+        model.encoder.recompute = model.decoder.recompute = recompute
         draws = objective.Draws.make(model, ObjectiveConfig(), 0, torch.arange(2))
         objective.backward(model, images, labels, draws, ObjectiveConfig(perceptual_weight=0))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

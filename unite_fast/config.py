@@ -177,7 +177,7 @@ class EfficiencyConfig:
     kernels: Literal["eager", "fused"] = "eager"
     flow_mini_batch: int = 1  # flow steps that pass the network as one batch
     compile_decoder: bool = False
-    checkpoint_blocks: bool = False  # recompute block activations in backward
+    recompute: Literal["none", "blocks", "auto"] = "none"  # activations in backward; auto: where they do not fit
 
 
 @dataclass(frozen=True)

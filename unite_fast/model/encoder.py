@@ -198,7 +198,7 @@ class GenerativeEncoder(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
-        self.checkpoint_blocks = False
+        self.recompute = False  # the blocks' activations, in backward
         self.backend = "eager"  # of the fused kernels; efficiency.kernels
         self.in_context_posemb = adamw_parameter(torch.randn(1, config.in_context_len, width) * 0.02)
         self.up_sample = nn.Linear(latent_dim, width)
@@ -261,8 +261,9 @@ class GenerativeEncoder(nn.Module):
                     layout = layout._replace(key_mask=F.pad(key_mask, (layout.prefix, 0), value=True))
             kept = registers if block is blocks[-1] and registers < h.shape[1] else 0  # the others are dropped after it
             arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend, kept)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                h, modulated = checkpoint(block, *arguments, use_reentrant=False)
+            if self.recompute and torch.is_grad_enabled():
+                # Blocks draw nothing: keeping the generator's state would read it back from the device.
+                h, modulated = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, modulated = block(*arguments)
         return self.final_layer.linear(modulated)
