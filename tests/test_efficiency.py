@@ -30,6 +30,8 @@ RUNGS = {
     "efficiency.kernels=fused": (1e-3, 1e-3),
     "efficiency.flow_mini_batch=2": (1e-3, 1e-3),
     "efficiency.recompute=blocks": (1e-6, 1e-6),
+    "efficiency.recompute=auto": (1e-6, 1e-6),
+    "efficiency.compile=decoder": (1e-3, 1e-3),
     "efficiency.precision=bf16": (5e-2, 1.5e-1),
 }
 

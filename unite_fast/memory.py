@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Recompute(NamedTuple):
 class Saved:
     """Counts the bytes of the storages that autograd keeps while it is entered."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.known = {p.untyped_storage()._cdata for p in parameters}
         self.kept: list[Tensor] = []  # so that no storage's place is taken by another
         self.bytes = 0

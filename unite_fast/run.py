@@ -21,9 +21,11 @@ from unite_fast import __version__, checkpoint, data, interop, memory, pictures,
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_dict, to_yaml
+from unite_fast.model.decoder import DecoderLayer
+from unite_fast.model.encoder import Block
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime import faults
+from unite_fast.runtime import compiling, faults
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -87,8 +89,12 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
     for encoder in model.encoders():
         encoder.recompute, encoder.backend = recompute, config.efficiency.kernels
     model.decoder.recompute = recompute
-    if config.efficiency.compile_decoder:
-        model.decoder.compile()
+    if config.efficiency.compile != "none":
+        model.decoder.run_layer = compiling.region(DecoderLayer.forward)
+    if config.efficiency.compile == "all":
+        block = compiling.region(Block.forward)
+        for encoder in model.encoders():
+            encoder.run_block = block
     return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels))
 
 
@@ -261,6 +267,6 @@ def describe(
             f"memory         {memory.persistent_bytes(config) / 2**30:.2f} GiB per rank that stay{kept}",
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
-            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}",
+            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",
         )
     )

@@ -9,6 +9,7 @@ D width, H heads, E head size. Key names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,7 @@ class GenerativeEncoder(nn.Module):
         width = config.width
         self.config = config
         self.recompute = False  # the blocks' activations, in backward
+        self.run_block: Callable[..., tuple[Tensor, Tensor]] = nn.Module.__call__  # or Block.forward, compiled
         self.backend = "eager"  # of the fused kernels; efficiency.kernels
         self.in_context_posemb = adamw_parameter(torch.randn(1, config.in_context_len, width) * 0.02)
         self.up_sample = nn.Linear(latent_dim, width)
@@ -263,7 +265,9 @@ class GenerativeEncoder(nn.Module):
             arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend, kept)
             if self.recompute and torch.is_grad_enabled():
                 # Blocks draw nothing: keeping the generator's state would read it back from the device.
-                h, modulated = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                h, modulated = checkpoint(
+                    self.run_block, block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                h, modulated = block(*arguments)
+                h, modulated = self.run_block(block, *arguments)
         return self.final_layer.linear(modulated)
