@@ -15,7 +15,7 @@ import torch
 from unite_fast import checkpoint, command, config, config_io, data, run, saving
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
-from unite_fast.runtime import distributed, faults, precision, stats
+from unite_fast.runtime import compiling, distributed, faults, precision, stats
 from unite_fast.runtime.flops import peak_flops, training_flops
 from unite_fast.session import Session, check_agreement, folder
 from unite_fast.step import METRICS, TrainStep
@@ -78,7 +78,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry
     split = config.batch_split(t, ranks.world_size)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
-        print(run.describe(settings, state, ranks, split, len(source)))
+        print(run.describe(settings, state, ranks, split, len(source), activations=dry_run))
     if dry_run:
         return state
 
@@ -105,6 +105,8 @@ def loop(
     t, device, source, perceptual = settings.train, ranks.device, inputs.source, inputs.perceptual
     path, split = session.path, config.batch_split(t, ranks.world_size)
     total = run.last_step(settings, state, len(source))
+    if perceptual is not None and settings.efficiency.compile == "all":
+        perceptual.compile_trunk(compiling.region)
     step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
@@ -125,10 +127,13 @@ def loop(
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
-    ending = ""
+    ending, first = "", state.step + 1
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
+        began = time.perf_counter()
         means.add(step(state, next(batches)))
+        if settings.efficiency.compile != "none" and state.step == first and ranks.is_main:
+            print(compiling.report(time.perf_counter() - began), flush=True)
         ending = session.boundary(state.step)
         done = state.step == total
         if state.step % t.log_every == 0 or done:

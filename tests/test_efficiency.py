@@ -6,14 +6,22 @@ import dataclasses
 
 import pytest
 import torch
-from support import command
-from torch._subclasses.fake_tensor import FakeTensorMode
+from stepping import Dispatched, load_tiny, trainer
+from support import TINY, command
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from unite_fast import objective
-from unite_fast.config import ObjectiveConfig
+from unite_fast import memory, objective
+from unite_fast.checkpoint import TrainState
+from unite_fast.config import Config, EfficiencyConfig, ObjectiveConfig, batch_split
 from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.data import Batch
 from unite_fast.model.unite import UNITE, build
+from unite_fast.optim.optimizer import Optimizer
+from unite_fast.runtime import stats
+from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.stats import read_metrics
+from unite_fast.step import METRICS, TrainStep
 
 COMPARED = ("total", "l1", "flow", "grad_norm")
 # Relative tolerance over 20 steps, of (total, l1) and of (flow, grad_norm). The flow loss starts on latents close to
@@ -21,7 +29,9 @@ COMPARED = ("total", "l1", "flow", "grad_norm")
 RUNGS = {
     "efficiency.kernels=fused": (1e-3, 1e-3),
     "efficiency.flow_mini_batch=2": (1e-3, 1e-3),
-    "efficiency.checkpoint_blocks=true": (1e-6, 1e-6),
+    "efficiency.recompute=blocks": (1e-6, 1e-6),
+    "efficiency.recompute=auto": (1e-6, 1e-6),
+    "efficiency.compile=decoder": (1e-3, 1e-3),
     "efficiency.precision=bf16": (5e-2, 1.5e-1),
 }
 
@@ -45,8 +55,6 @@ def test_losses_of_every_rung(tiny, tmp_path, rung):
 
 def test_kernels_draw_the_same_numbers():
     """SeededDraws, whose randomness is made inside the kernels, equals Draws.make."""
-    from support import TINY
-
     model = build(from_dict(parse_yaml(TINY, "tiny")).model)
     o, samples, labels = ObjectiveConfig(), torch.arange(50, 58), torch.arange(8)
     explicit = objective.Draws.make(model, o, 3, samples)
@@ -64,14 +72,108 @@ def test_kernels_draw_the_same_numbers():
     assert torch.equal(seeded.decoder_input(z, added), explicit.decoder_input(z, added))
 
 
-def test_a_step_never_waits_for_the_device():
-    """Nothing in forward and backward asks for a tensor's value: fake tensors have none and would raise."""
-    from support import TINY
+# Operations that wait for the device, that need the size of a result, or that copy from the host's pageable memory.
+WAITING = (
+    "aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.nonzero", "aten.masked_select", "aten.equal",
+    "aten.unique", "aten._unique2", "aten.lift_fresh", "aten.repeat_interleave.Tensor", "aten.bincount",
+)  # fmt: skip
 
-    config = from_dict(parse_yaml(TINY, "tiny"))
-    with FakeTensorMode():
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_a_step_never_waits_for_the_device(kernels):
+    """The whole step, with its optimizer, the guards and the means of the log line."""
+    step, state, batch = trainer(f"efficiency.kernels={kernels}", "efficiency.recompute=blocks")
+    means = stats.Means(METRICS, step.ranks)
+    batches = [batch() for _ in range(2)]
+    with Dispatched() as seen:
+        for b in batches:
+            means.add(step(state, b))
+    assert not {name for name in seen.counts if name.startswith(WAITING)}
+    assert sum(seen.counts.values()) > 500  # it did look
+    with Dispatched() as seen:
+        means.total.sum().item()
+    assert any(name.startswith(WAITING) for name in seen.counts), "the mode does not see what it looks for"
+
+
+def test_a_step_needs_no_values():
+    """On fake tensors, which have none: whatever would read one back, in whatever way, raises."""
+    config = load_tiny()
+    n = config.train.global_batch
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = UNITE(config.model)
-        draws = objective.Draws.make(model, config.objective, 0, torch.arange(4))
-        images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
-        losses = objective.backward(model, images, labels, draws, config.objective)
-    assert losses["total"].shape == ()
+        state = TrainState(model, Optimizer(model, config.optim))
+        step = TrainStep(config, Ranks(0, 1, torch.device("cpu")), batch_split(config.train, 1), 1000)
+        batch = Batch(torch.empty(n, 1, 8, 8), torch.arange(n) % 10, torch.arange(n))
+        metrics = step(state, batch)
+        assert metrics["total"].shape == ()
+        for read in (float, Tensor.tolist, Tensor.numpy, Tensor.nonzero):
+            with pytest.raises((RuntimeError, DataDependentOutputException, DynamicOutputShapeException)):
+                read(metrics["total"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_a_step_never_waits_for_the_gpu(kernels):
+    step, state, batch = trainer(f"efficiency.kernels={kernels}", device="cuda")
+    means = stats.Means(METRICS, step.ranks)
+    step(state, batch())  # libraries load, kernels compile
+    batches = [batch() for _ in range(2)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for b in batches:
+            means.add(step(state, b))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Of one step at the tiny size: 2 micro-batches of 3 passes through 3 encoder blocks, 1 decoder layer, 73 tensors.
+MOST_OPERATIONS = {"eager": 12_000, "fused": 2_000}
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_operations_of_a_step(kernels):
+    """Operations that launch something: on a GPU each is at least one kernel, copy or fill."""
+    step, state, batch = trainer(f"efficiency.kernels={kernels}")
+    step(state, batch())
+    b = batch()
+    with Dispatched() as seen:
+        step(state, b)
+    assert seen.launching.total() <= MOST_OPERATIONS[kernels]
+
+
+def test_memory_of_activations_is_what_autograd_keeps():
+    """Counted on fake tensors, equal to what the real passes save; recomputation lowers it."""
+    config = load_tiny()
+    counted = memory.activation_bytes(config.model, config.objective, config.efficiency, 8)
+    assert set(counted) == {"reconstruction", "flow"}
+    twice = memory.activation_bytes(config.model, config.objective, config.efficiency, 16)
+    assert all(1.8 * counted[name] < twice[name] <= 2 * counted[name] for name in counted)
+    model = build(config.model)
+    draws = objective.Draws.make(model, config.objective, 0, torch.arange(8))
+    held = []
+    for recompute in (False, True):
+        model.encoder.recompute = model.decoder.recompute = recompute
+        saved = memory.Saved(list(model.parameters()))
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            losses = objective.reconstruction_losses(model, torch.rand(8, 1, 8, 8), draws, config.objective, None)
+        held.append(saved.bytes)
+        del losses
+    assert held[0] == pytest.approx(counted["reconstruction"], rel=0.02)
+    assert held[1] < 0.5 * held[0]
+
+
+def test_recompute_auto_says_what_it_decided():
+    config = load_tiny("efficiency.recompute=auto")
+    assert not memory.recompute(config, Ranks(0, 1, torch.device("cpu"))).blocks
+    assert memory.recompute(load_tiny("efficiency.recompute=blocks"), Ranks(0, 1, torch.device("cpu"))).blocks
+
+
+@pytest.mark.parametrize(("gibibytes", "recompute"), [(80, False), (16, True)])
+def test_recompute_auto_follows_the_device(monkeypatch, gibibytes, recompute):
+    """UNITE-B at micro-batch 64: 3.3 GiB that stay and 24.4 GiB of activations, counted, with fused kernels in bf16."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gibibytes << 30))
+    efficiency = EfficiencyConfig(kernels="fused", recompute="auto")
+    config = Config(objective=ObjectiveConfig(perceptual_weight=0), efficiency=efficiency)
+    decided = memory.recompute(config, Ranks(0, 1, torch.device("cuda")))
+    assert decided.blocks == recompute
+    assert "auto:" in decided.reason

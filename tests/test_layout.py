@@ -18,7 +18,7 @@ LAYERS = (
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers"},
     {"objective", "sampling", "interop", "pictures"},
-    {"checkpoint"},
+    {"checkpoint", "memory"},
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
     {"run", "evaluation", "doctor", "export"},

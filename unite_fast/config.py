@@ -176,8 +176,8 @@ class EfficiencyConfig:
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast around forward; weights and residual stay fp32
     kernels: Literal["eager", "fused"] = "eager"
     flow_mini_batch: int = 1  # flow steps that pass the network as one batch
-    compile_decoder: bool = False
-    checkpoint_blocks: bool = False  # recompute block activations in backward
+    compile: Literal["none", "decoder", "all"] = "none"  # all: the encoder's blocks and LPIPS too
+    recompute: Literal["none", "blocks", "auto"] = "none"  # activations in backward; auto: where they do not fit
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,7 @@ class Perceptual(nn.Module):
             self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
         self.net.requires_grad_(False).to(memory_format=torch.channels_last)
         self.input_range, self.dropout, self.backend = input_range, dropout, backend
+        self.run_trunk: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__  # or the trunk's forward, compiled
         self.train(False)
 
     def train(self, mode: bool = True) -> Perceptual:
@@ -71,7 +74,11 @@ class Perceptual(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """The five feature maps of (B, 3, S, S) images, before normalisation."""
         scaled: Tensor = self.net.scaling_layer(images).contiguous(memory_format=torch.channels_last)
-        return list(self.net.net(scaled))
+        return list(self.run_trunk(self.net.net, scaled))
+
+    def compile_trunk(self, region: Callable[..., Any]) -> None:
+        """region: makes a compiled function of the trunk's forward (``runtime.compiling``)."""
+        self.run_trunk = region(type(self.net.net).forward, inference=True)
 
 
 def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eager") -> Perceptual | None:

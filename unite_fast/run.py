@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast import __version__, checkpoint, data, interop, pictures, sampling, saving
+from unite_fast import __version__, checkpoint, data, interop, memory, pictures, sampling, saving
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_dict, to_yaml
+from unite_fast.model.decoder import DecoderLayer
+from unite_fast.model.encoder import Block
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime import faults
+from unite_fast.runtime import compiling, faults
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -83,12 +85,16 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
         if saved is not None:
             checkpoint.check_same_model(to_dict(saved), config, config.init_from)
         interop.load_weights(model, weights, config.init_from)
-    for part in (model.encoder, getattr(model, "denoiser", None)):
-        if part is not None:
-            part.checkpoint_blocks = config.efficiency.checkpoint_blocks
-            part.backend = config.efficiency.kernels
-    if config.efficiency.compile_decoder:
-        model.decoder.compile()
+    recompute = memory.recompute(config, ranks).blocks
+    for encoder in model.encoders():
+        encoder.recompute, encoder.backend = recompute, config.efficiency.kernels
+    model.decoder.recompute = recompute
+    if config.efficiency.compile != "none":
+        model.decoder.run_layer = compiling.region(DecoderLayer.forward)
+    if config.efficiency.compile == "all":
+        block = compiling.region(Block.forward)
+        for encoder in model.encoders():
+            encoder.run_block = block
     return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels))
 
 
@@ -230,8 +236,11 @@ def check_replicas(state: TrainState, ranks: Ranks) -> None:
         )
 
 
-def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:
-    """What ``--dry-run`` prints: sizes, FLOPs, batch split, memory, length."""
+def describe(
+    config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int, activations: bool = False
+) -> str:
+    """What ``--dry-run`` prints: sizes, FLOPs, batch split, memory, length. activations: count theirs, which may take
+    some seconds."""
     model, t, o, e = state.model, config.train, config.objective, config.efficiency
     count = model.trainable_parameters()
     parts = {
@@ -241,18 +250,23 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)
+    executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
-    persistent = sum(x.numel() for x in state.optimizer.state_dict().values()) + 3 * count  # weights, gradients, EMA
+    sizes_of = memory.activation_bytes(config.model, o, e, split[0]) if activations else {}
+    kept = "".join(f", {name} pass {size / 2**30:.2f} GiB of activations" for name, size in sizes_of.items())
+    recompute = memory.recompute(config, ranks)
     total = last_step(config, state, images)
     return "\n".join(
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
             f"optimizers     Muon {moments} tensors, AdamW {len(state.optimizer.adamw)} tensors",
-            f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps})",
+            f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
+            f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
-            f"memory         {persistent * 4 / 2**30:.2f} GiB per rank before activations",
+            f"memory         {memory.persistent_bytes(config) / 2**30:.2f} GiB per rank that stay{kept}",
+            f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
-            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}",
+            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",
         )
     )

@@ -91,7 +91,7 @@ class TrainStep:
                 where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
                 if self.config.train.on_oom == "fail" or not half:
                     mend = f"; set train.micro_batch={half}" if half else "; the model needs a larger GPU"
-                    raise RunError(f"{where}{mend} (or efficiency.checkpoint_blocks=true)") from None
+                    raise RunError(f"{where}{mend} (or efficiency.recompute=blocks)") from None
             log.warning("%s; going on with %d, the global batch stays", where, half)
             self.micro_batch = half
             for parameter in state.optimizer.parameters.values():

@@ -175,30 +175,44 @@ def _(dx2, dy, x, branch, gate, weight3, weight1, scale, rstd3, rstd1, backend):
 
 
 def _adaln_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # here and below: no zeros are made for the statistics, which have no gradient
     x, weight, _shift, scale, _eps, ctx.backend = inputs
     ctx.save_for_backward(x, weight, scale, output[1])
 
 
+def _gradients(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor]:
+    """The gradients of outputs; zeros like the tensor beside it for an output that nothing used."""
+    return [torch.zeros_like(like) if grad is None else grad for grad, like in pairs]
+
+
 def _adaln_backward(ctx, dy, _drstd):
-    return *_adaln_bwd(dy, *ctx.saved_tensors, ctx.backend), None, None
+    saved = ctx.saved_tensors
+    (dy,) = _gradients((dy, saved[0]))
+    return *_adaln_bwd(dy, *saved, ctx.backend), None, None
 
 
 def _adaln_mid_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     _x, branch, gate, weight, _shift, scale, _eps, ctx.backend = inputs
     ctx.save_for_backward(output[0], branch, gate, weight, scale, output[2])
 
 
 def _adaln_mid_backward(ctx, dx1, dy, _drstd):
-    return *_adaln_mid_bwd(dx1, dy, *ctx.saved_tensors, ctx.backend), None, None
+    saved = ctx.saved_tensors  # read once: recomputed activations are given out once
+    dx1, dy = _gradients((dx1, saved[0]), (dy, saved[1]))
+    return *_adaln_mid_bwd(dx1, dy, *saved, ctx.backend), None, None
 
 
 def _adaln_tail_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, branch, gate, weight3, weight1, _shift, scale, _eps, ctx.backend = inputs
     ctx.save_for_backward(x, branch, gate, weight3, weight1, scale, *output[2:])
 
 
 def _adaln_tail_backward(ctx, dx2, dy, _drstd3, _drstd1):
-    return *_adaln_tail_bwd(dx2, dy, *ctx.saved_tensors, ctx.backend), None, None
+    saved = ctx.saved_tensors
+    dx2, dy = _gradients((dx2, saved[0]), (dy, saved[1]))
+    return *_adaln_tail_bwd(dx2, dy, *saved, ctx.backend), None, None
 
 
 _adaln_fwd.register_autograd(_adaln_backward, setup_context=_adaln_setup)

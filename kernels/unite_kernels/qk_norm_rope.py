@@ -246,6 +246,7 @@ def _(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix, backend):
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros for rstd, which has no gradient; the other output is always used
     *tensors, ctx.heads, ctx.prefix, _eps, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1])
 

@@ -9,10 +9,13 @@ Key names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import DecoderConfig
 from unite_fast.model.attention import attention
@@ -49,6 +52,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.side, self.patch_size, self.channels = side, patch_size, channels
         self.queries = num_latents != side**2
+        self.recompute = False  # the layers' activations, in backward
+        self.run_layer: Callable[..., Tensor] = nn.Module.__call__  # or DecoderLayer.forward, compiled
         self.trainable_cls_token = nn.Parameter(torch.zeros(config.width))
         self.decoder_embed = nn.Linear(config.in_features, config.width)
         self.decoder_layers = nn.ModuleList(
@@ -70,6 +75,9 @@ class Decoder(nn.Module):
         if self.queries:
             x = torch.cat([x, latents], dim=1)
         for layer in self.decoder_layers:
-            x = layer(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(self.run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.run_layer(layer, x)
         x = self.decoder_pred(self.decoder_norm(x[:, : self.side**2 + 1]))[:, 1:]
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=self.channels)

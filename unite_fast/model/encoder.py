@@ -9,6 +9,7 @@ D width, H heads, E head size. Key names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,10 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout, backend: str) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, layout: Layout, backend: str, kept: int = 0) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with ``kept`` of the R = kept rows after the prefix alone: (B, R, D)."""
+        if kept and self.heads % 2 == 0:
+            return self._attend(*self._kept_queries(x, layout, backend, kept), layout)
         qk, v = split_linear(x, self.qkv.weight, self.qkv.bias, 2 * x.shape[-1])
         qk = qk_norm_rope(
             qk,
@@ -79,7 +82,29 @@ class SelfAttention(nn.Module):
             backend=backend,
         )
         q, k = qk.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
-        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if kept:
+            q = q[:, :, layout.prefix : layout.prefix + kept]
+        return self._attend(q, k, self._heads(v), layout)
+
+    def _kept_queries(self, x: Tensor, layout: Layout, backend: str, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, R, E) of the kept rows, keys and values (B, H, T, E) of all."""
+        rows = x[:, layout.prefix : layout.prefix + kept]
+        (q_weight, *weights), (q_bias, *biases) = (p.chunk(3) for p in (self.qkv.weight, self.qkv.bias))
+        q = F.linear(rows, q_weight, q_bias)
+        k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        q = self._norm_rope(q, self.q_norm.weight, layout, 0, backend)
+        k = self._norm_rope(k, self.k_norm.weight, layout, layout.prefix, backend)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _norm_rope(self, x: Tensor, weight: Tensor, layout: Layout, prefix: int, backend: str) -> Tensor:
+        """Queries or keys alone, (B, T, D): the packed form, with half of the heads in either place."""
+        prefix = prefix if layout.rotate else x.shape[1]
+        return qk_norm_rope(x, weight, weight, layout.cos, layout.sin, self.heads // 2, prefix, backend=backend)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         return self.proj(attention(q, k, v, layout.key_mask).transpose(1, 2).flatten(2))
 
 
@@ -131,14 +156,24 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, y: Tensor, chunks: tuple[Tensor, ...], following: Modulation, layout: Layout, backend: str
+        self,
+        x: Tensor,
+        y: Tensor,
+        chunks: tuple[Tensor, ...],
+        following: Modulation,
+        layout: Layout,
+        backend: str,
+        kept: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) residual, y (B, T, D) its modulated norm1 -> the same of the next layer.
 
-        chunks: (shift1, scale1, gate1, shift2, scale2, gate2), each (B, D).
+        chunks: (shift1, scale1, gate1, shift2, scale2, gate2), each (B, D). kept: when not 0, only that many rows after
+        the prefix are wanted, (B, kept, D): all rows give keys and values, nothing else is computed for the others.
         """
         _, _, gate1, shift2, scale2, gate2 = chunks
-        h = self.attn(y, layout, backend)
+        h = self.attn(y, layout, backend, kept)
+        if kept:
+            x = x[:, layout.prefix : layout.prefix + kept].contiguous()
         x, y = adaln_mid(x, h, gate1, self.norm2.weight, shift2, scale2, backend=backend)
         h = self.mlp(y, backend)
         return adaln_tail(x, h, gate2, self.norm3.weight, *following, backend=backend)
@@ -164,7 +199,8 @@ class GenerativeEncoder(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
-        self.checkpoint_blocks = False
+        self.recompute = False  # the blocks' activations, in backward
+        self.run_block: Callable[..., tuple[Tensor, Tensor]] = nn.Module.__call__  # or Block.forward, compiled
         self.backend = "eager"  # of the fused kernels; efficiency.kernels
         self.in_context_posemb = adamw_parameter(torch.randn(1, config.in_context_len, width) * 0.02)
         self.up_sample = nn.Linear(latent_dim, width)
@@ -211,9 +247,10 @@ class GenerativeEncoder(nn.Module):
             h = torch.cat([h, context], dim=1)
         layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, key_mask)
         blocks: list[Any] = list(self.blocks)
-        chunks = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in blocks]
+        activated = F.silu(c)  # the first module of every adaLN_modulation
+        chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
         inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
-        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
+        shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
         inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
         modulated = adaln(h, *inputs[0], backend=self.backend)
         for i, block in enumerate(blocks):
@@ -224,9 +261,13 @@ class GenerativeEncoder(nn.Module):
                 layout = layout._replace(prefix=tokens.shape[1])
                 if key_mask is not None:
                     layout = layout._replace(key_mask=F.pad(key_mask, (layout.prefix, 0), value=True))
-            arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                h, modulated = checkpoint(block, *arguments, use_reentrant=False)
+            kept = registers if block is blocks[-1] and registers < h.shape[1] else 0  # the others are dropped after it
+            arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend, kept)
+            if self.recompute and torch.is_grad_enabled():
+                # Blocks draw nothing: keeping the generator's state would read it back from the device.
+                h, modulated = checkpoint(
+                    self.run_block, block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                h, modulated = block(*arguments)
-        return self.final_layer.linear(modulated[:, layout.prefix : layout.prefix + registers])
+                h, modulated = self.run_block(block, *arguments)
+        return self.final_layer.linear(modulated)

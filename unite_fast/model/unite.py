@@ -72,6 +72,10 @@ class UNITE(nn.Module):
             c.encoder, c.latent_dim, c.num_classes, c.num_latents + (c.image_size // c.patch_size) ** 2
         )
 
+    def encoders(self) -> list[GenerativeEncoder]:
+        """The Generative Encoder, and the denoiser where it has its own weights."""
+        return [self.encoder, self.denoiser] if self.config.separate_denoiser else [self.encoder]
+
     @property
     def latent_shape(self) -> tuple[int, int]:
         """(K, C)."""

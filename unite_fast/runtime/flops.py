@@ -1,7 +1,9 @@
 """Floating-point operations of a training step, counted from sizes; utilisation against a device's peak.
 
 A multiply-add is 2 operations; only matrix products and convolutions count. Backward costs one product for each
-operand that needs a gradient; inputs (pixels, noise) need none.
+operand that needs a gradient; inputs (pixels, noise) need none. The model's operations by definition are what
+utilisation (MFU) counts; what is executed is less, since the encoder's last block computes the kept rows alone, and
+more where activations are recomputed.
 """
 
 from __future__ import annotations
@@ -20,29 +22,41 @@ VGG16 = (
 )  # fmt: skip
 
 
-def encoder_forward(model: ModelConfig, tokens: int) -> float:
-    """One pass of the Generative Encoder over ``tokens`` tokens (before the class tokens), FLOPs per image."""
+def encoder_forward(model: ModelConfig, tokens: int, pruned: bool = False) -> float:
+    """One pass of the Generative Encoder over ``tokens`` tokens (before the class tokens), FLOPs per image.
+
+    pruned: as executed, the last block's queries, projection and MLP for the registers alone.
+    """
     e = model.encoder
     d, hidden = e.width, int(2 / 3 * e.mlp_ratio * e.width)
     per_token = 2 * (4 * d * d + 3 * d * hidden)  # qkv and projection, SwiGLU
     total = 0.0
     for block in range(e.depth):
         t = tokens + (e.in_context_len if block >= e.in_context_start else 0)
-        total += t * per_token + 4 * t * t * d + 2 * 6 * d * d
+        if pruned and block == e.depth - 1:
+            unpruned_queries = (t - model.num_latents) * 2 * d * d if e.heads % 2 else 0
+            keys_values = t * 4 * d * d
+            total += model.num_latents * (per_token - 4 * d * d + 4 * t * d) + keys_values + unpruned_queries
+        else:
+            total += t * per_token + 4 * t * t * d
+        total += 2 * 6 * d * d
     total += 2 * model.num_latents * model.latent_dim * d * 2 + 2 * 2 * d * d  # registers in, latents out, final adaLN
     return total + 2 * (512 * d + d * d)  # time MLP
 
 
-def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool) -> dict[str, float]:
-    """FLOPs per image and part, forward and backward: tokenize, flow, decode, perceptual, total."""
+def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned: bool = False) -> dict[str, float]:
+    """FLOPs per image and part, forward and backward: tokenize, flow, decode, perceptual, total.
+
+    By definition of the model; with ``pruned`` as executed without recomputation.
+    """
     e, d = model.encoder, model.decoder
     patches = (model.image_size // model.patch_size) ** 2
     pixels = model.patch_size**2 * model.channels
     registers_in = 2 * model.num_latents * model.latent_dim * e.width
     no_gradient = registers_in + 2 * 512 * e.width  # the inputs of these products need no gradient
     embed = 2 * patches * pixels * e.width
-    tokenize = 3 * encoder_forward(model, model.num_latents + patches) - no_gradient + 2 * embed
-    flow = 3 * encoder_forward(model, model.num_latents) - no_gradient
+    tokenize = 3 * encoder_forward(model, model.num_latents + patches, pruned) - no_gradient + 2 * embed
+    flow = 3 * encoder_forward(model, model.num_latents, pruned) - no_gradient
     tokens = patches + 1 + (model.num_latents if model.num_latents != patches else 0)
     layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
     decode = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)

@@ -1,0 +1,66 @@
+"""Training steps without train.py: a step, its state and its batches; the operations that a step dispatches."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from support import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unite_fast import run
+from unite_fast.checkpoint import TrainState
+from unite_fast.config import Config, batch_split
+from unite_fast.config_io import load
+from unite_fast.data import Batch
+from unite_fast.runtime.distributed import Ranks
+from unite_fast.step import TrainStep
+
+
+def load_tiny(*overrides: str) -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.yaml"
+        path.write_text(TINY)
+        return load(str(path), list(overrides))
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that reach the device by name, and apart from them those that launch something.
+
+    Views and uninitialised tensors launch nothing; a registered operation counts once, whatever it launches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.launching: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removesuffix(".default")
+        self.counts[name] += 1
+        aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
+        is_view = bool(aliases) and not any(alias.is_write for alias in aliases)
+        if not is_view and "empty" not in name and "_unsafe_view" not in name:
+            self.launching[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def trainer(*overrides: str, device: str = "cpu") -> tuple[TrainStep, TrainState, Callable[[], Batch]]:
+    """A step, its state and a source of batches, as train.py makes them."""
+    config = load_tiny(*overrides)
+    ranks = Ranks(0, 1, torch.device(device))
+    state = run.fresh_state(config, ranks)
+    state.model.train()
+    n, m = config.train.global_batch, config.model
+    step = TrainStep(config, ranks, batch_split(config.train, 1), 1000)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> Batch:
+        samples = torch.arange(state.images_seen, state.images_seen + n)
+        images = torch.rand(n, m.channels, m.image_size, m.image_size, generator=generator)
+        return Batch(images.to(device), (samples % m.num_classes).to(device), samples.to(device))
+
+    return step, state, batch
