@@ -1,0 +1,214 @@
+"""Muon divided over ranks, overlapped averaging, FSDP2 and HSDP: the same run as on one rank, on real gloo ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from ranks import on_ranks
+from support import TINY
+from torch import Tensor
+
+from unite_fast import checkpoint, data, run
+from unite_fast.config import Config
+from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.model.unite import UNITE
+from unite_fast.optim import muon
+from unite_fast.optim.groups import split_parameters
+from unite_fast.runtime import overlap
+from unite_fast.runtime.distributed import Ranks
+from unite_fast.step import TrainStep
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+COMPARED = ("total", "l1", "flow", "grad_norm", "skipped")
+COMMON = ("train.global_batch=24", "optim.ema_extra=[0.9, std0.1]")
+
+
+def settings(*overrides: str) -> Config:
+    config = from_dict(parse_yaml(TINY, "tiny"))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        nested = parse_yaml(text, key)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = from_dict(nested, key, config)
+    return config
+
+
+class Run:
+    """Some steps of the tiny model on this rank's share of the digits."""
+
+    def __init__(self, ranks: Ranks, *overrides: str) -> None:
+        self.config = settings(*COMMON, *overrides)
+        source = data.open_source(self.config.data, self.config.model)
+        self.state = run.fresh_state(self.config, ranks)
+        batch = self.config.train.global_batch
+        self.step = TrainStep(self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
+        self.stream = data.stream(source, 0, 0, batch, ranks.rank, ranks.world_size, ranks.device, 0, 30.0)
+        self.ranks = ranks
+        self.rows: list[list[float]] = []
+
+    def go(self, steps: int) -> Run:
+        for _ in range(steps):
+            metrics = self.step(self.state, next(self.stream))
+            row = torch.stack([metrics[name].float() for name in COMPARED])
+            self.ranks.average_([row])
+            self.rows.append(row.tolist())
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: t.detach().clone() for n, t in checkpoint.whole_tensors_of(self.state).items()}
+
+
+def outcome(ranks: Ranks, overrides: tuple[str, ...], steps: int) -> tuple[list[list[float]], dict[str, Tensor]]:
+    overlap.BUCKET_ELEMENTS = 8192  # so that there are several
+    muon.BUCKET_ELEMENTS = 4096
+    done = Run(ranks, *overrides).go(steps)
+    return done.rows, done.tensors()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert set(a) == set(b)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def close(actual, expected) -> None:
+    """Over 20 steps, in float32."""
+    for a, e in zip(actual[0], expected[0], strict=True):
+        assert a == pytest.approx(e, rel=1e-3)
+    for name, value in expected[1].items():
+        torch.testing.assert_close(actual[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The run on one process, after some steps."""
+    return functools.cache(lambda steps: outcome(ONE, (), steps))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_muon_divided_and_averaging_overlapped_change_nothing(ranks, alone):
+    """To the last bit: the same steps with both switched off, on every rank; and near those of one process."""
+    both = on_ranks(ranks, outcome, (), 6)
+    neither = on_ranks(ranks, outcome, ("efficiency.shard_muon=false", "efficiency.overlap_gradients=false"), 6)
+    for rows, tensors in both:
+        assert rows == neither[0][0]
+        same(tensors, neither[0][1])
+    close(both[0], alone(6))
+
+
+def orthogonalised(ranks: Ranks, shapes: list[tuple[int, int]], dtype: str) -> list[Tensor]:
+    """The same matrices on every rank, each orthogonalised by one of them."""
+    muon.BUCKET_ELEMENTS = 1
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    matrices = {str(i): torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+    plan = muon.plan({n: m.shape for n, m in matrices.items()}, ranks.world_size)
+    group = torch.distributed.group.WORLD if ranks.world_size > 1 else None
+    work = muon.Orthogonaliser(plan, 5, kind, ranks.device, group)
+    for name, slot in work.slots(matrices).items():
+        slot.copy_(matrices[name])
+    work.start()
+    found = {name: update for bucket in work.updates(matrices) for name, update in bucket.items()}
+    return [found[name] for name in matrices]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_more_ranks_than_matrices(dtype):
+    shapes = [(12, 20), (12, 20), (30, 7)]
+    alone = orthogonalised(ONE, shapes, dtype)
+    for found in on_ranks(4, orthogonalised, shapes, dtype):
+        for a, b in zip(found, alone, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_plan_of_unite_b():
+    """115 matrices, 3.81 TFLOP; over 8 ranks nobody has over 10 % more than his share, and padding stays small."""
+    with torch.device("meta"):
+        model = UNITE(Config().model)
+    shapes = {name: p.shape for name, p in split_parameters(model)[0].items()}
+    flops = {name: muon.newton_schulz_flops(shape) for name, shape in shapes.items()}
+    assert len(shapes) == 115
+    assert sum(flops.values()) == pytest.approx(3.81e12, rel=2e-3)
+    for ranks in (1, 2, 3, 8, 64, 200):
+        plan = muon.plan(shapes, ranks)
+        names = [name for piece in plan.pieces for name in piece.names]
+        assert sorted(names) == sorted(shapes)
+        places = [(p.bucket, p.owner, p.offset) for p in plan.pieces]
+        assert len(set(places)) == len(places)
+        load = [sum(flops[n] for p in plan.pieces if p.owner == rank for n in p.names) for rank in range(ranks)]
+        if ranks == 8:
+            assert max(load) < 1.1 * sum(load) / ranks
+            assert sum(plan.sizes) * ranks < 1.2 * sum(map(math.prod, shapes.values()))
+            assert len(plan.sizes) == muon.BUCKETS
+
+
+def sent_early(ranks: Ranks) -> list[list[int]]:
+    """For each of three steps: buckets sent before the last backward had ended, and all buckets."""
+    overlap.BUCKET_ELEMENTS = 8192
+    steps = Run(ranks)
+    counts = []
+    finish = overlap.Averager.finish
+
+    def counted(averager: overlap.Averager) -> None:
+        early = averager.sent
+        finish(averager)
+        counts.append([early, len(averager.buckets)])
+
+    overlap.Averager.finish = counted
+    steps.go(3)
+    return counts
+
+
+def test_buckets_leave_during_the_backward():
+    for counts in on_ranks(2, sent_early):
+        (first, total), *later = counts
+        assert first == 0  # it is counted in the first step
+        assert total > 5
+        assert all(early == total for early, _ in later)
+
+
+def resumed(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """4 steps, and 2 + 2 with a new process's state in between."""
+    from pathlib import Path
+
+    from unite_fast import saving
+
+    overlap.BUCKET_ELEMENTS = 8192
+    straight = Run(ranks).go(4)
+    first = Run(ranks).go(2)
+    whole = checkpoint.whole_tensors_of(first.state)
+    if ranks.is_main:
+        writer = saving.Writer(Path(folder), first.config)
+        writer.save(first.state, {}, whole)
+        writer.wait()
+    ranks.barrier()
+    second = Run(ranks)
+    checkpoint.resume(Path(folder) / "step-0000002", second.state, second.config)
+    for _ in range(2):
+        next(second.stream)
+    second.go(2)
+    return [straight.tensors(), second.tensors()]
+
+
+def test_resume_on_three_ranks_is_exact(tmp_path):
+    """With three ranks a sum depends on its place in a bucket; the first step after a resume uses the same ones."""
+    for straight, second in on_ranks(3, resumed, str(tmp_path)):
+        same(straight, second)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "overrides"),
+    [(2, 20, ("train.strategy=fsdp2",)), (4, 6, ("train.strategy=hsdp", "train.shard_size=2"))],
+    ids=["fsdp2", "hsdp"],
+)
+def test_sharded_strategies_are_the_same_run(ranks, steps, overrides, alone):
+    outcomes = on_ranks(ranks, outcome, overrides, steps)
+    for rows, tensors in outcomes:
+        assert rows == outcomes[0][0]
+        same(tensors, outcomes[0][1])
+    close(outcomes[0], alone(steps))
