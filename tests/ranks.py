@@ -1,4 +1,4 @@
-"""Functions run on several ranks of this machine over gloo, in processes forked from a server that has torch loaded."""
+"""Functions run on several ranks of this machine, in processes forked from a server that has torch loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ SERVER.set_forkserver_preload(
 )
 
 
-def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], folder: Path) -> None:
+def _rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], device: str, environment: dict[str, str], folder: Path
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     rank = int(environment["RANK"])
     try:
-        ranks = distributed.start("cpu", timeout=30)
+        ranks = distributed.start(device, timeout=30)
         try:
             outcome = (True, function(ranks, *arguments))
         finally:
@@ -38,7 +40,9 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
     (folder / f"{rank}.tmp").rename(folder / f"{rank}.pt")
 
 
-def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+def on_ranks(
+    count: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", seconds: float = 120
+) -> list[Any]:
     """What ``function(ranks, *arguments)`` returns on each of ``count`` ranks (tensors, numbers, dicts, lists).
 
     Fails with the traceback of every rank that raised.
@@ -51,7 +55,9 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, seconds:
         processes = []
         for rank in range(count):
             environment = base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-            process = SERVER.Process(target=_rank, args=(function, arguments, environment, Path(folder)), daemon=True)
+            process = SERVER.Process(
+                target=_rank, args=(function, arguments, device, environment, Path(folder)), daemon=True
+            )
             process.start()
             processes.append(process)
         for process in processes:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import on_ranks
 from support import TINY
 from torch import Tensor
 
-from unite_fast import checkpoint, data, run
-from unite_fast.config import Config
+from unite_fast import checkpoint, data, run, saving
+from unite_fast.config import Config, UserError
 from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.runtime import overlap
+from unite_fast.runtime import overlap, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
 
@@ -172,33 +177,117 @@ def test_buckets_leave_during_the_backward():
         assert all(early == total for early, _ in later)
 
 
-def resumed(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
-    """4 steps, and 2 + 2 with a new process's state in between."""
-    from pathlib import Path
-
-    from unite_fast import saving
-
-    overlap.BUCKET_ELEMENTS = 8192
-    straight = Run(ranks).go(4)
-    first = Run(ranks).go(2)
-    whole = checkpoint.whole_tensors_of(first.state)
-    if ranks.is_main:
-        writer = saving.Writer(Path(folder), first.config)
-        writer.save(first.state, {}, whole)
+def saved(of: Run, folder: str) -> Path:
+    """A checkpoint of the run's state, written by rank 0."""
+    whole = checkpoint.whole_tensors_of(of.state)
+    if of.ranks.is_main:
+        writer = saving.Writer(Path(folder), of.config)
+        writer.save(of.state, {}, whole)
         writer.wait()
-    ranks.barrier()
-    second = Run(ranks)
-    checkpoint.resume(Path(folder) / "step-0000002", second.state, second.config)
-    for _ in range(2):
-        next(second.stream)
-    second.go(2)
-    return [straight.tensors(), second.tensors()]
+    of.ranks.barrier()
+    return Path(folder) / f"step-{of.state.step:07d}"
+
+
+def resumed(path: Path, ranks: Ranks, *overrides: str) -> Run:
+    """A new run that goes on from a checkpoint."""
+    again = Run(ranks, *overrides)
+    checkpoint.resume(path, again.state, again.config)
+    for _ in range(again.state.step):
+        next(again.stream)
+    return again
+
+
+def interrupted(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    overlap.BUCKET_ELEMENTS = 8192
+    second = resumed(saved(Run(ranks).go(2), folder), ranks).go(2)
+    return [Run(ranks).go(4).tensors(), second.tensors()]
 
 
 def test_resume_on_three_ranks_is_exact(tmp_path):
     """With three ranks a sum depends on its place in a bucket; the first step after a resume uses the same ones."""
-    for straight, second in on_ranks(3, resumed, str(tmp_path)):
+    for straight, second in on_ranks(3, interrupted, str(tmp_path)):
         same(straight, second)
+
+
+def carried_over(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """What fsdp2 saved, and what fsdp2 and ddp read of it."""
+    sharded = Run(ranks, "train.strategy=fsdp2").go(2)
+    path = saved(sharded, folder)
+    found = [sharded.tensors(), *(resumed(path, ranks, f"train.strategy={s}").tensors() for s in ("fsdp2", "ddp"))]
+    later = saved(resumed(path, ranks).go(1), folder)
+    return [*found, resumed(later, ranks, "train.strategy=fsdp2").tensors()]
+
+
+def test_a_checkpoint_is_whole_whatever_the_strategy(tmp_path):
+    """Every moment, average and weight: fsdp2 -> fsdp2, ddp, one process; ddp -> fsdp2, one process."""
+    for sharded, *others, last in on_ranks(2, carried_over, str(tmp_path)):
+        for other in (*others, resumed(tmp_path / "step-0000002", ONE).tensors()):
+            same(other, sharded)
+        same(resumed(tmp_path / "step-0000003", ONE).tensors(), last)
+
+
+def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """Three steps, with and without pictures after the second."""
+    quiet = Run(ranks, "train.strategy=fsdp2").go(3)
+    shown = Run(ranks, "train.strategy=fsdp2").go(2)
+    run.save_pictures(Path(folder), shown.state, shown.config, ranks, *run.examples(shown.config, ranks.device))
+    return [quiet.tensors(), shown.go(1).tensors()]
+
+
+def test_pictures_of_a_sharded_model(tmp_path):
+    """All ranks sample, rank 0 writes; the grid is that of one process, and training goes on as if nothing had been."""
+    for quiet, shown in on_ranks(2, pictured, str(tmp_path)):
+        same(quiet, shown)
+    alone = Run(ONE).go(2)
+    run.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, *run.examples(alone.config, ONE.device))
+    grids = [
+        np.asarray(Image.open(p / "samples" / "step_0000002.png")).astype(int) for p in (tmp_path, tmp_path / "one")
+    ]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def poisoned(ranks: Ranks, strategy: str) -> list[dict[str, Tensor]]:
+    """The state before and after a step in which one rank saw NaN, and the step count after one more."""
+    damaged = Run(ranks, f"train.strategy={strategy}", "train.shard_size=2" if strategy == "hsdp" else "seed=0").go(2)
+    before, stream = damaged.tensors(), damaged.stream
+    batch = next(stream)
+    images = batch.images.float()
+    if ranks.rank == ranks.world_size - 1:
+        images[0] = math.nan
+    damaged.stream = itertools.chain([batch._replace(images=images)], stream)
+    return [before, damaged.go(1).tensors(), damaged.go(1).tensors()]
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp2"), (4, "hsdp")])
+def test_all_ranks_skip_together(ranks, strategy):
+    for before, after, later in on_ranks(ranks, poisoned, strategy):
+        same(before, after)
+        assert int(after["optimizer_steps"]) == 2
+        assert int(later["optimizer_steps"]) == 3
+
+
+REFUSED = {
+    "shards that do not divide": (("hsdp", "train.shard_size=3"), "does not divide 4 ranks; set train.shard_size to 1"),
+    "size without hsdp": (("fsdp2", "train.shard_size=2"), "train.shard_size is for train.strategy=hsdp"),
+    "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
+    "compiled decoder": (("hsdp", "efficiency.compile_decoder=true"), "efficiency.compile_decoder"),
+    "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_combinations_that_are_refused(case, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (strategy, override), says = REFUSED[case]
+    with pytest.raises(UserError, match=re.escape(says)):
+        sharding.check(settings(f"train.strategy={strategy}", override), 4)
+
+
+def test_shards_of_one_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert sharding.shard_size(settings("train.strategy=hsdp"), 32) == 8
+    assert sharding.shard_size(settings("train.strategy=hsdp", "train.shard_size=16"), 32) == 16
+    assert sharding.shard_size(settings("train.strategy=fsdp2"), 32) == 32
 
 
 @pytest.mark.parametrize(

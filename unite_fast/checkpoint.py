@@ -262,9 +262,10 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
         return interop.clean_keys(content[weights]), None
     tensors, state = _read(path)
     config = from_dict(state["config"], str(path))
-    chosen = ema.choose(weights, config.optim, str(path))
-    found = _part(tensors, "model")
-    return (found if chosen == "model" else found | _part(tensors, chosen)), config
+    known = [*ema.names(config.optim), "model"]
+    if weights not in known:
+        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
+    return _part(tensors, "model") | _part(tensors, weights), config
 
 
 def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:

@@ -82,7 +82,7 @@ class UNITE(nn.Module):
         units: list[list[nn.Module]] = []
         for encoder in (self.encoder, self.denoiser) if self.config.separate_denoiser else (self.encoder,):
             blocks: list[Any] = list(encoder.blocks)
-            units += [[part] for block in blocks for part in (block.adaLN_modulation, block.attn, block.mlp)]
+            units += [[part] for block in blocks for part in (block.adaLN_modulation[1], block.attn, block.mlp)]
             units.append([encoder])
         return [*units, *([layer] for layer in self.decoder.decoder_layers), [self.decoder]]
 

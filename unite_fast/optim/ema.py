@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from unite_fast.config import OptimConfig, UserError
+from unite_fast.config import OptimConfig
 
 
 def names(config: OptimConfig) -> list[str]:
@@ -24,14 +24,6 @@ def names(config: OptimConfig) -> list[str]:
 def name(entry: float | str) -> str:
     """Of one entry of ``optim.ema_extra``."""
     return f"ema_{entry}" if isinstance(entry, str) else f"ema_{entry:.12g}"
-
-
-def choose(weights: str, config: OptimConfig, where: str) -> str:
-    """``weights`` if a run with this configuration keeps such weights. Raises UserError that lists those it does."""
-    known = [*names(config), "model"]
-    if weights not in known:
-        raise UserError(f"{where} has no '{weights}' weights; it has {', '.join(known)}")
-    return weights
 
 
 def power_exponent(std: float) -> float:

@@ -180,7 +180,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Copies whole tensors of ``state_dict``'s names. Raises ValueError naming what is missing, extra, misshapen."""
+        """Copies whole tensors of these names. Raises ValueError that says what is missing, extra or misshapen."""
         own = self.state_dict()
         problems = [f"lacks {n}" for n in own if n not in state] + [f"has unknown {n}" for n in state if n not in own]
         problems += [
