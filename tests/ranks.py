@@ -64,7 +64,7 @@ def on_ranks(
             process.join(seconds)
             process.kill()
         files = [Path(folder) / f"{rank}.pt" for rank in range(count)]
-        outcomes = [torch.load(f, weights_only=True) if f.is_file() else (False, "no answer") for f in files]
+        outcomes = [torch.load(f, "cpu", weights_only=True) if f.is_file() else (False, "no answer") for f in files]
     failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(outcomes) if not good]
     assert not failures, "\n".join(failures)
     return [value for _, value in outcomes]

@@ -270,7 +270,7 @@ REFUSED = {
     "shards that do not divide": (("hsdp", "train.shard_size=3"), "does not divide 4 ranks; set train.shard_size to 1"),
     "size without hsdp": (("fsdp2", "train.shard_size=2"), "train.shard_size is for train.strategy=hsdp"),
     "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
-    "compiled decoder": (("hsdp", "efficiency.compile_decoder=true"), "efficiency.compile_decoder"),
+    "compiled decoder": (("fsdp2", "efficiency.compile_decoder=true"), "efficiency.compile_decoder"),
     "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),
 }
 
@@ -288,6 +288,10 @@ def test_shards_of_one_node(monkeypatch):
     assert sharding.shard_size(settings("train.strategy=hsdp"), 32) == 8
     assert sharding.shard_size(settings("train.strategy=hsdp", "train.shard_size=16"), 32) == 16
     assert sharding.shard_size(settings("train.strategy=fsdp2"), 32) == 32
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with pytest.raises(UserError, match=r"set train\.shard_size"):
+        sharding.shard_size(settings("train.strategy=hsdp"), 32)
 
 
 @pytest.mark.parametrize(
@@ -301,3 +305,13 @@ def test_sharded_strategies_are_the_same_run(ranks, steps, overrides, alone):
         assert rows == outcomes[0][0]
         same(tensors, outcomes[0][1])
     close(outcomes[0], alone(steps))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl():
+    """The same on GPUs: undivided, divided and overlapped, and sharded."""
+    fused = "efficiency.kernels=fused"
+    neither = ("efficiency.shard_muon=false", "efficiency.overlap_gradients=false", fused)
+    expected = on_ranks(2, outcome, neither, 20, device="cuda")[0]
+    for overrides in ((fused,), ("train.strategy=fsdp2", fused)):
+        close(on_ranks(2, outcome, overrides, 20, device="cuda")[1], expected)

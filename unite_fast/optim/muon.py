@@ -11,7 +11,11 @@ FLOPs allows, and each batch goes to the rank with the least work. A rank's batc
 
 There are up to ``BUCKETS`` buffers: while one travels, the next is computed, and AdamW runs while the last ones travel.
 They have the dtype of the iteration, so in bf16 nothing is rounded that was not rounded before. All ranks apply the
-same bits, whoever made them.
+same bits, whoever made them; on a CPU they are the bits of one rank that does everything. On a GPU the library may
+choose another product for another number of matrices.
+
+Under DDP every rank keeps all of the momentum: a rank's own share would save 0.6 ms of memory traffic a step at UNITE-B
+and have to be gathered at each checkpoint.
 """
 
 from __future__ import annotations

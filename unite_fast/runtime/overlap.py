@@ -7,7 +7,8 @@ counted in the first step, which is averaged after its backward; from then on a 
 micro-step has added to it as often. Parameters go into buckets in the order in which they were done, rank 0's order
 on all ranks, in the first step too: whether a bucket left early or late, its sums are the same.
 
-What a bucket costs beside the transfer: one copy of its gradients there and one back, 16 bytes per element.
+Cost beside the transfer: one copy of the gradients there and one back, 16 bytes per element, and memory for one copy.
+Once a backward is captured in a CUDA graph, everything is averaged in ``finish``.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class Averager:
         self.armed = self.overlap and last and bool(self.buckets)
 
     def _added(self, index: int) -> None:
-        if (
-            self.ranks.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):  # what is captured is sent after the replay
+        if self.ranks.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.sent:
+                raise RuntimeError("a backward was captured in a CUDA graph after gradients had been sent")
+            self.overlap = self.armed = False  # a replay runs no hooks, so nobody knows when a gradient is done
             return
         self.seen[index] += 1
         if not self.buckets:

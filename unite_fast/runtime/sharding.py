@@ -34,7 +34,11 @@ def shard_size(config: Config, world_size: int) -> int:
         return 1
     if t.strategy == "fsdp2":
         return world_size
-    size = t.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    size = t.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 0)))
+    if not size:
+        raise UserError(
+            "train.strategy=hsdp: the launcher does not say how many ranks a node has; set train.shard_size"
+        )
     if size > world_size or world_size % size:
         divisors = [str(d) for d in range(1, world_size + 1) if world_size % d == 0]
         raise UserError(
@@ -55,6 +59,8 @@ def check(config: Config, world_size: int) -> None:
     refused = {
         "train.on_oom=halve": t.on_oom == "halve",  # a rank that starts its micro-step again would gather alone
         "efficiency.compile_decoder": e.compile_decoder,
+        "efficiency.shard_muon=false": not e.shard_muon,
+        "efficiency.overlap_gradients=false": not e.overlap_gradients,
         "train.replica_check_every": t.strategy == "fsdp2" and bool(t.replica_check_every),
     }
     for key, asked in refused.items():
