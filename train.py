@@ -15,7 +15,8 @@ import torch
 from unite_fast import checkpoint, command, config, config_io, data, run, saving
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
-from unite_fast.runtime import compiling, distributed, faults, precision, stats
+from unite_fast.optim.parts import local
+from unite_fast.runtime import compiling, distributed, faults, precision, sharding, stats
 from unite_fast.runtime.flops import peak_flops, training_flops
 from unite_fast.session import Session, check_agreement, folder
 from unite_fast.step import METRICS, TrainStep
@@ -65,6 +66,7 @@ class Inputs(NamedTuple):
         """Raises UserError."""
         started = time.monotonic()
         config.batch_split(settings.train, distributed.world_of_environment())
+        sharding.check(settings, distributed.world_of_environment())
         run.check_paths(settings)
         source = data.open_source(settings.data, settings.model)
         return cls(
@@ -115,7 +117,8 @@ def loop(
     flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
     goal = state.images_seen + (total - state.step) * t.global_batch
     meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
-    shown = run.examples(settings, device) if ranks.is_main and t.image_every else None
+    everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
+    shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
     writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
     stream = data.stream(
         source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
@@ -148,12 +151,12 @@ def loop(
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             run.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
-            session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, *shown))
+            session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, ranks, *shown))
         if state.step % t.checkpoint_every == 0 or done or ending:
-            run.check_finite(state)
-            kept = means.sums()
+            run.check_finite(state, ranks)
+            kept, whole = means.sums(), checkpoint.whole_tensors_of(state)
             if writer is not None:
-                session.save(writer, state, kept)
+                session.save(writer, state, kept, whole)
     if writer is not None:
         session.finish_saving(writer)
 
@@ -165,7 +168,7 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
     assert choice.path is not None
     checkpoint.resume(choice.path, again, settings)
     before, after = state.model.state_dict(), again.model.state_dict()
-    if again.step != state.step or any(not torch.equal(before[k], after[k]) for k in before):
+    if again.step != state.step or any(not torch.equal(local(before[k]), local(after[k])) for k in before):
         raise RuntimeError("the checkpoint does not give back the model that was saved")
     if ranks.is_main:
         print(f"fast dev run: {state.step} steps, pictures and a checkpoint round trip in {Path(folder(settings))}")

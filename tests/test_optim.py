@@ -10,6 +10,7 @@ from torch import nn
 
 from unite_fast.config import OptimConfig
 from unite_fast.model.layers import adamw_parameter, use_adamw
+from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.schedule import learning_rate, lr_scale
@@ -132,3 +133,52 @@ def test_official_epochs_last_longer():
     assert rate(o, 20, accumulation=2) == pytest.approx(5e-5)
     assert rate(o, 40, accumulation=2) == pytest.approx(1e-4)
     assert math.isclose(rate(o, 80, accumulation=2), rate(OptimConfig(), 40))
+
+
+# --- several moving averages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_averages_of_every_kind(backend):
+    """Against their formulas in float64; a step that is skipped changes none and does not count as an update."""
+    torch.manual_seed(0)
+    model = Small()
+    entries = (0.5, 0.99, "std0.1", "std0.25")
+    optimizer = Optimizer(model, OptimConfig(ema_decay=0.9, ema_extra=entries), backend)
+    assert list(optimizer.averages) == ["ema", "ema_0.5", "ema_0.99", "ema_std0.1", "ema_std0.25"]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    truth = {name: {n: p.detach().double() for n, p in trained.items()} for name in optimizer.averages}
+    updates = 0
+    for step in range(6):
+        with_gradients(model, step)
+        if step == 2:
+            model.one.bias.grad.fill_(math.inf)
+        optimizer.step(1e-2)
+        if step == 2:
+            continue
+        updates += 1
+        decays = {"ema": 0.9, "ema_0.5": 0.5, "ema_0.99": 0.99}
+        for std in (0.1, 0.25):
+            decays[f"ema_std{std}"] = (1 - 1 / updates) ** (ema.power_exponent(std) + 1)
+        for name, decay in decays.items():
+            for n, p in trained.items():
+                truth[name][n].lerp_(p.detach().double(), 1 - decay)
+    for name, values in optimizer.averages.items():
+        for n, value in values.items():
+            torch.testing.assert_close(value.double(), truth[name][n], rtol=1e-5, atol=1e-6, msg=f"{name} {n}")
+    assert not torch.equal(optimizer.averages["ema_std0.1"]["table"], optimizer.averages["ema_std0.25"]["table"])
+
+
+@pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.28])
+def test_power_average_has_the_width_it_is_named_after(std):
+    """Its standard deviation over the training so far, relative to that, after 4,000 updates; weights sum to 1."""
+    updates = 4000
+    weights = torch.zeros(updates, dtype=torch.float64)
+    for t in range(1, updates + 1):
+        decay = float(ema.decay(f"std{std}", torch.tensor(float(t))))
+        weights *= decay
+        weights[t - 1] = 1 - decay
+    times = torch.arange(1, updates + 1, dtype=torch.float64) / updates
+    mean = (weights * times).sum()
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-9)
+    assert float((weights * (times - mean) ** 2).sum().sqrt()) == pytest.approx(std, rel=5e-3)

@@ -1,6 +1,7 @@
 """Training state on disk: tensors in safetensors, counters in JSON, a sha256 manifest. ``saving`` writes it.
 
     checkpoints/step-0000200/   training.safetensors   model.* ema.* momentum.* exp_avg.* exp_avg_sq.*
+                                                       ema_0.9999.* ... (optim.ema_extra)
                                 state.json             counters, running means, the resolved configuration
                                 manifest.json          size and sha256 of both
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,11 @@ from unite_fast import interop
 from unite_fast.config import Config, UserError
 from unite_fast.config_io import from_dict, to_dict
 from unite_fast.model.unite import UNITE
+from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
+from unite_fast.optim.parts import local, part_of, whole
 
+log = logging.getLogger("unite_fast.checkpoint")
 FORMAT = 1
 NO_PICKLE = "this program executes nothing while it loads"
 NAME = re.compile(r"step-(\d{7,})$")
@@ -54,8 +59,15 @@ STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
     """Every tensor that a checkpoint holds, by its name there, and the optimizer's step count."""
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.optimizer.ema.items()} | state.optimizer.state_dict()
+    for average, values in state.optimizer.averages.items():
+        tensors |= {f"{average}.{k}": v for k, v in values.items()}
+    tensors |= state.optimizer.state_dict()
     return tensors | {STEPS: state.optimizer.steps}
+
+
+def whole_tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """The same, with sharded tensors gathered; all ranks must ask for them."""
+    return {name: whole(tensor) for name, tensor in tensors_of(state).items()}
 
 
 def counters_of(state: TrainState) -> dict[str, Any]:
@@ -205,10 +217,17 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         return {}
     tensors, counters = _read(path)
     weights = _part(tensors, "model")
-    rest = {k: v for k, v in tensors.items() if not k.startswith(("model.", "ema."))}
+    rest = {k: v for k, v in tensors.items() if k.startswith(("momentum.", "exp_avg.", "exp_avg_sq."))}
     interop.check_weights(state.model, weights, str(path))
-    ema, wanted = _part(tensors, "ema"), state.optimizer.ema
-    wrong = [name for name, value in wanted.items() if name not in ema or ema[name].shape != value.shape]
+    averages = {n: _part(tensors, n) for n in state.optimizer.averages}
+    fresh = [n for n, found in averages.items() if not found and n != "ema"]
+    averages = {n: found for n, found in averages.items() if n not in fresh}
+    wrong = [
+        f"{n}.{name}"
+        for n, found in averages.items()
+        for name, value in state.optimizer.averages[n].items()
+        if name not in found or found[name].shape != value.shape
+    ]
     kinds = {"step": int, "images_seen": int, "optimizer_steps": int, "means": dict}
     wrong += [name for name, kind in kinds.items() if not isinstance(counters.get(name), kind)]
     if wrong:
@@ -219,14 +238,22 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         raise UserError(f"checkpoint {path}: {error}") from None
     interop.load_weights(state.model, weights, str(path))
     with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(ema[name])
+        for n, found in averages.items():
+            for name, value in state.optimizer.averages[n].items():
+                local(value).copy_(part_of(found[name], value))
+    if fresh:
+        log.warning("%s has no %s; starting from its weights", path, ", ".join(fresh))
+        state.optimizer.restart(fresh)
     state.step, state.images_seen = counters["step"], counters["images_seen"]
     return counters["means"]
 
 
 def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
-    """(state dict of the "ema" or raw "model" weights, the run's Config or None for an official .pt)."""
+    """(state dict of the weights, the run's Config or None for an official .pt).
+
+    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), or "model", the raw ones. Raises
+    UserError.
+    """
     path = locate(path)
     if path.is_file():
         content = interop.read_official(path)
@@ -234,8 +261,11 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
             raise UserError(f"{path} has no '{weights}' weights")
         return interop.clean_keys(content[weights]), None
     tensors, state = _read(path)
-    found = _part(tensors, "model")
-    return (found | _part(tensors, "ema") if weights == "ema" else found), from_dict(state["config"], str(path))
+    config = from_dict(state["config"], str(path))
+    known = [*ema.names(config.optim), "model"]
+    if weights not in known:
+        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
+    return _part(tensors, "model") | _part(tensors, weights), config
 
 
 def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:

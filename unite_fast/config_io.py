@@ -89,6 +89,8 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         raise wrong
     if origin is tuple:
         items = get_args(kind)
+        if isinstance(value, (list, tuple)) and items[-1] is Ellipsis:
+            items = items[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
             raise wrong
         return tuple(_convert(v, k, key, where) for v, k in zip(value, items, strict=True))
@@ -118,7 +120,7 @@ def _describe(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in args)
     if origin is tuple:
-        return f"[{', '.join(a.__name__ for a in args)}]"
+        return f"[{', '.join('...' if a is Ellipsis else _describe(a) for a in args)}]"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 

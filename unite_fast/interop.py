@@ -21,6 +21,7 @@ from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer
+from unite_fast.optim.parts import local, part_of
 
 DERIVED = re.compile(
     r"^lpips_loss\.|(^|\.)feat_rope\w*\.freqs_(cos|sin)$|^(encoder|denoiser)\.pos_embed$|^decoder\.decoder_pos_embed$"
@@ -155,7 +156,10 @@ def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
     """Loads a state dict of either format into ``model``. Raises UserError that lists what does not fit."""
     state = clean_keys(state)
     check_weights(model, state, where)
-    model.load_state_dict(state, strict=False)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            local(own[name]).copy_(part_of(value, own[name]))
 
 
 def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
@@ -235,7 +239,8 @@ def load_training(content: dict[str, Any], model: UNITE, optimizer: Optimizer, w
         raise UserError(f"{where}: {error}") from None
     with torch.no_grad():
         for name, value in optimizer.ema.items():
-            value.copy_(ema.get(name, model.get_parameter(name)))
+            local(value).copy_(part_of(ema.get(name, optimizer.parameters[name]), value))
+    optimizer.restart(name for name in optimizer.averages if name != "ema")
 
 
 def save_reference(

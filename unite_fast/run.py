@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unite_fast import __version__, checkpoint, data, interop, memory, pictures, sampling, saving
@@ -23,9 +24,10 @@ from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_dict, to_yaml
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.encoder import Block
-from unite_fast.model.unite import build
+from unite_fast.model.unite import FORWARDS, build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime import compiling, faults
+from unite_fast.optim.parts import copies_group, local
+from unite_fast.runtime import compiling, faults, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -95,7 +97,9 @@ def fresh_state(config: Config, ranks: Ranks) -> TrainState:
         block = compiling.region(Block.forward)
         for encoder in model.encoders():
             encoder.run_block = block
-    return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels))
+    sharding.apply(model, model.shard_units(), FORWARDS, config, ranks)
+    group = dist.group.WORLD if config.efficiency.shard_muon and ranks.world_size > 1 else None
+    return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels, group))
 
 
 class Choice(NamedTuple):
@@ -173,11 +177,12 @@ def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def save_pictures(
-    path: Path, state: TrainState, config: Config, images: Tensor, labels: Tensor, steps: int = 0
+    path: Path, state: TrainState, config: Config, ranks: Ranks, images: Tensor, labels: Tensor, steps: int = 0
 ) -> None:
     """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
 
-    images (B, Q, S, S) in [0, 1] and labels (B,) are shown; the samples have the same labels.
+    images (B, Q, S, S) in [0, 1] and labels (B,) are shown; the samples have the same labels. A sharded model needs
+    all ranks; rank 0 writes.
     """
     model, s = state.model, config.sample
     model.eval()
@@ -195,7 +200,8 @@ def save_pictures(
             restore()
     finally:
         model.train()
-    pictures.save_grid(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])
+    if ranks.is_main:
+        pictures.save_grid(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])
 
 
 def bad_batches(config: Config, source: data.Source, positions: list[int], path: Path) -> None:
@@ -221,19 +227,40 @@ def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: 
         )
 
 
-def check_finite(state: TrainState) -> None:
+def _on_any_rank(name: str, state: TrainState, ranks: Ranks) -> str:
+    """``name``, or that of the first rank that has one where each looked at its own shards."""
+    return next(filter(None, ranks.gather(name)), "") if state.optimizer.sharded else name
+
+
+def check_finite(state: TrainState, ranks: Ranks) -> None:
     """Before a save, on all ranks: raises Diverged naming the first tensor that is not finite."""
-    if name := first_nonfinite(checkpoint.tensors_of(state)):
+    name = first_nonfinite({name: local(tensor) for name, tensor in checkpoint.tensors_of(state).items()})
+    if name := _on_any_rank(name, state, ranks):
         raise Diverged(f"{name} is not finite at step {state.step}; nothing was saved, the last checkpoint stays")
 
 
 def check_replicas(state: TrainState, ranks: Ranks) -> None:
     """On all ranks: raises RunError naming the first tensor that is not the same everywhere."""
-    if name := first_difference(checkpoint.tensors_of(state), ranks):
+    tensors = {name: local(tensor) for name, tensor in checkpoint.tensors_of(state).items()}
+    name = first_difference(tensors, ranks, copies_group(next(iter(state.optimizer.parameters.values()))))
+    if name := _on_any_rank(name, state, ranks):
         raise RunError(
             f"the ranks no longer hold the same model at step {state.step}: {name} differs; one of the devices "
             "computes wrongly, or a collective failed; resume from the last checkpoint, without that node"
         )
+
+
+def strategy_line(config: Config, ranks: Ranks) -> str:
+    """How the ranks share the model and the work, as resolved."""
+    t, e, world = config.train, config.efficiency, ranks.world_size
+    if world == 1:
+        return "one process"
+    if t.strategy == "ddp":
+        overlapped = e.overlap_gradients and t.on_oom == "fail"
+        parts = f"divided over {world} ranks" if e.shard_muon else "whole on every rank"
+        return f"ddp, gradients averaged {'during' if overlapped else 'after'} the backward, Muon {parts}"
+    size = sharding.shard_size(config, world)
+    return f"{t.strategy}, {world // size} x {size} shards, Muon divided over {size} ranks"
 
 
 def describe(
@@ -268,5 +295,6 @@ def describe(
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",
+            f"strategy       {strategy_line(config, ranks)}",
         )
     )

@@ -175,10 +175,10 @@ class Writer:
         self.failures = 0
         self.error: BaseException | None = None
 
-    def save(self, state: TrainState, means: dict[str, float]) -> None:
-        """Starts writing ``state`` as it is now, after the save before it has ended."""
+    def save(self, state: TrainState, means: dict[str, float], whole: Mapping[str, Tensor] | None = None) -> None:
+        """Starts writing ``state`` as it is now, after the save before it has ended. whole: its tensors if sharded."""
         self.wait()
-        tensors = self.snapshot.take(checkpoint.tensors_of(state))
+        tensors = self.snapshot.take(whole or checkpoint.tensors_of(state))
         content = checkpoint.counters_of(state) | {"means": means, "config": to_dict(self.config)}
         self.thread = threading.Thread(target=self._run, args=(state.step, tensors, content), daemon=True)
         self.thread.start()

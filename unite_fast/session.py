@@ -15,12 +15,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unite_fast import checkpoint
 from unite_fast.checkpoint import TrainState
@@ -163,9 +164,11 @@ class Session:
         self.outcome = (state, reason)
         return state
 
-    def save(self, writer: Writer, state: TrainState, means: dict[str, float]) -> None:
+    def save(
+        self, writer: Writer, state: TrainState, means: dict[str, float], whole: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Starts a save, on the rank that writes; what became of the one before may end the run for all."""
-        writer.save(state, means)
+        writer.save(state, means, whole)
         self._look_at(writer)
 
     def finish_saving(self, writer: Writer) -> None:

@@ -14,10 +14,12 @@ from unite_fast.config import Config, RunError
 from unite_fast.data import Batch, to_float
 from unite_fast.losses import Perceptual
 from unite_fast.model.unite import UNITE
+from unite_fast.optim.parts import local
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.runtime import faults, precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.guards import SkipCounter
+from unite_fast.runtime.overlap import Averager
 from unite_fast.runtime.stats import SKIPPED
 
 log = logging.getLogger("unite_fast.step")
@@ -40,6 +42,7 @@ class TrainStep:
         self.micro_batch, self.accumulation = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
+        self.averager: Averager | None = None
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
@@ -59,11 +62,13 @@ class TrainStep:
         A step whose gradient norm is not finite changes nothing, on all ranks; its metrics are 0 and "skipped" is 1.
         """
         number = state.step + 1
+        if self.averager is None:
+            config, optimizer = self.config, state.optimizer
+            overlap = config.efficiency.overlap_gradients and config.train.on_oom == "fail"
+            self.averager = Averager(list(optimizer.parameters.values()), self.ranks, overlap, optimizer.sharded)
         losses = self.accumulate(state, batch, number)
-        grads = [p.grad for p in state.optimizer.parameters.values() if p.grad is not None]
-        faults.strike("bwd", number, grads)
+        self.averager.finish()
         moments = [losses.pop("latent_mean"), losses.pop("latent_square")]
-        self.ranks.average_(grads)
         self.ranks.average_(moments)  # over the global batch, however it is split
         losses["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
         lr = self.lr(state.images_seen)
@@ -103,7 +108,10 @@ class TrainStep:
         config, model = self.config, state.model
         parts = len(batch.labels) // self.micro_batch
         sums: dict[str, Tensor] = {}
-        for images, labels, samples in zip(*(part.split(self.micro_batch) for part in batch), strict=True):
+        assert self.averager is not None
+        micro_batches = zip(*(part.split(self.micro_batch) for part in batch), strict=True)
+        for i, (images, labels, samples) in enumerate(micro_batches):
+            self.averager.begin(number, last=i == parts - 1)
             images = to_float(images)
             faults.strike("fwd", number, [images])
             draws = self.draws(model, samples)
@@ -127,7 +135,7 @@ class TrainStep:
 
 def sampling_model(state: TrainState) -> Callable[[], None]:
     """Puts the EMA weights into the model; the returned function puts the raw ones back."""
-    raw = {name: p.detach().clone() for name, p in state.optimizer.parameters.items()}
+    raw = {name: local(p.detach()).clone() for name, p in state.optimizer.parameters.items()}
     _copy(state, state.optimizer.ema)
     return lambda: _copy(state, raw)
 
@@ -135,4 +143,4 @@ def sampling_model(state: TrainState) -> Callable[[], None]:
 @torch.no_grad()
 def _copy(state: TrainState, values: dict[str, Tensor]) -> None:
     for name, parameter in state.optimizer.parameters.items():
-        parameter.copy_(values[name])
+        local(parameter).copy_(local(values[name]))

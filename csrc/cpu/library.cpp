@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> clip(List, double);
 void adamw_(List, List, List, List, Tensor, Tensor, double, double, double, double, Maybe, Maybe, List, double);
 void muon_momentum_(List, List, double, bool, Maybe, Maybe, List);
 void muon_apply_(List, List, Tensor, std::vector<double>, double, Maybe, List, double);
-void ema_(List, List, double, Maybe);
+void ema_(List, List, Tensor, Maybe);
 void gather_rows(List, Tensor, Tensor, Tensor, int64_t);
 
 // An operation without tensors has no device to dispatch on; instruction_set takes one and ignores it.
@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def(
       "muon_apply_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, Tensor? skip,"
       " Tensor(b!)[] ema, float ema_decay) -> ()");
-  m.def("ema_(Tensor(a!)[] ema, Tensor[] params, float decay, Tensor? skip) -> ()");
+  m.def("ema_(Tensor(a!)[] ema, Tensor[] params, Tensor weight, Tensor? skip) -> ()");
   m.def("gather_rows(Tensor[] parts, Tensor part, Tensor row, Tensor(a!) out, int threads) -> ()");
 }
 

@@ -155,11 +155,12 @@ void muon_apply_(List params, List updates, Tensor lr, std::vector<double> scale
   });
 }
 
-void ema_(List ema, List params, double decay, std::optional<Tensor> skip) {
+void ema_(List ema, List params, Tensor weight, std::optional<Tensor> skip) {
   const auto e = pointers_of("ema_", "ema", ema, ema), p = pointers_of("ema_", "params", params, ema);
+  const float w = scalar("ema_", "weight", weight, 0.0f);
   if (skipped("ema_", skip)) return;
   for_chunks(ema, [&](const Chunk& k) {
-    kernels().ema(float(1.0 - decay), e[k.tensor] + k.begin, p[k.tensor] + k.begin, k.count);
+    kernels().ema(w, e[k.tensor] + k.begin, p[k.tensor] + k.begin, k.count);
   });
 }
 

@@ -197,14 +197,15 @@ void muon_apply_(List params, List updates, Tensor lr, std::vector<double> scale
   }
 }
 
-void ema_(List ema, List params, double decay, Maybe skip) {
+void ema_(List ema, List params, Tensor weight, Maybe skip) {
   check_list("ema_", "ema", ema, ema);
   check_list("ema_", "params", params, ema);
+  const float* w = scalar<const float>("ema_", "weight", weight, ema[0]);
   const bool* flag = scalar<const bool>("ema_", "skip", skip, ema[0]);
   const Guard guard(ema[0].get_device_index());
   const cudaStream_t stream = stream_of(ema[0]);
   for_tables<2>({&ema, &params}, nullptr, [&](const Table<2>& table, unsigned blocks, int64_t) {
-    ema_kernel<<<blocks, kThreads, 0, stream>>>(table, flag, float(1.0 - decay));
+    ema_kernel<<<blocks, kThreads, 0, stream>>>(table, flag, w);
   });
 }
 
@@ -223,7 +224,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cuda, m) {
   m.def(
       "muon_apply_(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, Tensor? skip,"
       " Tensor(b!)[] ema, float ema_decay) -> ()");
-  m.def("ema_(Tensor(a!)[] ema, Tensor[] params, float decay, Tensor? skip) -> ()");
+  m.def("ema_(Tensor(a!)[] ema, Tensor[] params, Tensor weight, Tensor? skip) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unite_kernels_cuda, CUDA, m) {

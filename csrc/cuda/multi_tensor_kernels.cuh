@@ -253,8 +253,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    ema_kernel(const __grid_constant__ Table<2> table, const bool* skip, float weight) {
+    ema_kernel(const __grid_constant__ Table<2> table, const bool* skip, const float* p_weight) {
   if (skip != nullptr && *skip) return;
+  const float weight = *p_weight;
   const Span span = span_of(table, blockIdx.x);
   float* e = static_cast<float*>(table.pointer[0][span.tensor]) + span.begin;
   const float* p = static_cast<const float*>(table.pointer[1][span.tensor]) + span.begin;

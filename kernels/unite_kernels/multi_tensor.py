@@ -59,6 +59,12 @@ def eager_ema_(ema: Sequence[Tensor], params: Sequence[Tensor], decay: float) ->
     torch._foreach_lerp_(ema, params, 1.0 - decay)
 
 
+def eager_ema_lerp_(ema: Sequence[Tensor], params: Sequence[Tensor], weight: Tensor) -> None:
+    differences = torch._foreach_sub(params, ema)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(ema, differences)
+
+
 def eager_adamw_(params, grads, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, coef, ema, ema_decay) -> None:
     grads = _clipped(grads, coef)
     count = step.double() + 1.0  # in float64: 1 - 0.999**1 keeps only 4 digits in float32
@@ -223,18 +229,26 @@ def muon_apply_(
 def ema_lerp_(
     ema: Sequence[Tensor],
     params: Sequence[Tensor],
-    decay: float,
+    decay: float | Tensor,
     skip: Tensor | None = None,
     backend: str = "eager",
 ) -> None:
-    """ema += (1 - decay)(params - ema): the moving average alone, for tensors no optimizer updates."""
-    _check_scalars(ema, skip=skip)
+    """ema += (1 - decay)(params - ema): the moving average alone, 12 bytes per element.
+
+    ``decay``: a host float, or a 0-d float64 tensor on the device where it changes from step to step.
+    """
+    device = _first(ema).device
+    if isinstance(decay, Tensor):
+        weight = (1.0 - decay).float()
+    else:
+        weight = torch.full((), 1.0 - decay, device=device)
+    _check_scalars(ema, weight=weight, skip=skip)
     if ops := _compiled(backend, ema):
-        ops.ema_(ema, params, decay, skip)
+        ops.ema_(ema, params, weight, skip)
         return
     _check_lists({"ema": ema, "params": params})
     with _unless(skip, ema):
-        eager_ema_(ema, params, decay)
+        eager_ema_lerp_(ema, params, weight)
 
 
 def _check_lists(lists: dict[str, Sequence[Tensor] | None], updates: Sequence[Tensor] | None = None) -> None:

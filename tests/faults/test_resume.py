@@ -119,6 +119,18 @@ def test_optimizer_state_is_whole(job, jobs, straight):
     assert job.counters(22)["optimizer_steps"] == 22
 
 
+@fault("F06", "completeness of the optimizer's state", "saved sharded, loaded whole and conversely: the same run")
+def test_other_strategies(job, straight):
+    job.train("train.max_steps=6", *STRAIGHT[1:], "train.strategy=fsdp2")
+    job.train("train.max_steps=13", *STRAIGHT[1:], ranks=1)
+    job.train(*STRAIGHT, "train.strategy=fsdp2")
+    assert len(job.rows()) == 20
+    for ours, expected in zip(job.rows(), straight.rows(), strict=True):
+        assert ours == pytest.approx(expected, rel=2e-3)
+    for name, value in straight.tensors(20).items():
+        torch.testing.assert_close(job.tensors(20)[name], value, rtol=2e-3, atol=2e-4, msg=name)
+
+
 def damage_half(path):
     os.truncate(path, path.stat().st_size // 2)
 

@@ -321,8 +321,8 @@ def test_bad_adaln_arguments_are_named(ops, name, value, message):
             lambda o: o.noise_injection(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64), 0, 0.5, 0.0, 1.0),
             "samples must have",
         ),
-        (lambda o: o.ema_([torch.zeros(3)], [torch.zeros(4)], 0.9, None), "has shape"),
-        (lambda o: o.ema_([torch.zeros(3)], [], 0.9, None), "expected 1"),
+        (lambda o: o.ema_([torch.zeros(3)], [torch.zeros(4)], torch.tensor(0.1), None), "has shape"),
+        (lambda o: o.ema_([torch.zeros(3)], [], torch.tensor(0.1), None), "expected 1"),
     ],
 )
 def test_bad_arguments_are_named(ops, call, message):

@@ -180,6 +180,10 @@ def test_ema_alone(backend, device):
     truth = [e.double().lerp(p.double(), 0.25) for e, p in zip(ema, params, strict=True)]
     multi_tensor.ema_lerp_(ema, params, 0.75, backend=backend)
     assert relative(ema, truth) < 1e-6
+    truth = [e.double().lerp(p.double(), 0.125) for e, p in zip(ema, params, strict=True)]
+    on_device = torch.tensor(0.875, dtype=torch.float64, device=device)
+    multi_tensor.ema_lerp_(ema, params, on_device, backend=backend)
+    assert relative(ema, truth) < 1e-6
 
 
 def test_skip_leaves_everything_as_it_was(backend, device):

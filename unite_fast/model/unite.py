@@ -6,6 +6,7 @@ Shape letters: B batch, K registers, C latent dim, D encoder width, M patches, Q
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from unite_kernels import corruption
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
+FORWARDS = ("tokenize", "denoise_raw", "denoise", "normalise", "decode")  # what callers use in place of forward()
 
 
 class Projection(nn.Module):
@@ -75,6 +77,18 @@ class UNITE(nn.Module):
     def encoders(self) -> list[GenerativeEncoder]:
         """The Generative Encoder, and the denoiser where it has its own weights."""
         return [self.encoder, self.denoiser] if self.config.separate_denoiser else [self.encoder]
+
+    def shard_units(self) -> list[list[nn.Module]]:
+        """Modules whose parameters a pass needs at the same time, those within others first (``runtime.sharding``).
+
+        An encoder computes the modulations of all blocks first and reads their norms from outside the blocks.
+        """
+        units: list[list[nn.Module]] = []
+        for encoder in self.encoders():
+            blocks: list[Any] = list(encoder.blocks)
+            units += [[part] for block in blocks for part in (block.adaLN_modulation[1], block.attn, block.mlp)]
+            units.append([encoder])
+        return [*units, *([layer] for layer in self.decoder.decoder_layers), [self.decoder]]
 
     @property
     def latent_shape(self) -> tuple[int, int]:

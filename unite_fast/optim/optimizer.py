@@ -1,43 +1,69 @@
-"""One update of all parameters: global clip, Muon on the matrices, AdamW on the rest, then EMA.
+"""One update of all parameters: global clip, Muon on the matrices, AdamW on the rest, then the moving averages.
 
-Muon (Jordan, 2024) is batched over tensors of equal shape: one Newton-Schulz iteration orthogonalises all of them.
-State is kept by parameter name, so a checkpoint does not depend on the order of parameters.
+State is kept by parameter name, so a checkpoint does not depend on the order of parameters. A parameter may be a
+DTensor (FSDP2, HSDP): its state is then one too, and what is elementwise happens on each rank's own part.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from unite_fast.config import OptimConfig
+from unite_fast.optim import ema, muon
 from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.parts import local, locals_of, part_of, shard_group
 from unite_kernels import multi_tensor
-from unite_kernels.newton_schulz import newton_schulz
-
-NS_EPS = 1e-6
 
 
 class Optimizer:
     """Muon + AdamW + EMA of ``model`` (SPEC section 3).
 
     Attributes: ``momentum`` (Muon), ``exp_avg`` and ``exp_avg_sq`` (AdamW), ``ema``: tensors by parameter name;
+    ``averages``: every moving average by its name (``optim.ema``), ``ema`` among them;
     ``steps``: updates done (0-d float32 tensor), the same for every AdamW tensor; ``skip``: whether the last step
     changed nothing because the gradient was not finite (0-d bool tensor).
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, backend: str = "eager") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        backend: str = "eager",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """group: ranks that hold the same parameters and divide Muon's work among them; None: each does all of it.
+
+        The ranks of a sharded model divide it over its shards whatever ``group`` is.
+        """
         self.config, self.backend = config, backend
         self.muon, self.adamw = split_parameters(model, config.muon)
         self.parameters = self.muon | self.adamw
         self.momentum = {name: torch.zeros_like(p) for name, p in self.muon.items()}
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.steps = torch.zeros((), device=next(iter(self.ema.values())).device)
+        self.averages = {name: self._copies() for name in ema.names(config)}
+        self.ema = self.averages["ema"]
+        first = next(iter(self.parameters.values()))
+        shards = shard_group(first)
+        self.sharded, self.group = shards is not None, shards or group
+        self.steps = torch.zeros((), device=first.device)
         self.skip = torch.zeros_like(self.steps, dtype=torch.bool)
+        self._plan: muon.Plan | None = None
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restart(self, averages: Iterable[str]) -> None:
+        """Lets these averages begin anew with the present weights."""
+        for average in averages:
+            for name, value in self.averages[average].items():
+                local(value).copy_(local(self.parameters[name]))
 
     def newton_schulz_dtype(self, device: torch.device) -> torch.dtype:
         choice = self.config.newton_schulz_dtype
@@ -52,24 +78,39 @@ class Optimizer:
         Parameters without a gradient keep their value. When the norm is not finite nothing changes and ``skip`` is
         true, without the host knowing; gradients averaged over ranks make all of them skip together.
         """
-        live = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm, coefficient, self.skip = multi_tensor.clip(list(live.values()), self.config.clip, backend=self.backend)
+        live = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        norm, coefficient = self._clip(list(live.values()))
         rate = torch.full_like(norm, lr)
+        matrices = {n: g for n, g in live.items() if n in self.muon}
+        work = self._start_muon(matrices, coefficient)
         self._adamw({n: g for n, g in live.items() if n in self.adamw}, rate, coefficient)
-        self._muon({n: g for n, g in live.items() if n in self.muon}, rate, coefficient)
+        if work is not None:
+            self._finish_muon(work, matrices, rate)
+        self._average(live)
         for name in live:
             self.parameters[name].grad = None
         return norm
+
+    def _clip(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(the norm over all shards, the factor on the gradients); sets ``skip``."""
+        norm, coefficient, self.skip = multi_tensor.clip(grads, self.config.clip, backend=self.backend)
+        if self.sharded:
+            square = norm.double().square()
+            dist.all_reduce(square, group=self.group)
+            norm = square.sqrt().float()
+            coefficient = (self.config.clip / (norm + multi_tensor.NORM_EPS)).clamp(max=1.0)
+            self.skip = ~torch.isfinite(norm)
+        return norm, coefficient
 
     def _adamw(self, grads: dict[str, Tensor], lr: Tensor, coefficient: Tensor) -> None:
         """Loshchilov & Hutter 2019."""
         c = self.config
         if grads:
             multi_tensor.adamw_step_(
-                [self.adamw[n].detach() for n in grads],
+                locals_of(self.adamw, grads),
                 list(grads.values()),
-                [self.exp_avg[n] for n in grads],
-                [self.exp_avg_sq[n] for n in grads],
+                locals_of(self.exp_avg, grads),
+                locals_of(self.exp_avg_sq, grads),
                 self.steps,
                 lr,
                 c.betas,
@@ -77,55 +118,69 @@ class Optimizer:
                 c.weight_decay,
                 clip_coef=coefficient,
                 skip=self.skip,
-                ema=[self.ema[n] for n in grads],
+                ema=locals_of(self.ema, grads),
                 ema_decay=c.ema_decay,
                 backend=self.backend,
             )
 
-    def _muon(self, grads: dict[str, Tensor], lr: Tensor, coefficient: Tensor) -> None:
-        """As torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw"."""
+    def _start_muon(self, grads: dict[str, Tensor], coefficient: Tensor) -> muon.Orthogonaliser | None:
+        """As torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw": all but the last step."""
         if not grads:
-            return
+            return None
         c = self.config
-        names = sorted(grads, key=lambda n: grads[n].shape)
-        batches, slices = [], []
-        for shape, group in itertools.groupby(names, key=lambda n: grads[n].shape):
-            batch = torch.empty(len(list(group)), *shape, device=lr.device, dtype=self.newton_schulz_dtype(lr.device))
-            batches.append(batch)
-            slices.extend(batch.unbind(0))
+        if self._plan is None or self._plan.names != set(grads):
+            ranks = 1 if self.group is None else dist.get_world_size(self.group)
+            self._plan = muon.plan({n: self.muon[n].shape for n in grads}, ranks, self.sharded)
+        device = coefficient.device
+        work = muon.Orthogonaliser(
+            self._plan, c.newton_schulz_steps, self.newton_schulz_dtype(device), device, self.group
+        )
+        slots = work.slots(grads)
         multi_tensor.muon_momentum_(
-            [grads[n] for n in names],
-            [self.momentum[n] for n in names],
+            [grads[n] for n in slots],
+            locals_of(self.momentum, slots),
             c.muon_momentum,
             clip_coef=coefficient,
             skip=self.skip,
-            out=slices,
+            out=list(slots.values()),
             backend=self.backend,
         )
-        updates = []
-        for batch in batches:
-            orthogonal = newton_schulz(batch, c.newton_schulz_steps, eps=NS_EPS, dtype=batch.dtype)
-            updates.extend(orthogonal.contiguous().unbind(0))
-        multi_tensor.muon_apply_(
-            [self.muon[n].detach() for n in names],
-            updates,
-            lr,
-            [0.2 * math.sqrt(max(grads[n].shape)) for n in names],
-            c.muon_weight_decay,
-            skip=self.skip,
-            ema=[self.ema[n] for n in names],
-            ema_decay=c.ema_decay,
-            backend=self.backend,
-        )
+        work.start()
+        return work
+
+    def _finish_muon(self, work: muon.Orthogonaliser, grads: dict[str, Tensor], lr: Tensor) -> None:
+        for updates in work.updates(grads):
+            multi_tensor.muon_apply_(
+                locals_of(self.muon, updates),
+                list(updates.values()),
+                lr,
+                [0.2 * math.sqrt(max(self.muon[n].shape)) for n in updates],
+                self.config.muon_weight_decay,
+                skip=self.skip,
+                ema=locals_of(self.ema, updates),
+                ema_decay=self.config.ema_decay,
+                backend=self.backend,
+            )
+
+    def _average(self, live: Mapping[str, Tensor]) -> None:
+        """The averages of ``optim.ema_extra``; the main one is updated together with the weights."""
+        for entry in self.config.ema_extra:
+            multi_tensor.ema_lerp_(
+                locals_of(self.averages[ema.name(entry)], live),
+                locals_of(self.parameters, live),
+                ema.decay(entry, self.steps),
+                self.skip,
+                self.backend,
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors "momentum.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; ``steps`` and ``ema`` apart."""
+        """Flat tensors "momentum.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; ``steps`` and averages apart."""
         parts = {"momentum": self.momentum, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor], steps: int) -> None:
-        """Copies tensors of ``state_dict``'s names. Raises ValueError naming what is missing, extra or misshapen."""
+    def load_state_dict(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Copies whole tensors of these names. Raises ValueError that says what is missing, extra or misshapen."""
         own = self.state_dict()
         problems = [f"lacks {n}" for n in own if n not in state] + [f"has unknown {n}" for n in state if n not in own]
         problems += [
@@ -136,5 +191,5 @@ class Optimizer:
         if problems:
             raise ValueError("optimizer state " + "; ".join(problems[:3]))
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            local(tensor).copy_(part_of(state[name], tensor))
         self.steps.fill_(steps)

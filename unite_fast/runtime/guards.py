@@ -60,13 +60,16 @@ def checksums(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def first_difference(tensors: Mapping[str, Tensor], ranks: Ranks) -> str:
-    """The first of ``tensors`` (float32, equal names on all ranks) that differs between ranks, or an empty string."""
+def first_difference(tensors: Mapping[str, Tensor], ranks: Ranks, group: dist.ProcessGroup | None = None) -> str:
+    """The first of ``tensors`` (float32, equal names on all ranks) that differs within ``group``, or an empty string.
+
+    group: the ranks that should hold the same; None: all of them.
+    """
     if ranks.world_size == 1:
         return ""
     low = checksums(tensors)
     high = low.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
     differing = (low != high).any(dim=1).nonzero()
     return list(tensors)[int(differing[0])] if len(differing) else ""

@@ -1,0 +1,317 @@
+"""Muon divided over ranks, overlapped averaging, FSDP2 and HSDP: the same run as on one rank, on real gloo ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import on_ranks
+from support import TINY
+from torch import Tensor
+
+from unite_fast import checkpoint, data, run, saving
+from unite_fast.config import Config, UserError
+from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.model.unite import UNITE
+from unite_fast.optim import muon
+from unite_fast.optim.groups import split_parameters
+from unite_fast.runtime import overlap, sharding
+from unite_fast.runtime.distributed import Ranks
+from unite_fast.step import TrainStep
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+COMPARED = ("total", "l1", "flow", "grad_norm", "skipped")
+COMMON = ("train.global_batch=24", "optim.ema_extra=[0.9, std0.1]")
+
+
+def settings(*overrides: str) -> Config:
+    config = from_dict(parse_yaml(TINY, "tiny"))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        nested = parse_yaml(text, key)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = from_dict(nested, key, config)
+    return config
+
+
+class Run:
+    """Some steps of the tiny model on this rank's share of the digits."""
+
+    def __init__(self, ranks: Ranks, *overrides: str) -> None:
+        self.config = settings(*COMMON, *overrides)
+        source = data.open_source(self.config.data, self.config.model)
+        self.state = run.fresh_state(self.config, ranks)
+        batch = self.config.train.global_batch
+        self.step = TrainStep(self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
+        self.stream = data.stream(source, 0, 0, batch, ranks.rank, ranks.world_size, ranks.device, 0, 30.0)
+        self.ranks = ranks
+        self.rows: list[list[float]] = []
+
+    def go(self, steps: int) -> Run:
+        for _ in range(steps):
+            metrics = self.step(self.state, next(self.stream))
+            row = torch.stack([metrics[name].float() for name in COMPARED])
+            self.ranks.average_([row])
+            self.rows.append(row.tolist())
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: t.detach().clone() for n, t in checkpoint.whole_tensors_of(self.state).items()}
+
+
+def outcome(ranks: Ranks, overrides: tuple[str, ...], steps: int) -> tuple[list[list[float]], dict[str, Tensor]]:
+    overlap.BUCKET_ELEMENTS = 8192  # so that there are several
+    muon.BUCKET_ELEMENTS = 4096
+    done = Run(ranks, *overrides).go(steps)
+    return done.rows, done.tensors()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert set(a) == set(b)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def close(actual, expected) -> None:
+    """Over 20 steps, in float32."""
+    for a, e in zip(actual[0], expected[0], strict=True):
+        assert a == pytest.approx(e, rel=1e-3)
+    for name, value in expected[1].items():
+        torch.testing.assert_close(actual[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The run on one process, after some steps."""
+    return functools.cache(lambda steps: outcome(ONE, (), steps))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_muon_divided_and_averaging_overlapped_change_nothing(ranks, alone):
+    """To the last bit: the same steps with both switched off, on every rank; and near those of one process."""
+    both = on_ranks(ranks, outcome, (), 6)
+    neither = on_ranks(ranks, outcome, ("efficiency.shard_muon=false", "efficiency.overlap_gradients=false"), 6)
+    for rows, tensors in both:
+        assert rows == neither[0][0]
+        same(tensors, neither[0][1])
+    close(both[0], alone(6))
+
+
+def orthogonalised(ranks: Ranks, shapes: list[tuple[int, int]], dtype: str) -> list[Tensor]:
+    """The same matrices on every rank, each orthogonalised by one of them."""
+    muon.BUCKET_ELEMENTS = 1
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    matrices = {str(i): torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+    plan = muon.plan({n: m.shape for n, m in matrices.items()}, ranks.world_size)
+    group = torch.distributed.group.WORLD if ranks.world_size > 1 else None
+    work = muon.Orthogonaliser(plan, 5, kind, ranks.device, group)
+    for name, slot in work.slots(matrices).items():
+        slot.copy_(matrices[name])
+    work.start()
+    found = {name: update for bucket in work.updates(matrices) for name, update in bucket.items()}
+    return [found[name] for name in matrices]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_more_ranks_than_matrices(dtype):
+    shapes = [(12, 20), (12, 20), (30, 7)]
+    alone = orthogonalised(ONE, shapes, dtype)
+    for found in on_ranks(4, orthogonalised, shapes, dtype):
+        for a, b in zip(found, alone, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_plan_of_unite_b():
+    """115 matrices, 3.81 TFLOP; over 8 ranks nobody has over 10 % more than his share, and padding stays small."""
+    with torch.device("meta"):
+        model = UNITE(Config().model)
+    shapes = {name: p.shape for name, p in split_parameters(model)[0].items()}
+    flops = {name: muon.newton_schulz_flops(shape) for name, shape in shapes.items()}
+    assert len(shapes) == 115
+    assert sum(flops.values()) == pytest.approx(3.81e12, rel=2e-3)
+    for ranks in (1, 2, 3, 8, 64, 200):
+        plan = muon.plan(shapes, ranks)
+        names = [name for piece in plan.pieces for name in piece.names]
+        assert sorted(names) == sorted(shapes)
+        places = [(p.bucket, p.owner, p.offset) for p in plan.pieces]
+        assert len(set(places)) == len(places)
+        load = [sum(flops[n] for p in plan.pieces if p.owner == rank for n in p.names) for rank in range(ranks)]
+        if ranks == 8:
+            assert max(load) < 1.1 * sum(load) / ranks
+            assert sum(plan.sizes) * ranks < 1.2 * sum(map(math.prod, shapes.values()))
+            assert len(plan.sizes) == muon.BUCKETS
+
+
+def sent_early(ranks: Ranks) -> list[list[int]]:
+    """For each of three steps: buckets sent before the last backward had ended, and all buckets."""
+    overlap.BUCKET_ELEMENTS = 8192
+    steps = Run(ranks)
+    counts = []
+    finish = overlap.Averager.finish
+
+    def counted(averager: overlap.Averager) -> None:
+        early = averager.sent
+        finish(averager)
+        counts.append([early, len(averager.buckets)])
+
+    overlap.Averager.finish = counted
+    steps.go(3)
+    return counts
+
+
+def test_buckets_leave_during_the_backward():
+    for counts in on_ranks(2, sent_early):
+        (first, total), *later = counts
+        assert first == 0  # it is counted in the first step
+        assert total > 5
+        assert all(early == total for early, _ in later)
+
+
+def saved(of: Run, folder: str) -> Path:
+    """A checkpoint of the run's state, written by rank 0."""
+    whole = checkpoint.whole_tensors_of(of.state)
+    if of.ranks.is_main:
+        writer = saving.Writer(Path(folder), of.config)
+        writer.save(of.state, {}, whole)
+        writer.wait()
+    of.ranks.barrier()
+    return Path(folder) / f"step-{of.state.step:07d}"
+
+
+def resumed(path: Path, ranks: Ranks, *overrides: str) -> Run:
+    """A new run that goes on from a checkpoint."""
+    again = Run(ranks, *overrides)
+    checkpoint.resume(path, again.state, again.config)
+    for _ in range(again.state.step):
+        next(again.stream)
+    return again
+
+
+def interrupted(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    overlap.BUCKET_ELEMENTS = 8192
+    second = resumed(saved(Run(ranks).go(2), folder), ranks).go(2)
+    return [Run(ranks).go(4).tensors(), second.tensors()]
+
+
+def test_resume_on_three_ranks_is_exact(tmp_path):
+    """With three ranks a sum depends on its place in a bucket; the first step after a resume uses the same ones."""
+    for straight, second in on_ranks(3, interrupted, str(tmp_path)):
+        same(straight, second)
+
+
+def carried_over(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """What fsdp2 saved, and what fsdp2 and ddp read of it."""
+    sharded = Run(ranks, "train.strategy=fsdp2").go(2)
+    path = saved(sharded, folder)
+    found = [sharded.tensors(), *(resumed(path, ranks, f"train.strategy={s}").tensors() for s in ("fsdp2", "ddp"))]
+    later = saved(resumed(path, ranks).go(1), folder)
+    return [*found, resumed(later, ranks, "train.strategy=fsdp2").tensors()]
+
+
+def test_a_checkpoint_is_whole_whatever_the_strategy(tmp_path):
+    """Every moment, average and weight: fsdp2 -> fsdp2, ddp, one process; ddp -> fsdp2, one process."""
+    for sharded, *others, last in on_ranks(2, carried_over, str(tmp_path)):
+        for other in (*others, resumed(tmp_path / "step-0000002", ONE).tensors()):
+            same(other, sharded)
+        same(resumed(tmp_path / "step-0000003", ONE).tensors(), last)
+
+
+def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """Three steps, with and without pictures after the second."""
+    quiet = Run(ranks, "train.strategy=fsdp2").go(3)
+    shown = Run(ranks, "train.strategy=fsdp2").go(2)
+    run.save_pictures(Path(folder), shown.state, shown.config, ranks, *run.examples(shown.config, ranks.device))
+    return [quiet.tensors(), shown.go(1).tensors()]
+
+
+def test_pictures_of_a_sharded_model(tmp_path):
+    """All ranks sample, rank 0 writes; the grid is that of one process, and training goes on as if nothing had been."""
+    for quiet, shown in on_ranks(2, pictured, str(tmp_path)):
+        same(quiet, shown)
+    alone = Run(ONE).go(2)
+    run.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, *run.examples(alone.config, ONE.device))
+    grids = [
+        np.asarray(Image.open(p / "samples" / "step_0000002.png")).astype(int) for p in (tmp_path, tmp_path / "one")
+    ]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def poisoned(ranks: Ranks, strategy: str) -> list[dict[str, Tensor]]:
+    """The state before and after a step in which one rank saw NaN, and the step count after one more."""
+    damaged = Run(ranks, f"train.strategy={strategy}", "train.shard_size=2" if strategy == "hsdp" else "seed=0").go(2)
+    before, stream = damaged.tensors(), damaged.stream
+    batch = next(stream)
+    images = batch.images.float()
+    if ranks.rank == ranks.world_size - 1:
+        images[0] = math.nan
+    damaged.stream = itertools.chain([batch._replace(images=images)], stream)
+    return [before, damaged.go(1).tensors(), damaged.go(1).tensors()]
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp2"), (4, "hsdp")])
+def test_all_ranks_skip_together(ranks, strategy):
+    for before, after, later in on_ranks(ranks, poisoned, strategy):
+        same(before, after)
+        assert int(after["optimizer_steps"]) == 2
+        assert int(later["optimizer_steps"]) == 3
+
+
+REFUSED = {
+    "shards that do not divide": (("hsdp", "train.shard_size=3"), "does not divide 4 ranks; set train.shard_size to 1"),
+    "size without hsdp": (("fsdp2", "train.shard_size=2"), "train.shard_size is for train.strategy=hsdp"),
+    "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
+    "compiled layers": (("fsdp2", "efficiency.compile=decoder"), "efficiency.compile"),
+    "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_combinations_that_are_refused(case, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (strategy, override), says = REFUSED[case]
+    with pytest.raises(UserError, match=re.escape(says)):
+        sharding.check(settings(f"train.strategy={strategy}", override), 4)
+
+
+def test_shards_of_one_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert sharding.shard_size(settings("train.strategy=hsdp"), 32) == 8
+    assert sharding.shard_size(settings("train.strategy=hsdp", "train.shard_size=16"), 32) == 16
+    assert sharding.shard_size(settings("train.strategy=fsdp2"), 32) == 32
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with pytest.raises(UserError, match=r"set train\.shard_size"):
+        sharding.shard_size(settings("train.strategy=hsdp"), 32)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "overrides"),
+    [(2, 20, ("train.strategy=fsdp2",)), (4, 6, ("train.strategy=hsdp", "train.shard_size=2"))],
+    ids=["fsdp2", "hsdp"],
+)
+def test_sharded_strategies_are_the_same_run(ranks, steps, overrides, alone):
+    outcomes = on_ranks(ranks, outcome, overrides, steps)
+    for rows, tensors in outcomes:
+        assert rows == outcomes[0][0]
+        same(tensors, outcomes[0][1])
+    close(outcomes[0], alone(steps))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl():
+    """The same on GPUs: undivided, divided and overlapped, and sharded."""
+    fused = "efficiency.kernels=fused"
+    neither = ("efficiency.shard_muon=false", "efficiency.overlap_gradients=false", fused)
+    expected = on_ranks(2, outcome, neither, 20, device="cuda")[0]
+    for overrides in ((fused,), ("train.strategy=fsdp2", fused)):
+        close(on_ranks(2, outcome, overrides, 20, device="cuda")[1], expected)
