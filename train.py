@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, run, saving
+from unite_fast import checkpoint, command, config, config_io, data, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.runtime import compiling, distributed, faults, precision, stats
@@ -116,7 +116,6 @@ def loop(
     goal = state.images_seen + (total - state.step) * t.global_batch
     meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
     shown = run.examples(settings, device) if ranks.is_main and t.image_every else None
-    writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
     stream = data.stream(
         source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
         settings.data.workers, settings.data.timeout,
@@ -138,7 +137,8 @@ def loop(
         done = state.step == total
         if state.step % t.log_every == 0 or done:
             row = {"step": state.step, "images_seen": state.images_seen} | means.drain()
-            row |= meter.rates(state.images_seen) | {"data_wait": batches.share()}
+            row |= meter.rates(state.images_seen)
+            row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             if log is not None:
                 log.write(row)
                 print(stats.progress_line(row, total), flush=True)
@@ -150,12 +150,9 @@ def loop(
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
             session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, *shown))
         if state.step % t.checkpoint_every == 0 or done or ending:
-            run.check_finite(state)
-            kept = means.sums()
-            if writer is not None:
-                session.save(writer, state, kept)
-    if writer is not None:
-        session.finish_saving(writer)
+            run.check_finite(state, ranks)
+            session.save(state, means.sums())
+    session.finish_saving()
 
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:

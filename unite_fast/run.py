@@ -30,6 +30,7 @@ from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
 from unite_fast.session import Diverged, folder
+from unite_fast.shards import local
 from unite_fast.step import sampling_model
 
 GRID_COLUMNS = 8
@@ -221,9 +222,10 @@ def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: 
         )
 
 
-def check_finite(state: TrainState) -> None:
-    """Before a save, on all ranks: raises Diverged naming the first tensor that is not finite."""
-    if name := first_nonfinite(checkpoint.tensors_of(state)):
+def check_finite(state: TrainState, ranks: Ranks) -> None:
+    """Before a save, on all ranks: raises Diverged naming the first tensor of any of them that is not finite."""
+    mine = first_nonfinite({name: local(t) for name, t in checkpoint.tensors_of(state).items()})
+    if name := next(filter(None, ranks.gather(mine)), ""):
         raise Diverged(f"{name} is not finite at step {state.step}; nothing was saved, the last checkpoint stays")
 
 
