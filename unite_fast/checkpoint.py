@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -232,10 +231,12 @@ def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
 
 def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[str, float]]:
     """(step, images seen, optimizer steps, running sums) of state.json. Raises UserError."""
-    counts = [state.get(name) for name in ("step", "images_seen", "optimizer_steps")]
-    for name, value in zip(("step", "images_seen", "optimizer_steps"), counts, strict=True):
+    counts: list[int] = []
+    for name in ("step", "images_seen", "optimizer_steps"):
+        value = state.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
             raise UserError(f"checkpoint {path}: {name} in state.json is missing or malformed")
+        counts.append(value)
     means = state.get("means")
     numbers = means.values() if isinstance(means, dict) else [None]
     if not all(isinstance(v, (int, float)) for v in numbers):

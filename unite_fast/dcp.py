@@ -84,9 +84,7 @@ class Writer(torch_dcp.StorageWriter):
         names = {i: file_name(number, len(writing)) for number, i in enumerate(writing, 1)}
         return [dataclasses.replace(plan, storage_data=names.get(i, "")) for i, plan in enumerate(plans)]
 
-    def write_data(
-        self, plan: torch_dcp.SavePlan, planner: torch_dcp.SavePlanner
-    ) -> Future[list[WriteResult]]:
+    def write_data(self, plan: torch_dcp.SavePlan, planner: torch_dcp.SavePlanner) -> Future[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}
         offsets: dict[str, tuple[int, ...]] = {}
         for item in plan.items:
