@@ -66,6 +66,7 @@ class Inputs(NamedTuple):
         started = time.monotonic()
         config.batch_split(settings.train, distributed.world_of_environment())
         run.check_paths(settings)
+        stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         return cls(
             source, load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels), started
@@ -110,7 +111,9 @@ def loop(
     step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
-    log = stats.Log(path, state.step, t.tensorboard) if ranks.is_main else None
+    log = None
+    if ranks.is_main:
+        log = stats.Log(path, state.step, stats.open_services(path, settings, config_io.to_dict(settings)))
     alarm = stats.CollapseAlarm(t.collapse_std)
     flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
     goal = state.images_seen + (total - state.step) * t.global_batch
@@ -153,6 +156,8 @@ def loop(
             run.check_finite(state, ranks)
             session.save(state, means.sums())
     session.finish_saving()
+    if log is not None:
+        log.close()
 
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:

@@ -119,22 +119,6 @@ def test_metrics_unwritable(job, straight):
     assert equal(job.tensors(20), straight.tensors(20))
 
 
-@fault("F37", "metrics that cannot be written", "a writer that raises costs one warning, not the row in the file")
-def test_failing_writer(tmp_path, caplog):
-    from unite_fast.runtime.stats import Log, read_metrics
-
-    class Broken:
-        def add_scalar(self, *arguments):
-            raise ConnectionError("the service is away")
-
-    log = Log(tmp_path, 0)
-    log.writer = Broken()
-    for step in (1, 2):
-        log.write({"step": step, "total": 0.5})
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert len([r for r in caplog.records if "metrics cannot be written" in r.message]) == 1
-
-
 @fault("F46", "crash in the removal of old checkpoints", "two whole ones at every instant; the rest is cleaned")
 def test_killed_while_pruning(job, straight):
     words = (STRAIGHT[0], "train.checkpoint_every=5", "train.keep_last=2")
