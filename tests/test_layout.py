@@ -23,7 +23,7 @@ LAYERS = (
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
     {"run", "evaluation", "doctor", "export"},
-    {"evaluate", "report"},
+    {"evaluate", "report", "weights"},
 )
 DOORS = {
     "torchdiffeq": "sampling.py",
