@@ -18,8 +18,8 @@ from unite_kernels.lpips_head import lpips_head
 # The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
 TORCHVISION_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 MEND = (
-    "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set objective.perceptual_trunk=PATH, "
-    "or objective.perceptual_weight=0"
+    "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set "
+    "objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
 )
 
 

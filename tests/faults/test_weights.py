@@ -9,6 +9,7 @@ import multiprocessing
 import socket
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 from support import command_of
@@ -23,7 +24,7 @@ HTTP = ("http",)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    requests: list[str] = []
+    requests: ClassVar[list[str]] = []
 
     def do_GET(self):
         type(self).requests.append(self.path)
