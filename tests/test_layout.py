@@ -22,8 +22,10 @@ LAYERS = (
     {"checkpoint", "memory"},
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
-    {"run", "evaluation", "doctor", "export"},
+    {"run", "evaluation", "export"},
     {"evaluate", "report", "weights"},
+    {"machine"},
+    {"doctor"},
 )
 DOORS = {
     "torchdiffeq": "sampling.py",
