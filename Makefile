@@ -48,4 +48,4 @@ gpu-check:  ## on a GPU machine: build, check every operation, time every compon
 	$(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## remove what was built; runs/ stays
-	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so
+	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so kernels/unite_kernels/*.sources

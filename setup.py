@@ -14,6 +14,7 @@ built prints one line saying why and fails nothing: the eager forms remain, and 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -39,6 +40,14 @@ CUDA_FLAGS = [
     *("-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *("-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=compute_80"),
 ]
+
+
+def sources_digest() -> str:
+    """Of what the libraries are compiled from, as unite_kernels.extension computes it."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class NotBuilt(Exception):
@@ -142,6 +151,7 @@ class BuildLibraries(build_ext):
             print(f"{ext.name} is not built: {reason}", flush=True)
             return
         os.replace(shutil.copy(fresh, target.with_suffix(".new")), target)  # a loaded library must not be overwritten
+        target.with_suffix(".sources").write_text(sources_digest())  # by which the doctor tells a stale library
         print(f"{ext.name} is built", flush=True)
 
 

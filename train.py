@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, run, saving
+from unite_fast import checkpoint, command, config, config_io, data, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
@@ -68,6 +68,7 @@ class Inputs(NamedTuple):
         config.batch_split(settings.train, distributed.world_of_environment())
         sharding.check(settings, distributed.world_of_environment())
         run.check_paths(settings)
+        stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         return cls(
             source, load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels), started
@@ -112,14 +113,15 @@ def loop(
     step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
-    log = stats.Log(path, state.step, t.tensorboard) if ranks.is_main else None
+    log = None
+    if ranks.is_main:
+        log = stats.Log(path, state.step, stats.open_services(path, settings, config_io.to_dict(settings)))
     alarm = stats.CollapseAlarm(t.collapse_std)
     flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
     goal = state.images_seen + (total - state.step) * t.global_batch
     meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
-    writer = saving.Writer(path / "checkpoints", settings) if ranks.is_main else None
     stream = data.stream(
         source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
         settings.data.workers, settings.data.timeout,
@@ -141,7 +143,8 @@ def loop(
         done = state.step == total
         if state.step % t.log_every == 0 or done:
             row = {"step": state.step, "images_seen": state.images_seen} | means.drain()
-            row |= meter.rates(state.images_seen) | {"data_wait": batches.share()}
+            row |= meter.rates(state.images_seen)
+            row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             if log is not None:
                 log.write(row)
                 print(stats.progress_line(row, total), flush=True)
@@ -154,11 +157,10 @@ def loop(
             session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, ranks, *shown))
         if state.step % t.checkpoint_every == 0 or done or ending:
             run.check_finite(state, ranks)
-            kept, whole = means.sums(), checkpoint.whole_tensors_of(state)
-            if writer is not None:
-                session.save(writer, state, kept, whole)
-    if writer is not None:
-        session.finish_saving(writer)
+            session.save(state, means.sums())
+    session.finish_saving()
+    if log is not None:
+        log.close()
 
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:

@@ -22,6 +22,7 @@ from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.parts import whole
 from unite_fast.runtime import overlap, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
@@ -64,7 +65,7 @@ class Run:
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        return {n: t.detach().clone() for n, t in checkpoint.whole_tensors_of(self.state).items()}
+        return {n: whole(t).detach().clone() for n, t in checkpoint.tensors_of(self.state).items()}
 
 
 def outcome(ranks: Ranks, overrides: tuple[str, ...], steps: int) -> tuple[list[list[float]], dict[str, Tensor]]:
@@ -178,12 +179,10 @@ def test_buckets_leave_during_the_backward():
 
 
 def saved(of: Run, folder: str) -> Path:
-    """A checkpoint of the run's state, written by rank 0."""
-    whole = checkpoint.whole_tensors_of(of.state)
-    if of.ranks.is_main:
-        writer = saving.Writer(Path(folder), of.config)
-        writer.save(of.state, {}, whole)
-        writer.wait()
+    """A checkpoint of the run's state, written by all ranks."""
+    writer = saving.Writer(Path(folder), of.config, of.ranks)
+    writer.save(of.state, {})
+    writer.wait()
     of.ranks.barrier()
     return Path(folder) / f"step-{of.state.step:07d}"
 

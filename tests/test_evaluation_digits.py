@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,6 +16,7 @@ from unite_fast.config_io import from_dict
 from unite_fast.evaluation import digits as D
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
+from unite_fast.runtime.distributed import Ranks
 
 TINY = {
     "model": {
@@ -117,7 +119,7 @@ def test_latent_std():
 def save_untrained(folder, values):
     config = from_dict(values)
     model = build(config.model)
-    writer = saving.Writer(folder / "checkpoints", config)
+    writer = saving.Writer(folder / "checkpoints", config, Ranks(0, 1, torch.device("cpu")))
     writer.save(checkpoint.TrainState(model, Optimizer(model, config.optim)), {})
     writer.wait()
 

@@ -17,12 +17,15 @@ LAYERS = (
     {"config_io"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers"},
-    {"objective", "sampling", "interop", "pictures"},
+    {"objective", "sampling", "interop", "pictures", "shards"},
+    {"dcp"},
     {"checkpoint", "memory"},
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
-    {"run", "evaluation", "doctor", "export"},
-    {"evaluate", "report"},
+    {"run", "evaluation", "export"},
+    {"evaluate", "report", "weights"},
+    {"machine"},
+    {"doctor"},
 )
 DOORS = {
     "torchdiffeq": "sampling.py",

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import command, process
 
-from unite_fast.checkpoint import load_model
+from unite_fast.checkpoint import load_model, read
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
@@ -27,7 +26,7 @@ def train(config: Path, run: Path, *arguments: str, processes: int = 1) -> str:
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:07d}" / "training.safetensors")
+    return read(run / "checkpoints" / f"step-{step:07d}")
 
 
 def rows(run: Path) -> list[list[float]]:

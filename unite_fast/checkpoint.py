@@ -1,12 +1,14 @@
 """Training state on disk: tensors in safetensors, counters in JSON, a sha256 manifest. ``saving`` writes it.
 
-    checkpoints/step-0000200/   training.safetensors   model.* ema.* momentum.* exp_avg.* exp_avg_sq.*
+    checkpoints/step-0000200/   training-00001-of-00002.safetensors ...   one file per rank that wrote; of one rank:
+                                training.safetensors   model.* ema.* momentum.* exp_avg.* exp_avg_sq.*
                                                        ema_0.9999.* ... (optim.ema_extra)
                                 state.json             counters, running means, the resolved configuration
-                                manifest.json          size and sha256 of both
+                                manifest.json          size and sha256 of all of them
 
 A folder named ``*.incomplete`` is an unfinished save or removal and is never read. Parameter names are the stock ones,
-and nothing depends on the number of ranks. No file here can execute code when it is loaded.
+and any number of ranks, sharded or not, loads what any other number has saved. No file here can execute code when it
+is loaded. Format 1, before files were written by several ranks, is read as well.
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from unite_fast import interop
+from unite_fast import interop, shards
 from unite_fast.config import Config, UserError
 from unite_fast.config_io import from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.optim.parts import local, part_of, whole
+from unite_fast.optim.parts import local
+from unite_fast.runtime.guards import first_nonfinite
+from unite_fast.shards import Stored
 
 log = logging.getLogger("unite_fast.checkpoint")
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 NO_PICKLE = "this program executes nothing while it loads"
 NAME = re.compile(r"step-(\d{7,})$")
+TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
 
 
 @dataclass
@@ -57,17 +62,15 @@ STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint holds, by its name there, and the optimizer's step count."""
+    """Every tensor that a checkpoint holds, by its name there, and the optimizer's step count.
+
+    A tensor that is sharded over ranks is a DTensor; of any other, every rank has the same.
+    """
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     for average, values in state.optimizer.averages.items():
         tensors |= {f"{average}.{k}": v for k, v in values.items()}
     tensors |= state.optimizer.state_dict()
     return tensors | {STEPS: state.optimizer.steps}
-
-
-def whole_tensors_of(state: TrainState) -> dict[str, Tensor]:
-    """The same, with sharded tensors gathered; all ranks must ask for them."""
-    return {name: whole(tensor) for name, tensor in tensors_of(state).items()}
 
 
 def counters_of(state: TrainState) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def verify(path: Path, content: bool = True) -> str:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         if (path / ".metadata").exists():
             return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
         return "it has no readable manifest.json"
@@ -102,7 +105,14 @@ def verify(path: Path, content: bool = True) -> str:
             return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
         if content and _digest(file)["sha256"] != sha256:
             return f"{name} does not have the recorded sha256: its content changed"
-    return "" if {"training.safetensors", "state.json"} <= set(manifest) else "its manifest is incomplete"
+    return "" if "state.json" in manifest and _is_complete(manifest) else "its manifest is incomplete"
+
+
+def _is_complete(names: Iterable[str]) -> bool:
+    """Whether the numbered files of tensors among ``names`` are all there."""
+    found = [match for name in names if (match := TENSORS.match(name))]
+    counts = {int(match[3] or 1) for match in found}
+    return len(counts) == 1 and len(found) == counts.pop()
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
@@ -144,22 +154,36 @@ def identity(located: Path) -> str:
     return str(_digest(located if located.is_file() else located / "manifest.json")["sha256"])
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_counters(path: Path) -> dict[str, Any]:
+    """state.json, of a format that is known. Raises UserError."""
     try:
         state = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "training.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: state.json: {error}") from None
+    if not isinstance(state, dict) or state.get("format") not in READABLE:
         state = state if isinstance(state, dict) else {}
-        raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {FORMAT}")
-    return tensors, state
+        raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {READABLE}")
+    return state
+
+
+def stored(path: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, by its name in ``tensors_of``. Raises UserError."""
+    try:
+        names = sorted(name for name in json.loads((path / "manifest.json").read_text()) if TENSORS.match(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: manifest.json: {error}") from None
+    return shards.index([path / name for name in names])
+
+
+def read(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Those tensors of a checkpoint folder, or all, whole on the CPU. Raises UserError."""
+    return shards.read(stored(path), names)
 
 
 def _saved_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "state.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
     return config if isinstance(config, dict) else {}
 
@@ -199,14 +223,44 @@ def changes(path: Path, config: Config) -> list[str]:
     return [f"changed since {path.name}: {key} {old} -> {new}" for key, old, new in watched if key not in quiet]
 
 
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
+    """What of a checkpoint does not fit the state that it is to fill."""
+    wrong = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name].shape != tuple(tensor.shape):
+            wrong.append(f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}")
+        elif found[name].dtype != tensor.dtype:
+            wrong.append(f"{name} is {found[name].dtype}, expected {tensor.dtype}".replace("torch.", ""))
+    averages = tuple(f"{name.split('.')[0]}." for name in wanted)
+    return wrong + [
+        f"{name} is unknown to the model"
+        for name in found
+        if name not in wanted and (name.startswith(averages) or not name.startswith("ema_"))
+    ]
+
+
+def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[str, float]]:
+    """(step, images seen, optimizer steps, running sums) of state.json. Raises UserError."""
+    counts: list[int] = []
+    for name in ("step", "images_seen", "optimizer_steps"):
+        value = state.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+            raise UserError(f"checkpoint {path}: {name} in state.json is missing or malformed")
+        counts.append(value)
+    means = state.get("means")
+    numbers = means.values() if isinstance(means, dict) else [None]
+    if not all(isinstance(v, (int, float)) for v in numbers):
+        raise UserError(f"checkpoint {path}: means in state.json is missing or malformed")
+    return counts[0], counts[1], counts[2], state["means"]
 
 
 def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     """Fills ``state`` from a checkpoint folder or an official .pt; returns the running sums of its log line.
 
-    Raises UserError when it belongs to another model; ``state`` is then unchanged.
+    Every rank calls it and reads what it holds. Raises UserError when the checkpoint belongs to another model or is
+    not what this program writes; ``state`` is then unchanged, unless a number in it is not finite.
     """
     if path.is_file():
         content = interop.read_official(path)
@@ -215,37 +269,28 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         state.step = int(state.optimizer.steps)
         state.images_seen = state.step * config.train.global_batch
         return {}
-    tensors, counters = _read(path)
-    weights = _part(tensors, "model")
-    rest = {k: v for k, v in tensors.items() if k.startswith(("momentum.", "exp_avg.", "exp_avg_sq."))}
-    interop.check_weights(state.model, weights, str(path))
-    averages = {n: _part(tensors, n) for n in state.optimizer.averages}
-    fresh = [n for n, found in averages.items() if not found and n != "ema"]
-    averages = {n: found for n, found in averages.items() if n not in fresh}
-    wrong = [
-        f"{n}.{name}"
-        for n, found in averages.items()
-        for name, value in state.optimizer.averages[n].items()
-        if name not in found or found[name].shape != value.shape
-    ]
-    kinds = {"step": int, "images_seen": int, "optimizer_steps": int, "means": dict}
-    wrong += [name for name, kind in kinds.items() if not isinstance(counters.get(name), kind)]
-    if wrong:
-        raise UserError(f"checkpoint {path}: {wrong[0]} is missing or malformed")
+    step, images_seen, optimizer_steps, means = _counters(_read_counters(path), path)
+    found, wanted = stored(path), tensors_of(state)
+    del wanted[STEPS]
+    fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
+    wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
+    if wrong := _misfits(found, wanted):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")
+    from unite_fast import dcp
+
     try:
-        state.optimizer.load_state_dict(rest, counters["optimizer_steps"])
-    except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
-    interop.load_weights(state.model, weights, str(path))
-    with torch.no_grad():
-        for n, found in averages.items():
-            for name, value in state.optimizer.averages[n].items():
-                local(value).copy_(part_of(found[name], value))
+        dcp.load(wanted, found)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
+        raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
     if fresh:
         log.warning("%s has no %s; starting from its weights", path, ", ".join(fresh))
         state.optimizer.restart(fresh)
-    state.step, state.images_seen = counters["step"], counters["images_seen"]
-    return counters["means"]
+    state.optimizer.steps.fill_(optimizer_steps)
+    state.step, state.images_seen = step, images_seen
+    return means
 
 
 def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
@@ -260,12 +305,17 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
         if not isinstance(content.get(weights), dict):
             raise UserError(f"{path} has no '{weights}' weights")
         return interop.clean_keys(content[weights]), None
-    tensors, state = _read(path)
-    config = from_dict(state["config"], str(path))
+    _read_counters(path)
+    config, found = from_dict(_saved_config(path), str(path)), stored(path)
     known = [*ema.names(config.optim), "model"]
     if weights not in known:
         raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
-    return _part(tensors, "model") | _part(tensors, weights), config
+    names = {k.removeprefix("model."): k for k in found if k.startswith("model.")}
+    names |= {k.removeprefix(f"{weights}."): k for k in found if k.startswith(f"{weights}.")}
+    tensors = shards.read(found, names.values())
+    if bad := first_nonfinite(tensors):
+        raise UserError(f"checkpoint {path}: {bad} is not finite; take an older one")
+    return {name: tensors[key] for name, key in names.items()}, config
 
 
 def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:

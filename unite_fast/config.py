@@ -172,6 +172,10 @@ class TrainConfig:
     on_eval_error: Literal["continue", "fail"] = "continue"  # pictures or evaluation that raise
     collapse_std: float = 0.1  # warn when the latents' standard deviation over samples falls below
     tensorboard: bool = False
+    wandb: bool = False  # Weights & Biases beside the files of the run folder
+    wandb_project: str = "unite-fast"
+    wandb_name: str = ""  # empty: the run's name
+    wandb_offline: bool = False  # writes into the run folder only; `wandb sync` sends it later
 
 
 @dataclass(frozen=True)

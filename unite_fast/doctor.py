@@ -1,123 +1,124 @@
-"""What this machine can run: python -m unite_fast.doctor [--json]. A line is OK, WARN or FAIL with how to mend it."""
+"""What this machine can run: python -m unite_fast.doctor [--json] [--config FILE [section.key=value ...]]
+
+A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images,
+its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a FAIL.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
-import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from unite_fast.command import run
-from unite_kernels import extension
+from unite_fast import config_io, machine
+from unite_fast.command import first_line, run
+from unite_fast.config import Config, UserError
+from unite_fast.machine import Finding, release
 
-OPTIONAL = {
-    "triton": "comes with the CUDA build of torch",
-    "flash_attn": "pip install 'unite-fast[flash]'",
-    "transformer_engine": "pip install 'unite-fast[fp8]'",
-    "nvidia.dali": "pip install 'unite-fast[dali]'",
-    "tensorboard": "pip install 'unite-fast[log]'",
-    "wandb": "pip install 'unite-fast[log]'",
-}
 REQUIRED = ("torchvision", "lpips", "torch_fidelity", "torchdiffeq", "einops", "safetensors", "sklearn", "PIL", "yaml")
-
-
-class Finding(NamedTuple):
-    state: str  # OK, WARN or FAIL
-    what: str
-    detail: str
-
-
-def _version(package: str) -> str:
-    module = importlib.import_module(package)
-    return str(getattr(module, "__version__", "installed"))
+# Each with what installs it and, where an import alone says little, one tiny call.
+OPTIONAL: dict[str, tuple[str, Callable[[], str] | None]] = {
+    "flash_attn": ("pip install 'unite-fast[flash]'", machine.flash_attention),
+    "transformer_engine": ("pip install 'unite-fast[fp8]'", machine.transformer_engine),
+    "nvidia.dali": ("pip install 'unite-fast[dali]'", machine.dali),
+    "simplejpeg": ("pip install 'unite-fast[fast]'", None),
+    "pyarrow": ("pip install 'unite-fast[parquet]'", None),
+    "tensorboard": ("pip install 'unite-fast[log]'", None),
+    "wandb": ("pip install 'unite-fast[log]'", None),
+}
 
 
 def _python() -> Finding:
     supported = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return Finding(
-        "OK" if supported else "WARN",
-        "python",
-        platform.python_version() + ("" if supported else ": tested on 3.11 and 3.12"),
-    )
+    mend = "" if supported else "; it is tested on 3.11 and 3.12"
+    return Finding("OK" if supported else "WARN", "python", platform.python_version() + mend)
 
 
 def _torch() -> Finding:
-    release = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    supported = (2, 11) <= release < (2, 15)
-    return Finding(
-        "OK" if supported else "FAIL", "torch", torch.__version__ + ("" if supported else ": needs 2.11 to 2.14")
-    )
+    supported = (2, 11) <= release(torch.__version__) < (2, 15)
+    mend = "" if supported else "; install 2.11 to 2.14"
+    return Finding("OK" if supported else "FAIL", "torch", torch.__version__ + mend)
 
 
 def _device() -> Finding:
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        return Finding(
-            "OK", "device", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-        )
-    why = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver"
-    return Finding("WARN", "device", f"CPU, {torch.get_num_threads()} threads: {why}")
+    if not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver"
+        return Finding("WARN", "device", f"CPU, {torch.get_num_threads()} threads on {machine.cores():g} cores: {why}")
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(
+        sorted({f"{p.name} ({p.total_memory / machine.GIB:.0f} GiB, sm_{p.major}{p.minor})" for p in found})
+    )
+    if old := [p.name for p in found if p.major < 8]:
+        return Finding("FAIL", "device", f"{names}: {old[0]} is too old; bfloat16 needs sm_80")
+    return Finding("OK", "device", f"{len(found)} x {names}, CUDA {torch.version.cuda}")
 
 
 def _required(package: str) -> Finding:
-    try:
-        return Finding("OK", package, _version(package))
-    except Exception as error:  # a broken binary package raises anything
-        return Finding("FAIL", package, f"{type(error).__name__}: {str(error).splitlines()[0]}; reinstall it")
+    return Finding("OK", package, str(getattr(importlib.import_module(package), "__version__", "installed")))
 
 
 def _optional(package: str) -> Finding:
+    mend, trial = OPTIONAL[package]
     try:
         found = importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
         found = False
     if not found:
-        return Finding("WARN", package, f"not installed (optional): {OPTIONAL[package]}")
+        return Finding("WARN", package, f"not installed (optional): {mend}")
     finding = _required(package)
-    return finding if finding.state == "OK" else finding._replace(state="WARN")
+    return finding._replace(detail=f"{finding.detail}; {trial()}") if trial else finding
 
 
-def _libraries() -> list[Finding]:
-    findings = []
-    for name, status in extension.status().items():
-        needed = name == "cpu" or torch.cuda.is_available()
-        state = "OK" if status.present else ("FAIL" if needed else "WARN")
-        findings.append(Finding(state, f"C++ library ({name})", status.reason or "loads"))
-    return findings
+def _triton() -> Finding:
+    if importlib.util.find_spec("triton") is None:
+        needed = torch.cuda.is_available()
+        mend = "not installed: it comes with the CUDA build of torch, and efficiency.kernels=fused needs it on a GPU"
+        return Finding("FAIL" if needed else "WARN", "triton", mend)
+    return machine.triton()
 
 
-def _shared_memory() -> Finding:
-    if not os.path.isdir("/dev/shm"):
-        return Finding("WARN", "shared memory", "no /dev/shm; set data.workers=0 if loading workers die")
-    free = shutil.disk_usage("/dev/shm").free / 2**30
-    state = "OK" if free > 1 else "WARN"
-    return Finding(
-        state, "shared memory", f"{free:.1f} GiB free" + ("" if free > 1 else "; loading workers want 1 GiB")
-    )
+def _guarded(check: Callable[[], Finding], what: str, state: str) -> Finding:
+    """A broken package raises anything: that is a finding, too."""
+    try:
+        return check()
+    except Exception as error:
+        return Finding(state, what, f"{type(error).__name__}: {first_line(error)}; reinstall it")
 
 
-def examine() -> list[Finding]:
+def examine(config: Config | None = None) -> list[Finding]:
     """All findings, in the order in which they are printed."""
-    checks: list[Callable[[], Finding]] = [_python, _torch, _device, _shared_memory]
-    findings = [check() for check in checks]
-    findings += [_required(package) for package in REQUIRED]
-    return findings + _libraries() + [_optional(package) for package in OPTIONAL]
+    findings = [_python(), _torch(), _device(), machine.driver()]
+    findings += [_guarded(_triton, "triton", "FAIL" if torch.cuda.is_available() else "WARN")]
+    findings += [_guarded(machine.collectives, "collectives", "FAIL")]
+    findings += machine.libraries()
+    findings += [machine.shared_memory(), machine.open_files(), machine.disk(config)]
+    findings += [_guarded(functools.partial(_required, package), package, "FAIL") for package in REQUIRED]
+    findings += [_guarded(machine.torchvision_build, "torchvision build", "FAIL")]
+    findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
+    findings += machine.pretrained()
+    if config:
+        findings += [machine.workers(config), machine.dataset(config), machine.perceptual(config)]
+    return findings
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m unite_fast.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    as_json = parser.parse_args(argv).json
-    findings = examine()
-    if as_json:
+    parser.add_argument("--config", metavar="FILE", help="look at what this configuration needs, too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.overrides and not arguments.config:
+        raise UserError(f"{arguments.overrides[0]}: an override needs --config FILE")
+    config = config_io.load(arguments.config, arguments.overrides) if arguments.config else None
+    findings = examine(config)
+    if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
         for finding in findings:

@@ -25,7 +25,7 @@ from unite_fast import __version__, checkpoint, interop
 from unite_fast.command import run
 from unite_fast.config import Config, UserError
 from unite_fast.config_io import from_dict, to_dict
-from unite_fast.saving import write_tensors
+from unite_fast.shards import write_tensors
 
 ABSOLUTE = re.compile(r"^(~|[A-Za-z]:\\|/)|[\\/]")
 PATHS = ("run_dir", "resume", "init_from", "path", "heldout_path", "perceptual_trunk")

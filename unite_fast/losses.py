@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from unite_fast.config import ObjectiveConfig, UserError
 from unite_kernels.lpips_head import lpips_head
 
-TORCHVISION_VGG16 = "397923af"  # the first digits of the sha256 that torchvision publishes in the file's name
-MEND = "get torchvision's vgg16-397923af.pth and set objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
+# The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
+TORCHVISION_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+MEND = (
+    "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set "
+    "objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
+)
 
 
 def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
@@ -98,7 +102,7 @@ def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eage
     if not digest.startswith(config.perceptual_sha256 or TORCHVISION_VGG16):
         raise UserError(
             f"objective.perceptual_trunk {path} has sha256 {digest}, expected "
-            f"{config.perceptual_sha256 or TORCHVISION_VGG16 + '...'}; {MEND}"
+            f"{config.perceptual_sha256 or TORCHVISION_VGG16}; {MEND}"
         )
     try:
         if path.suffix == ".safetensors":

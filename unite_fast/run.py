@@ -233,9 +233,9 @@ def _on_any_rank(name: str, state: TrainState, ranks: Ranks) -> str:
 
 
 def check_finite(state: TrainState, ranks: Ranks) -> None:
-    """Before a save, on all ranks: raises Diverged naming the first tensor that is not finite."""
-    name = first_nonfinite({name: local(tensor) for name, tensor in checkpoint.tensors_of(state).items()})
-    if name := _on_any_rank(name, state, ranks):
+    """Before a save, on all ranks: raises Diverged naming the first tensor of any of them that is not finite."""
+    mine = first_nonfinite({name: local(tensor) for name, tensor in checkpoint.tensors_of(state).items()})
+    if name := next(filter(None, ranks.gather(mine)), ""):
         raise Diverged(f"{name} is not finite at step {state.step}; nothing was saved, the last checkpoint stays")
 
 

@@ -15,13 +15,12 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unite_fast import checkpoint
 from unite_fast.checkpoint import TrainState
@@ -128,6 +127,7 @@ class Session:
         self.stop = Stop(ranks, config.train.max_minutes, started)
         self.step = 0
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
+        self.writer = Writer(self.path / "checkpoints", config, ranks)
         self.descriptor: int | None = None
         self.log: RankLog | None = None
 
@@ -164,25 +164,19 @@ class Session:
         self.outcome = (state, reason)
         return state
 
-    def save(
-        self, writer: Writer, state: TrainState, means: dict[str, float], whole: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Starts a save, on the rank that writes; what became of the one before may end the run for all."""
-        writer.save(state, means, whole)
-        self._look_at(writer)
-
-    def finish_saving(self, writer: Writer) -> None:
-        """Waits for the save in flight. Raises RunError when the state could not be saved at the end."""
-        writer.wait()
-        self._look_at(writer)
-        if writer.failures:
-            raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good()}")
-
-    def _look_at(self, writer: Writer) -> None:
-        if writer.failures >= MAX_FAILURES:
+    def save(self, state: TrainState, means: dict[str, float]) -> None:
+        """Starts a save; what became of the one before may end the run. All ranks together."""
+        self.writer.save(state, means)
+        if self.writer.failures >= MAX_FAILURES:
             self.stop.fail(
-                f"the disk refused {writer.failures} checkpoints in a row; free some space, then start again"
+                f"the disk refused {self.writer.failures} checkpoints in a row; free some space, then start again"
             )
+
+    def finish_saving(self) -> None:
+        """Waits for the save in flight. Raises RunError when the state could not be saved at the end."""
+        self.writer.wait()
+        if self.writer.failures:
+            raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good()}")
 
     def status(self, state: str, reason: str = "") -> None:
         """Writes status.json, for schedulers and people; a full disk is no reason to stop."""
@@ -226,6 +220,7 @@ class Session:
             state, reason = ("diverged" if isinstance(error, Diverged) else "failed"), first_line(error)
             if self.log is not None and not isinstance(error, (RunError, UserError)):
                 self.log.logger.info("the run ends by an error", exc_info=error)
+            self.writer.abandon()
         else:
             self.stop.close()
         if self._is_first_failure() if error is not None else self.ranks.is_main:

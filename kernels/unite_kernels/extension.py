@@ -6,6 +6,7 @@ a library that cannot be loaded raises a RuntimeError saying why and what to do;
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 BUILD = "python setup.py build_ext --inplace"
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class Library(NamedTuple):
@@ -54,3 +56,28 @@ def load_cuda() -> None:
 def status() -> dict[str, Library]:
     """For "cpu" and "cuda": whether the library loads here, and if not the reason. Loads them."""
     return {kind: Library(not (reason := _load(f"_C_{kind}.so")), reason) for kind in ("cpu", "cuda")}
+
+
+def sources_digest(checkout: Path = CHECKOUT) -> str:
+    """A sha256 of csrc/, from which the libraries are compiled; empty in an installation without it."""
+    files = sorted(p for p in (checkout / "csrc").rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(checkout).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest() if files else ""
+
+
+def stale(kind: str) -> str:
+    """Why the "cpu" or "cuda" library does not belong to the sources beside it; empty if it does, or none are there.
+
+    setup.py records the hash of the sources beside a library. One without that record is compared by date.
+    """
+    library, checkout = Path(__file__).with_name(f"_C_{kind}.so"), CHECKOUT
+    digest = sources_digest(checkout)
+    if not digest or not library.exists():
+        return ""
+    record = library.with_suffix(".sources")
+    if record.is_file():
+        return "" if record.read_text() == digest else "it was built from other sources"
+    newest = max(p.stat().st_mtime for p in (checkout / "csrc").rglob("*") if p.is_file())
+    return "its sources are newer" if newest > library.stat().st_mtime else ""

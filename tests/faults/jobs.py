@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from unite_fast import checkpoint
 from unite_fast.runtime.stats import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -130,10 +130,18 @@ class Job:
         return sorted(p.name for p in (self.run / "checkpoints").glob("*.incomplete"))
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
-        return load_file(self.run / "checkpoints" / f"step-{step:07d}" / "training.safetensors")
+        """Of a checkpoint, whole, however many files it has."""
+        return checkpoint.read(self.folder_of(step))
+
+    def folder_of(self, step: int) -> Path:
+        return self.run / "checkpoints" / f"step-{step:07d}"
+
+    def files(self, step: int) -> list[Path]:
+        """The files of tensors of a checkpoint."""
+        return sorted(self.folder_of(step).glob("training*.safetensors"))
 
     def counters(self, step: int) -> dict:
-        content = json.loads((self.run / "checkpoints" / f"step-{step:07d}" / "state.json").read_text())
+        content = json.loads((self.folder_of(step) / "state.json").read_text())
         content.pop("config")
         return content
 

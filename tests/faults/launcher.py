@@ -19,7 +19,7 @@ import torch
 import sample
 import train
 import unite_fast.command
-from unite_fast import export
+from unite_fast import dcp, export  # noqa: F401
 
 PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "export": export.main}
 

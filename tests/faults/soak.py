@@ -23,7 +23,7 @@ OPTIONS = (f"train.max_steps={STEPS}", "train.epochs=100", "train.checkpoint_eve
 
 def damage(job: Job, how: str) -> str:
     newest = sorted((job.run / "checkpoints").glob("step-*[0-9]"))[-1]
-    path = newest / "training.safetensors"
+    path = sorted(newest.glob("training*.safetensors"))[-1]
     if how == "truncate":
         os.truncate(path, path.stat().st_size // 2)
     else:

@@ -45,6 +45,9 @@ def test_without_optional_packages(job):
     result = python(code, *words, "train.tensorboard=true", "train.max_steps=3")
     assert result.returncode == 2
     assert result.stderr == "error: train.tensorboard=true needs tensorboard; pip install 'unite-fast[log]'\n"
+    result = python(code, *words, "train.wandb=true", "train.max_steps=3")
+    assert result.returncode == 2
+    assert result.stderr == "error: train.wandb=true needs wandb; pip install 'unite-fast[log]'\n"
 
 
 @pytest.mark.parametrize("blocked", [(), OPTIONAL, ("lpips",)])

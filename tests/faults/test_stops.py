@@ -42,6 +42,19 @@ def test_stopped_rank(job):
     assert job.status["state"] == "failed"
 
 
+@fault("F25", "hung collective", "the same in a save, which the other rank does not commit alone")
+def test_stopped_while_saving(job):
+    words = ("train.max_steps=2000", "train.epochs=1000", "train.checkpoint_every=5", "comm.train_timeout=3")
+    ranks = job.start(*words, fault="stop@rank=1,step=10,phase=ckpt.write")
+    started = time.monotonic()
+    assert ranks[0].wait(40) == 1
+    assert time.monotonic() - started < 30
+    ranks[1].kill(signal.SIGKILL)
+    ranks[1].wait()
+    assert job.steps() == [5]
+    assert job.status["state"] == "failed"
+
+
 @fault("F28", "SIGTERM to torchrun", "all ranks stop after the same step, save, status preempted, within the grace")
 def test_sigterm_to_torchrun(job, straight):
     process = torchrun(job, *STRAIGHT, restarts=0, fault=SLOW)

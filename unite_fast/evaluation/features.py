@@ -20,8 +20,8 @@ from torch import Tensor
 from unite_fast import data
 from unite_fast.config import Config, UserError
 
-# The first digits of the sha256 that torch-fidelity publishes in the name of its weights.
-INCEPTION = "6726825d"
+# The sha256 of torch-fidelity's weights, whose name has its first digits.
+INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LAYERS = ("2048", "logits_unbiased")
 SHALLOW = ("64", "192", "768", "2048")
@@ -51,11 +51,11 @@ def inception(
     file = Path(path)
     where = f"Inception weights {path}"
     if not file.is_file():
-        raise UserError(f"{where}: no such file; get {INCEPTION_FILE} from torch-fidelity's releases and name it")
+        raise UserError(f"{where}: no such file; get {INCEPTION_FILE}: python -m unite_fast.weights inception")
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(expected):
-        raise UserError(f"{where}: sha256 {digest}, expected {expected}...; scores of other weights do not compare")
+        raise UserError(f"{where}: sha256 {digest}, expected {expected}; scores of other weights do not compare")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways; each means that the file is not what it should be

@@ -1,21 +1,26 @@
-"""What a run reports: means of device-side metrics, one progress line, metrics.csv and metrics.jsonl."""
+"""What a run reports: means of device-side metrics, one progress line, metrics.csv and metrics.jsonl.
+
+Whoever asks gets the rows in TensorBoard or Weights & Biases as well; what fails there costs one warning.
+"""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unite_fast.config import UserError
+from unite_fast.config import Config, TrainConfig, UserError
 from unite_fast.runtime.distributed import Ranks
 
 log = logging.getLogger("unite_fast.stats")
@@ -58,24 +63,89 @@ class Means:
         return {name: value / count if count else math.nan for name, value in sums.items()} | {SKIPPED: skipped}
 
 
+class Service(Protocol):
+    """Where rows go besides the run folder."""
+
+    def write(self, row: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A resumed run goes on under its own id, which wandb_id.txt in the run folder keeps."""
+
+    def __init__(self, folder: Path, config: Config, values: dict[str, Any]) -> None:
+        """values: the configuration as it is shown there."""
+        import wandb
+
+        t, file = config.train, folder / "wandb_id.txt"
+        known = file.read_text().strip() if file.is_file() else None
+        self.run = wandb.init(
+            project=t.wandb_project, name=t.wandb_name or config.name, dir=str(folder), config=values, id=known,
+            mode="offline" if t.wandb_offline else "online", resume="allow",
+        )  # fmt: skip
+        file.write_text(self.run.id)
+
+    def write(self, row: dict[str, float]) -> None:
+        self.run.log({name: value for name, value in row.items() if not math.isnan(value)}, step=int(row["step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def check_services(train: TrainConfig) -> None:
+    """Raises UserError when a service is asked for whose package is not installed."""
+    for package in ("tensorboard", "wandb"):
+        if getattr(train, package) and importlib.util.find_spec(package) is None:
+            raise UserError(f"train.{package}=true needs {package}; pip install 'unite-fast[log]'")
+
+
+def open_services(folder: Path, config: Config, values: dict[str, Any]) -> list[Service]:
+    """The services that ``config`` asks for and that can be reached; the others cost a warning each."""
+    makers: dict[str, Callable[[], Service]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: WeightsAndBiases(folder, config, values),
+    }
+    services = []
+    for name, make in makers.items():
+        if getattr(config.train, name):
+            try:
+                services.append(make())
+            except Exception as error:  # whatever a service does, the run does not depend on it
+                log.warning("%s cannot be used (%s); training goes on without it", name, _first_line(error))
+    return services
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Log:
     """metrics.jsonl and metrics.csv of a run folder: one row per log line, kept in step with checkpoints on resume."""
 
-    def __init__(self, folder: Path, resumed_step: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, resumed_step: int, services: list[Service] | None = None) -> None:
         self.json_path, self.csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
         self.header: list[str] = []
-        self.writer: Any = None
-        self.warned = False
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("train.tensorboard=true needs tensorboard; pip install 'unite-fast[log]'") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.services = services or []
+        self.warned: set[object] = set()
         try:
             self._cut(resumed_step)
         except OSError as error:
-            self._warn(error)
+            self._warn(self, error)
 
     def _cut(self, resumed_step: int) -> None:
         """Removes rows later than the checkpoint from which the run goes on: they will come again."""
@@ -87,10 +157,12 @@ class Log:
         table = [self.header, *([row.get(k, "") for k in self.header] for row in rows)]
         self.csv_path.write_text(_csv(table) if rows else "")
 
-    def _warn(self, error: Exception) -> None:
-        if not self.warned:
-            log.warning("metrics cannot be written (%s); training goes on", error)
-        self.warned = True
+    def _warn(self, who: object, error: Exception) -> None:
+        """Once for the files and once for each service."""
+        if who not in self.warned:
+            where = "" if who is self else f" to {type(who).__name__}"
+            log.warning("metrics cannot be written%s (%s); training goes on", where, _first_line(error))
+        self.warned.add(who)
 
     def write(self, row: dict[str, float]) -> None:
         """A full or read-only disk costs the row and one warning, never the run. JSON has no NaN: it becomes null."""
@@ -102,11 +174,21 @@ class Log:
                     self.header = list(row)
                     file.write(_csv([self.header]))
                 file.write(_csv([[row.get(k, "") for k in self.header]]))
-            if self.writer is not None:
-                for name, value in row.items():
-                    self.writer.add_scalar(name, value, int(row["step"]))
-        except Exception as error:
-            self._warn(error)
+        except OSError as error:
+            self._warn(self, error)
+        for service in self.services:
+            try:
+                service.write(row)
+            except Exception as error:  # of somebody else's code, over a network
+                self._warn(service, error)
+
+    def close(self) -> None:
+        """At the end of the run: what the services hold back is sent."""
+        for service in self.services:
+            try:
+                service.close()
+            except Exception as error:
+                self._warn(service, error)
 
 
 def _json(row: dict[str, float]) -> str:

@@ -1,0 +1,229 @@
+"""The doctor's checks, each with a machine that is well and one that is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import runpy
+import shutil
+import sys
+import types
+from collections import namedtuple
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from support import ROOT, TINY, command_of
+
+from unite_fast import doctor, machine
+from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.model.unite import build
+from unite_fast.optim.optimizer import Optimizer
+from unite_fast.weights import Weights
+from unite_kernels import extension, probe
+
+CONFIG = from_dict(parse_yaml(TINY, "tiny"))
+
+
+def test_torchvision_of_another_torch(monkeypatch):
+    assert machine.torchvision_build().state == "OK"
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "version", lambda package: "0.20.1")
+        found = machine.torchvision_build()
+        wanted = f"0.{machine.release(torch.__version__)[1] + 15}"
+        assert found.state == "FAIL"
+        assert (
+            f"0.20.1 does not belong to torch {torch.__version__}; pip install 'torchvision=={wanted}.*'"
+            in found.detail
+        )
+    import torchvision
+
+    monkeypatch.setattr(torchvision.version, "cuda", "11.8")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert machine.torchvision_build().detail.startswith("for CUDA 11.8, torch is for 13.0; ")
+    monkeypatch.setattr(torchvision.version, "cuda", 13000)
+    assert machine.torchvision_build().state == "OK"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "state", "says"),
+    [
+        (0, "13.0", "WARN", "no NVIDIA driver"),
+        (12080, "13.0", "FAIL", "for CUDA 12.8, torch needs 13.0; update the driver"),
+        (13000, "13.2", "OK", "for CUDA 13.0; torch has 13.2"),
+        (13010, "12.8", "OK", "for CUDA 13.1"),
+        (13000, None, "WARN", "has no CUDA; install its build"),
+    ],
+)
+def test_driver(monkeypatch, driver, runtime, state, says):
+    monkeypatch.setattr(machine, "driver_version", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", runtime)
+    found = machine.driver()
+    assert found.state == state
+    assert says in found.detail
+
+
+def test_collectives(monkeypatch):
+    found = machine.collectives()
+    assert found.state == "OK"
+    assert "gives 1" in found.detail
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert machine.collectives().state == "FAIL"
+
+
+def test_triton(monkeypatch):
+    pytest.importorskip("triton")
+    assert doctor._triton().state == "OK"
+
+    def broken():
+        raise RuntimeError("ptxas is missing\nlong story")
+
+    monkeypatch.setattr(probe, "triton_works", broken)
+    found = doctor._guarded(doctor._triton, "triton", "WARN")
+    assert found == ("WARN", "triton", "RuntimeError: ptxas is missing; reinstall it")
+
+
+def test_stale_library(monkeypatch, tmp_path):
+    package = tmp_path / "kernels" / "unite_kernels"
+    package.mkdir(parents=True)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(extension, "__file__", str(package / "extension.py"))
+    monkeypatch.setattr(extension, "CHECKOUT", tmp_path)
+    assert extension.stale("cpu") == ""  # not built: another finding says so
+    library, source = package / "_C_cpu.so", tmp_path / "csrc" / "checks.h"
+    library.write_bytes(b"")
+    for path in (tmp_path / "csrc").rglob("*"):
+        os.utime(path, (1, 1))
+    assert extension.stale("cpu") == ""
+    os.utime(source, (2e10, 2e10))
+    assert extension.stale("cpu") == "its sources are newer"
+    library.with_suffix(".sources").write_text(extension.sources_digest(tmp_path))
+    assert extension.stale("cpu") == ""
+    source.write_text(source.read_text() + " ")
+    assert extension.stale("cpu") == "it was built from other sources"
+    monkeypatch.setattr(extension, "status", lambda: {"cpu": extension.Library(True, "")})
+    assert machine.libraries() == [
+        ("FAIL", "C++ library (cpu)", f"it was built from other sources; run `{extension.BUILD}`")
+    ]
+    shutil.rmtree(tmp_path / "csrc")
+    assert extension.stale("cpu") == ""  # an installation without sources
+
+
+def test_setup_records_the_same_hash(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    assert runpy.run_path(str(ROOT / "setup.py"))["sources_digest"]() == extension.sources_digest() != ""
+
+
+def test_cores_and_workers(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4.0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    busy = replace(CONFIG, data=replace(CONFIG.data, source="folder", workers=3))
+    assert machine.workers(busy) == ("WARN", "data workers", "3 workers x 2 ranks on 4 cores; set data.workers=2")
+    assert machine.workers(replace(busy, data=replace(busy.data, workers=2))).state == "OK"
+    assert machine.workers(CONFIG).state == "OK"  # digits decode nothing
+
+
+def test_cores_of_a_container(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(Path, "read_text", lambda self: "150000 100000\n")
+    assert machine.cores() == 1.5
+    monkeypatch.setattr(Path, "read_text", lambda self: "max 100000\n")
+    assert machine.cores() == 16
+
+
+@pytest.mark.parametrize(("soft", "state"), [(1024, "WARN"), (4096, "OK"), (resource.RLIM_INFINITY, "OK")])
+def test_open_files(monkeypatch, soft, state):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, 1 << 20))
+    found = machine.open_files()
+    assert found.state == state
+    assert state == "OK" or "ulimit -n 4096" in found.detail
+
+
+def test_disk_and_shared_memory(monkeypatch, tmp_path):
+    Usage = namedtuple("Usage", "total used free")
+    config = replace(CONFIG, run_dir=str(tmp_path / "not" / "yet"))
+    model = build(CONFIG.model)
+    optimizer = Optimizer(model, CONFIG.optim)
+    tensors = [*model.state_dict().values(), *optimizer.ema.values(), *optimizer.state_dict().values()]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    assert machine.checkpoint_bytes(config) == size
+    for factor, state in ((5.01, "OK"), (4.9, "WARN")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=factor: Usage(0, 0, f * size))
+        found = machine.disk(config)
+        assert found.state == state
+        assert state == "OK" or "set run_dir=PATH" in found.detail
+    assert machine.disk().state == "WARN"
+    assert machine.shared_memory().state == "WARN"
+
+
+def test_pretrained(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    digest = hashlib.sha256(b"content").hexdigest()
+    monkeypatch.setattr(machine, "KNOWN", {"w": Weights("w.pth", "https://127.0.0.1:1/w.pth", digest)})
+    assert machine.pretrained() == [("WARN", "weights w", "not in weights/: python -m unite_fast.weights w")]
+    Path("w.pth").write_bytes(b"content")
+    assert machine.pretrained()[0].state == "OK"
+    Path("w.pth").write_bytes(b"altered")
+    assert machine.pretrained()[0].state == "FAIL"
+
+
+def test_configuration(tmp_path, tiny):
+    assert machine.dataset(CONFIG) == ("OK", "data digits", "1,497 images in 10 classes")
+    missing = replace(CONFIG, data=replace(CONFIG.data, source="folder", path=str(tmp_path / "none")))
+    assert machine.dataset(missing).state == "FAIL"
+    assert machine.perceptual(CONFIG).state == "OK"
+    path = tmp_path / "trunk.pth"
+    path.write_bytes(b"other")
+    color = replace(CONFIG, model=replace(CONFIG.model, channels=3))
+    asked = replace(color, objective=replace(color.objective, perceptual_weight=1.0, perceptual_trunk=str(path)))
+    found = machine.perceptual(asked)
+    assert found.state == "FAIL"
+    assert "has sha256" in found.detail
+    outcome = command_of(doctor.main, "--json", "--config", tiny, "data.source=folder", "data.path=no/where")
+    found = {f["what"]: f for f in json.loads(outcome.stdout)}
+    assert found["data folder"]["state"] == "FAIL"
+    assert "no such folder" in found["data folder"]["detail"]
+    assert {"driver", "collectives", "open files", "disk", "data workers", "LPIPS trunk"} <= set(found)
+    assert outcome.returncode == 1
+    assert command_of(doctor.main, "data.source=folder").returncode == 2
+
+
+class StandIn(types.ModuleType):
+    pass
+
+
+def package(monkeypatch, name: str, **content) -> None:
+    """A stand-in for an optional package."""
+    for depth in range(1, name.count(".") + 2):
+        part = ".".join(name.split(".")[:depth])
+        if part in sys.modules and isinstance(sys.modules[part], StandIn):
+            continue
+        module = StandIn(part)
+        module.__spec__ = ModuleSpec(part, None, is_package=True)
+        module.__path__ = []  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, part, module)
+    for key, value in content.items():
+        setattr(sys.modules[name], key, value)
+
+
+def test_optional_packages_that_are_broken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    package(monkeypatch, "transformer_engine.pytorch")
+    assert doctor._optional("transformer_engine") == (
+        "OK", "transformer_engine", "installed; imports; no GPU to try it on",
+    )  # fmt: skip
+
+    class Pipeline:
+        def __init__(self, **options):
+            raise OSError("libnvjpeg.so: cannot open")
+
+    package(monkeypatch, "nvidia.dali.pipeline", Pipeline=Pipeline)
+    package(monkeypatch, "nvidia.dali.fn")
+    found = doctor._guarded(lambda: doctor._optional("nvidia.dali"), "nvidia.dali", "WARN")
+    assert found == ("WARN", "nvidia.dali", "OSError: libnvjpeg.so: cannot open; reinstall it")
