@@ -17,12 +17,12 @@ LAYERS = (
     {"config_io"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers"},
-    {"objective", "sampling", "interop", "pictures"},
+    {"objective", "sampling", "interop", "pictures", "throughput"},
     {"checkpoint", "memory"},
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
     {"run", "evaluation", "doctor", "export"},
-    {"evaluate", "report"},
+    {"evaluate", "report", "plan"},
 )
 DOORS = {
     "torchdiffeq": "sampling.py",

@@ -1,4 +1,7 @@
-"""What this machine can run: python -m unite_fast.doctor [--json]. A line is OK, WARN or FAIL with how to mend it."""
+"""What this machine can run: python -m unite_fast.doctor [--json] [--config FILE [section.key=value ...]].
+
+A line is OK, WARN or FAIL with how to mend it. With a configuration, its source of images is opened and timed, too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 
+from unite_fast import config_io, data, throughput
 from unite_fast.command import run
+from unite_fast.config import Config, UserError
 from unite_kernels import extension
 
 OPTIONAL = {
@@ -104,20 +109,35 @@ def _shared_memory() -> Finding:
     )
 
 
-def examine() -> list[Finding]:
+def _data(config: Config) -> Finding:
+    """Images/s of the configured source, expected and measured, against what training would take."""
+    try:
+        source = data.open_source(config.data, config.model)
+        return Finding("OK", f"data {config.data.source}", throughput.supply(config, source))
+    except (UserError, data.WorkerError) as error:
+        return Finding("FAIL", f"data {config.data.source}", str(error))
+
+
+def examine(config: Config | None = None) -> list[Finding]:
     """All findings, in the order in which they are printed."""
     checks: list[Callable[[], Finding]] = [_python, _torch, _device, _shared_memory]
     findings = [check() for check in checks]
     findings += [_required(package) for package in REQUIRED]
-    return findings + _libraries() + [_optional(package) for package in OPTIONAL]
+    findings += _libraries() + [_optional(package) for package in OPTIONAL]
+    return findings + ([_data(config)] if config else [])
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m unite_fast.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    as_json = parser.parse_args(argv).json
-    findings = examine()
-    if as_json:
+    parser.add_argument("--config", metavar="FILE", help="time this configuration's source of images")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.overrides and not arguments.config:
+        raise UserError(f"{arguments.overrides[0]}: an override needs --config FILE")
+    config = config_io.load(arguments.config, arguments.overrides) if arguments.config else None
+    findings = examine(config)
+    if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
         for finding in findings:
