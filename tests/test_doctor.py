@@ -174,9 +174,11 @@ def test_pretrained(monkeypatch, tmp_path):
 
 
 def test_configuration(tmp_path, tiny):
-    assert machine.dataset(CONFIG) == ("OK", "data digits", "1,497 images in 10 classes")
+    state, what, detail = doctor._data(CONFIG)
+    assert (state, what) == ("OK", "data digits")
+    assert detail.startswith("1,497 images in 10 classes; ")
     missing = replace(CONFIG, data=replace(CONFIG.data, source="folder", path=str(tmp_path / "none")))
-    assert machine.dataset(missing).state == "FAIL"
+    assert doctor._data(missing).state == "FAIL"
     assert machine.perceptual(CONFIG).state == "OK"
     path = tmp_path / "trunk.pth"
     path.write_bytes(b"other")

@@ -1,7 +1,8 @@
 """What this machine can run: python -m unite_fast.doctor [--json] [--config FILE [section.key=value ...]]
 
-A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images,
-its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a FAIL.
+A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images
+and how fast they come, its weights, room for its checkpoints, enough cores for its workers. After a FAIL the exit code
+is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from unite_fast import config_io, machine
+from unite_fast import config_io, data, machine, throughput
 from unite_fast.command import first_line, run
 from unite_fast.config import Config, UserError
 from unite_fast.machine import Finding, release
@@ -104,8 +105,19 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
     if config:
-        findings += [machine.workers(config), machine.dataset(config), machine.perceptual(config)]
+        findings += [machine.workers(config), _data(config), machine.perceptual(config)]
     return findings
+
+
+def _data(config: Config) -> Finding:
+    """Its images, and their rate, expected and measured, against what training would take."""
+    what = f"data {config.data.source}"
+    try:
+        source = data.open_source(config.data, config.model)
+        rate = throughput.supply(config, source)
+    except (UserError, data.WorkerError) as error:
+        return Finding("FAIL", what, str(error))
+    return Finding("OK", what, f"{len(source):,} images in {source.num_classes} classes; {rate}")
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from unite_fast import data
 from unite_fast.config import Config, UserError
 from unite_fast.losses import load_perceptual
 from unite_fast.model.unite import UNITE
@@ -211,15 +210,6 @@ def workers(config: Config) -> Finding:
     if wanted <= have or config.data.source in ("digits", "synthetic"):
         return Finding("OK", "data workers", said)
     return Finding("WARN", "data workers", f"{said}; set data.workers={max(1, math.floor(have / ranks))}")
-
-
-def dataset(config: Config) -> Finding:
-    what = f"data {config.data.source}"
-    try:
-        source = data.open_source(config.data, config.model)
-    except UserError as error:
-        return Finding("FAIL", what, str(error))
-    return Finding("OK", what, f"{len(source):,} images in {source.num_classes} classes")
 
 
 def perceptual(config: Config) -> Finding:
