@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, run
+from unite_fast import checkpoint, command, config, config_io, data, plan, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
@@ -31,7 +31,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, memory and batch split, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes, FLOPs, memory, projected speed and data rate, and stop"
+    )
+    parser.add_argument("--mfu", type=float, metavar="X", help="with --dry-run: the utilisation to project, as 0.4")
     parser.add_argument(
         "--fast-dev-run", type=int, metavar="N", default=0, help="N steps, pictures, checkpoint and resume"
     )
@@ -39,6 +42,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     settings = config_io.load(arguments.config, arguments.overrides)
+    if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
+        raise config.UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
     if arguments.fast_dev_run < 0:
         raise config.UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
     if arguments.fast_dev_run:
@@ -75,16 +80,13 @@ class Inputs(NamedTuple):
         )
 
 
-def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs, dry_run: bool = False) -> TrainState:
+def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
     """One run from its configuration to its last checkpoint."""
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
-        print(run.describe(settings, state, ranks, split, len(source), activations=dry_run))
-    if dry_run:
-        return state
-
+        print(run.describe(settings, state, ranks, split, len(source)))
     check_agreement(settings, ranks)
     choice = ranks.decide(lambda: run.choose(settings))
     sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
@@ -181,6 +183,10 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(config_io.to_yaml(settings), end="")
         return 0
+    if arguments.dry_run:
+        if distributed.rank_of_environment() == 0:
+            print(plan.dry_run(settings, arguments.mfu))
+        return 0
     inputs = Inputs.check(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)
     try:
@@ -188,7 +194,7 @@ def main(argv: list[str]) -> int:
         faults.arm(ranks.rank)
         if arguments.fast_dev_run:
             ranks.decide(lambda: run.clear_dev_folder(folder(settings)))
-        state = train(settings, ranks, inputs, arguments.dry_run)
+        state = train(settings, ranks, inputs)
         if arguments.fast_dev_run:
             check_round_trip(settings, state, ranks)
     finally:

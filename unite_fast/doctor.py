@@ -1,7 +1,7 @@
 """What this machine can run: python -m unite_fast.doctor [--json] [--config FILE [section.key=value ...]]
 
-A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images,
-its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a FAIL.
+A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images
+and how fast they come, its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a FAIL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from unite_fast import config_io, machine
+from unite_fast import config_io, data, machine, throughput
 from unite_fast.command import first_line, run
 from unite_fast.config import Config, UserError
 from unite_fast.machine import Finding, release
@@ -84,6 +84,14 @@ def _triton() -> Finding:
     return machine.triton()
 
 
+def _rate(config: Config) -> Finding:
+    """Images/s of the configured source, expected and measured, against what training would take."""
+    try:
+        return Finding("OK", "data rate", throughput.supply(config, data.open_source(config.data, config.model)))
+    except (UserError, data.WorkerError) as error:
+        return Finding("FAIL", "data rate", str(error))
+
+
 def _guarded(check: Callable[[], Finding], what: str, state: str) -> Finding:
     """A broken package raises anything: that is a finding, too."""
     try:
@@ -104,7 +112,9 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
     if config:
-        findings += [machine.workers(config), machine.dataset(config), machine.perceptual(config)]
+        dataset = machine.dataset(config)
+        rate = [] if dataset.state == "FAIL" else [_rate(config)]
+        findings += [machine.workers(config), dataset, *rate, machine.perceptual(config)]
     return findings
 
 

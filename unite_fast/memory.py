@@ -85,11 +85,23 @@ def activation_bytes(
     return sizes
 
 
-def persistent_bytes(config: Config) -> int:
-    """Weights, gradients and EMA of each trainable parameter, and its optimizer's state; float32."""
+def persistent_parts(config: Config) -> dict[str, int]:
+    """Bytes of the trainable parameters, their gradients, their optimizer's state and their EMA; float32."""
     with torch.device("meta"):
         muon, adamw = split_parameters(UNITE(config.model), config.optim.muon)
-    return 4 * (4 * sum(p.numel() for p in muon.values()) + 5 * sum(p.numel() for p in adamw.values()))
+    matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
+    each = 4 * (matrices + others)
+    return {"parameters": each, "gradients": each, "optimizer": 4 * (matrices + 2 * others), "EMA": each}
+
+
+def persistent_bytes(config: Config) -> int:
+    """The sum of ``persistent_parts``."""
+    return sum(persistent_parts(config).values())
+
+
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def recompute(config: Config, ranks: Ranks) -> Recompute:

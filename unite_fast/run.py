@@ -24,7 +24,7 @@ from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_dict, to_yaml
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.encoder import Block
-from unite_fast.model.unite import FORWARDS, build
+from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import copies_group, local
 from unite_fast.runtime import compiling, faults, sharding
@@ -79,9 +79,12 @@ def check_paths(config: Config) -> None:
         checkpoint.locate(config.init_from)
 
 
-def fresh_state(config: Config, ranks: Ranks) -> TrainState:
-    """A new model (the same on every rank) with its optimizer, on the device; weights from ``init_from`` if given."""
-    model = build(config.model, config.seed, ranks.device)
+def fresh_state(config: Config, ranks: Ranks, model: UNITE | None = None) -> TrainState:
+    """A new model (the same on every rank) with its optimizer, on the device; weights from ``init_from`` if given.
+
+    model: taken instead of a new one; on the meta device the state takes no memory.
+    """
+    model = model or build(config.model, config.seed, ranks.device)
     if config.init_from:
         weights, saved = checkpoint.load_weights(config.init_from, "ema")
         if saved is not None:
@@ -263,11 +266,8 @@ def strategy_line(config: Config, ranks: Ranks) -> str:
     return f"{t.strategy}, {world // size} x {size} shards, Muon divided over {size} ranks"
 
 
-def describe(
-    config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int, activations: bool = False
-) -> str:
-    """What ``--dry-run`` prints: sizes, FLOPs, batch split, memory, length. activations: count theirs, which may take
-    some seconds."""
+def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:
+    """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``."""
     model, t, o, e = state.model, config.train, config.objective, config.efficiency
     count = model.trainable_parameters()
     parts = {
@@ -280,8 +280,9 @@ def describe(
     executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
-    sizes_of = memory.activation_bytes(config.model, o, e, split[0]) if activations else {}
-    kept = "".join(f", {name} pass {size / 2**30:.2f} GiB of activations" for name, size in sizes_of.items())
+    shards = sharding.shard_size(config, ranks.world_size)
+    stay = {name: size // shards for name, size in memory.persistent_parts(config).items()}
+    kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
     recompute = memory.recompute(config, ranks)
     total = last_step(config, state, images)
     return "\n".join(
@@ -291,7 +292,7 @@ def describe(
             f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
-            f"memory         {memory.persistent_bytes(config) / 2**30:.2f} GiB per rank that stay{kept}",
+            f"memory         {memory.amount(sum(stay.values()))} per rank that stay: {kept}",
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",

@@ -12,8 +12,11 @@ import torch
 
 from unite_fast.config import ModelConfig
 
-# Dense bf16 peak, FLOP/s, from the vendor's data sheets.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 peak in TFLOP/s from the vendor's data sheets (half of their figure with sparsity), the longer name first.
+PEAK_BF16 = {
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
+    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+}  # fmt: skip
 
 # VGG16's convolutions: (channels in, channels out, pooling steps before).
 VGG16 = (
@@ -71,9 +74,11 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned
     return parts | {"total": sum(parts.values())}
 
 
+def peak_of(name: str) -> float | None:
+    """The dense bf16 peak in FLOP/s of a device of this name, where the table knows it."""
+    return next((peak * 1e12 for key, peak in PEAK_BF16.items() if key in name), None)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s where the table knows it."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,0 +1,64 @@
+"""What ``train.py --dry-run`` prints: sizes, FLOPs, memory, speed and data of a run. The model takes no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from unite_fast import data, memory, run, throughput
+from unite_fast.config import Config, batch_split
+from unite_fast.losses import load_perceptual
+from unite_fast.model.unite import UNITE
+from unite_fast.runtime import distributed, sharding
+from unite_fast.runtime.distributed import Ranks
+
+
+def activations_line(config: Config, micro_batch: int, shards: int) -> str:
+    """What the passes keep for their backward, and the sum with what stays of a model in ``shards`` parts."""
+    kept = memory.activation_bytes(config.model, config.objective, config.efficiency, micro_batch)
+    peak = max(kept.values())
+    by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
+    total = memory.amount(peak + memory.persistent_bytes(config) // shards)
+    return (
+        f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
+        f"{total} with what stays (counted from sizes)"
+    )
+
+
+def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
+    """The run's source, None where no path is given yet, and what is missing. A path that is wrong is a UserError."""
+    missing = []
+    o = config.objective
+    if o.perceptual_weight > 0 and not o.perceptual_trunk:
+        missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
+    else:
+        load_perceptual(o, config.model.channels, config.efficiency.kernels)
+    if config.data.source not in ("digits", "synthetic") and not config.data.path:
+        return None, [*missing, f"data.path is not given: {throughput.IMAGENET:,} images of ImageNet-1k are assumed"]
+    return data.open_source(config.data, config.model), missing
+
+
+def dry_run(config: Config, mfu: float | None = None) -> str:
+    """The plan of a run as this many processes would do it. Raises UserError.
+
+    mfu: utilisation for which speed is projected; None for a table of several.
+    """
+    run.check_paths(config)
+    world = distributed.world_of_environment()
+    split = batch_split(config.train, world)
+    sharding.check(config, world)
+    source, missing = open_inputs(config)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    ranks = Ranks(0, world, device)
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    # The whole model, whoever else there is: shapes need no other ranks.
+    state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
+    lines = [run.describe(config, state, ranks, split, len(source) if source else throughput.IMAGENET)]
+    lines.append(activations_line(config, split[0], sharding.shard_size(config, world)))
+    mfus = (mfu,) if mfu else throughput.MFUS
+    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfus)]
+    if source is not None:
+        lines.append(f"data           {config.data.source}: {throughput.supply(config, source, mfus[-1])}")
+    return "\n".join([*lines, *(f"note           {text}" for text in missing)])
