@@ -1,0 +1,182 @@
+"""What a training step could take at best: every kernel at its ceiling, summed by part, against measured steps.
+
+    python benchmarks/roofline.py                                   predictions from stated H200 figures
+    python benchmarks/roofline.py --device cuda                     ceilings measured on this GPU, predictions and eta
+    python benchmarks/roofline.py --images-per-second 400           eta of a measured step against the ceilings
+    python benchmarks/roofline.py --model configs/imagenet_l.yaml objective.flow_steps=14
+
+A kernel takes max(FLOPs / ceiling of its kind, bytes / bandwidth). eta is the sum of that over all kernels of the
+step over the step's measured time. Without a GPU everything printed is a prediction. With --plot the time by part is
+drawn into benchmarks/results/roofline/. Kernels, FLOPs and bytes come from step_work.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import step_work
+import torch
+from harness import RESULTS, ROOT, environment
+from roofline_measure import Ceilings, measured_ceilings
+from step_work import Work
+
+from unite_fast import config_io
+from unite_fast.config import Config
+from unite_fast.throughput import IMAGENET, NODE
+
+PARTS = ("tokenize", "flow", "decode", "perceptual", "update")
+# What the performance budget predicts, images/s, by flow steps. It does not say how; its "ceiling per kernel class"
+# (515, 200) has no counterpart here, since it does not state those ceilings.
+BUDGET = {
+    3: {"official code, eager encoder": 103, "everything compiled": 305, "ours, excellent": 406, "limit": 597},
+    14: {"everything compiled": 122, "ours, excellent": 158, "limit": 230},
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How far a program stays from the ceilings. Rates in TFLOP/s, by (forward, backward) where two are given."""
+
+    name: str
+    ceilings: Ceilings
+    stream: tuple[float, float] = (1.0, 1.0)  # share of the bandwidth that elementwise kernels reach
+    extra: tuple[float, float] = (1.0, 1.0)  # bytes that the encoder's elementwise kernels move over the least
+    perceptual_extra: float = 1.0  # the same of LPIPS, its convolutions' maps included
+    newton_schulz_share: float = 1 / NODE  # of all matrices on this GPU
+    recompute_from: int | None = None  # flow steps from which on the flow's forward is computed twice
+    basis: dict[str, str] = field(default_factory=dict)
+
+    def seconds(self, work: Work, flow_steps: int) -> float:
+        """Of all ``count`` kernels."""
+        c, back = self.ceilings, work.backward
+        size, count = work.bytes, work.count
+        bandwidth = c.bandwidth * 1e12
+        if work.kind == "elementwise" and work.part != "update":
+            bandwidth *= self.stream[back]
+            size *= self.perceptual_extra if work.part == "perceptual" else self._extra(work)
+        if work.kind == "conv":
+            size *= self.perceptual_extra
+        if work.part == "update" and work.kind == "gemm":
+            count *= self.newton_schulz_share
+        if work.part == "flow" and not back and self.recompute_from is not None and flow_steps >= self.recompute_from:
+            count *= 2
+        return count * max(work.flops / (c.rate(work) * 1e12), size / bandwidth)
+
+    def _extra(self, work: Work) -> float:
+        return self.extra[work.backward] if work.part in ("tokenize", "flow") else 1.0
+
+
+# Stated figures of one H200 (performance budget): 790 TFLOP/s of an 8192^3 product, 4.3 TB/s of a copy.
+LIMIT = Ceilings("stated H200", gemm=790, conv=790, bandwidth=4.3)
+EXCELLENT = Ceilings(
+    "stated H200", gemm=640, conv=445, bandwidth=4.3,
+    attention={512: (350, 270), 544: (350, 270), 288: (280, 210), 257: (240, 180), 256: (280, 210)},
+)  # fmt: skip
+ACCEPTED = Ceilings(
+    "stated H200", gemm=560, conv=300, bandwidth=4.3,
+    attention={512: (300, 220), 544: (300, 220), 288: (230, 170), 257: (190, 140), 256: (230, 170)},
+)  # fmt: skip
+SCENARIOS = (
+    Scenario(
+        "official code, eager encoder", ACCEPTED, (0.8, 0.8), (257 / 37, 622 / 57), 2.4 / 0.26, 1.0, 5,
+        {"extra": "879 KB per token and block", "left out": "launches, host synchronisations, Newton-Schulz in a loop"},
+    ),
+    Scenario(
+        "everything compiled", ACCEPTED, (0.85, 0.42), (1.3, 1.3), 2.0, 1.0, None,
+        {"stream": "torch.compile's RMSNorm: 3.5 to 4.2 TB/s forward, 1.6 to 1.85 backward", "extra": "a guess"},
+    ),
+    Scenario("ours, accepted", ACCEPTED, (0.78, 0.62)),
+    Scenario("ours, excellent", EXCELLENT, (0.85, 0.75)),
+    Scenario("limit", LIMIT),
+)  # fmt: skip
+
+
+def by_part(work: list[Work], scenario: Scenario, flow_steps: int, images: int) -> dict[str, float]:
+    """Milliseconds per image."""
+    sums: dict[str, float] = defaultdict(float)
+    for item in work:
+        sums[item.part] += scenario.seconds(item, flow_steps) * 1e3 / images
+    return {part: sums[part] for part in PARTS}
+
+
+def eta(work: list[Work], ceilings: Ceilings, flow_steps: int, images: int, images_per_second: float) -> float:
+    """The time of all kernels at their ceilings over the measured time."""
+    at_ceilings = Scenario("ceilings", ceilings, newton_schulz_share=1.0)
+    ideal = sum(by_part(work, at_ceilings, flow_steps, images).values())
+    return ideal * images_per_second / 1e3
+
+
+def table(config: Config, images: int, scenarios: tuple[Scenario, ...]) -> list[dict]:
+    """Prints and returns the prediction of every scenario."""
+    steps = config.objective.flow_steps
+    work = step_work.step(config, images)
+    useful = sum(w.flops * w.count for w in work if w.part != "update") / images
+    print(f"{useful / 1e9:,.0f} GFLOP per image, N = {steps}, micro-batch {images}; PREDICTIONS, ms per image by part")
+    print(f"{'':30}" + "".join(f"{part:>11}" for part in PARTS) + f"{'sum':>8}{'images/s':>10}{'MFU':>8}{'epoch, 8':>10}")
+    rows = []
+    for scenario in scenarios:
+        parts = by_part(work, scenario, steps, images)
+        total = sum(parts.values())
+        rate = 1e3 / total
+        row = {"scenario": scenario.name, "flow_steps": steps, "images": images, "ms_per_image": parts}
+        row |= {"images_per_second": rate, "mfu": useful * rate / 989e12, "prediction": True}
+        rows.append(row | {"minutes_per_epoch_8": IMAGENET / rate / NODE / 60, "basis": scenario.ceilings.source})
+        print(
+            f"{scenario.name:30}" + "".join(f"{v:>11.3f}" for v in parts.values())
+            + f"{total:>8.3f}{rate:>10.0f}{row['mfu']:>8.1%}{rows[-1]['minutes_per_epoch_8']:>9.1f}m"
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", type=Path, default=ROOT / "configs" / "imagenet_b.yaml", help="a configuration")
+    parser.add_argument("--batch", type=int, default=64, help="images of a micro-batch")
+    parser.add_argument("--measure", action="store_true", help="measure the ceilings; always on a GPU")
+    parser.add_argument("--images-per-second", type=float, help="of a measured step, for eta")
+    parser.add_argument("--plot", action="store_true", help="draw the time by part")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    config = config_io.load(arguments.model, arguments.overrides)
+    device = torch.device(arguments.device)
+    scenarios = SCENARIOS
+    if device.type == "cuda" or arguments.measure:
+        here = measured_ceilings(step_work.step(config, arguments.batch), device)
+        print(here.text())
+        scenarios = (*SCENARIOS, Scenario("every kernel at its ceiling here", here, newton_schulz_share=1.0))
+    rows = table(config, arguments.batch, scenarios)
+    if config.model == Config().model and arguments.batch == 64:
+        budget = BUDGET.get(config.objective.flow_steps, {})
+        for row in rows:
+            if target := budget.get(row["scenario"]):
+                off = row["images_per_second"] / target - 1
+                print(f"{row['scenario']:30}{row['images_per_second']:6.0f} here, {target} in the budget: {off:+.0%}")
+    if arguments.images_per_second:
+        work, rate, ceilings = step_work.step(config, arguments.batch), arguments.images_per_second, scenarios[-1].ceilings
+        share = eta(work, ceilings, config.objective.flow_steps, arguments.batch, rate)
+        print(f"eta {share:.2f} at {rate:g} images/s, against the ceilings of: {ceilings.source}")
+        rows.append({"eta": share, "images_per_second": rate, "basis": ceilings.source})
+    if arguments.plot:
+        from plots import time_by_part
+
+        print(f"drawn: {time_by_part(rows[: len(scenarios)], config.name)}")
+    if not arguments.no_record:
+        path = RESULTS / "roofline" / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        where = {k: v for k, v in environment(device).items() if k in ("commit", "dirty", "torch")}
+        where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.name}
+        with path.open("a") as file:
+            file.writelines(json.dumps(where | row) + "\n" for row in rows)
+        print(f"{len(rows)} rows in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The kernels of one optimizer step, counted from the model's sizes: FLOPs, least bytes, and what kind each is.
+
+Shape letters: B images of a micro-batch, T tokens, D width, F hidden width, r bytes of a residual element (4).
+Bytes are the least that a kernel must move when everything elementwise between two matrix products is one kernel; of
+matrix products, their operands and results in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from unite_fast.config import Config, ModelConfig
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.groups import split_parameters
+from unite_fast.runtime.flops import VGG16
+
+RESIDUAL, BRANCH = 4, 2  # bytes of an element
+NS_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """``count`` equal kernels."""
+
+    part: str  # tokenize, flow, decode, perceptual, update
+    kind: str  # gemm, attention, elementwise, conv
+    backward: bool
+    flops: float  # of one
+    bytes: float  # of one
+    shape: tuple[int, ...] = ()  # gemm: rows, columns, depth; attention: B, heads, T, head size
+    count: float = 1
+
+
+def gemm(part: str, rows: int, columns: int, depth: int, count: float = 1, input_gradient: bool = True) -> list[Work]:
+    """A Linear(depth, columns) over ``rows`` rows: forward, gradient of the weight, gradient of the input."""
+    flops = 2.0 * rows * columns * depth
+    bytes_ = float(BRANCH * (rows * depth + depth * columns + rows * columns))
+    shapes = [(False, (rows, columns, depth)), (True, (depth, columns, rows))]
+    shapes += [(True, (rows, depth, columns))] if input_gradient else []
+    return [Work(part, "gemm", backward, flops, bytes_, shape, count) for backward, shape in shapes]
+
+
+def elementwise(part: str, forward: float, backward: float, count: float = 1) -> list[Work]:
+    sizes = ((False, forward), (True, backward))
+    return [Work(part, "elementwise", back, 0, size, (), count) for back, size in sizes]
+
+
+def attention(part: str, images: int, heads: int, tokens: int, width: int, count: float) -> list[Work]:
+    """Backward counts twice the forward's products, without the scores that are computed again."""
+    shape, flops = (images, heads, tokens, width // heads), 4.0 * images * tokens**2 * width
+    size = float(BRANCH * images * tokens * width)
+    forward = Work(part, "attention", False, flops, 4 * size, shape, count)
+    return [forward, Work(part, "attention", True, 2 * flops, 8 * size, shape, count)]
+
+
+def encoder_pass(part: str, model: ModelConfig, images: int, tokens: int, passes: float) -> Iterator[Work]:
+    e = model.encoder
+    d, f = e.width, int(2 / 3 * e.mlp_ratio * e.width)
+    for t, blocks in ((tokens, e.in_context_start), (tokens + e.in_context_len, e.depth - e.in_context_start)):
+        rows, count = images * t, blocks * passes
+        for columns, depth in ((3 * d, d), (d, d), (2 * f, d), (d, f)):
+            yield from gemm(part, rows, columns, depth, count)
+        yield from gemm(part, images, 6 * d, d, count)
+        yield from attention(part, images, e.heads, t, d, count)
+        mid_or_tail = (2 * RESIDUAL + 2 * BRANCH) * d, (3 * RESIDUAL + 3 * BRANCH) * d
+        yield from elementwise(part, rows * mid_or_tail[0], rows * mid_or_tail[1], 2 * count)
+        yield from elementwise(part, 4 * BRANCH * rows * d, 6 * BRANCH * rows * d, count)  # norms and rotation of q, k
+        yield from elementwise(part, 3 * BRANCH * rows * f, 5 * BRANCH * rows * f, count)  # SwiGLU
+    yield from gemm(part, images * model.num_latents, d, model.latent_dim, passes, input_gradient=False)
+    yield from gemm(part, images * model.num_latents, model.latent_dim, d, passes)
+    yield from gemm(part, images, 2 * d, d, passes)
+    yield from gemm(part, images, d, 512, passes, input_gradient=False)
+    yield from gemm(part, images, d, d, passes)
+
+
+def decoder_pass(model: ModelConfig, images: int) -> Iterator[Work]:
+    d, patches = model.decoder, (model.image_size // model.patch_size) ** 2
+    tokens = patches + 1 + (model.num_latents if model.num_latents != patches else 0)
+    rows, w = images * tokens, d.width
+    for columns, depth in ((3 * w, w), (w, w), (d.mlp_hidden, w), (w, d.mlp_hidden)):
+        yield from gemm("decode", rows, columns, depth, d.depth)
+    yield from attention("decode", images, d.heads, tokens, w, d.depth)
+    yield from elementwise("decode", rows * 12 * w, rows * 18 * w, 2 * d.depth)  # residual sum and LayerNorm
+    yield from elementwise("decode", 4 * rows * d.mlp_hidden, 6 * rows * d.mlp_hidden, d.depth)  # GELU
+    yield from gemm("decode", images * model.num_latents, d.in_features, model.latent_dim)
+    yield from gemm("decode", images * model.num_latents, w, d.in_features)
+    yield from gemm("decode", images * (patches + 1), model.patch_size**2 * model.channels, w)
+
+
+def perceptual_pass(model: ModelConfig, images: int) -> Iterator[Work]:
+    """VGG16 over both images, the gradient of one; its activations once written and once read, each way."""
+    for k, (cin, cout, pools) in enumerate(VGG16):
+        side = model.image_size >> pools
+        flops, pixels = 2.0 * 9 * cin * cout * images * side**2, float(images * side**2)
+        size = BRANCH * pixels * (cin + cout)
+        yield Work("perceptual", "conv", False, flops, size, (images, cin, cout, side), 2)
+        yield Work("perceptual", "conv", True, flops, size, (images, cin, cout, side))
+        if k in (1, 3, 6, 9, 12):  # the maps that the head compares: read both forward, both and a gradient backward
+            yield from elementwise("perceptual", 2 * BRANCH * cout * pixels, 3 * BRANCH * cout * pixels)
+
+
+def update(parameters: int, matrices: dict[tuple[int, int], int], passes: dict[str, float]) -> Iterator[Work]:
+    """Casts of the weights, sums of gradients, Newton-Schulz, and the clip, Muon, AdamW and EMA of all parameters.
+
+    matrices: Muon's shapes and how many there are of each. passes: "parameters" that are cast, and "summed" gradients
+    (parameters times passes through them).
+    """
+    yield Work("update", "elementwise", False, 0, 6.0 * passes["parameters"])
+    yield Work("update", "elementwise", False, 0, 10.0 * passes["summed"])
+    yield Work("update", "elementwise", False, 0, 36.0 * parameters)
+    for (rows, columns), count in matrices.items():
+        n, k = sorted((rows, columns))
+        for shape, each in (((n, n, k), 1), ((n, n, n), 1), ((n, k, n), 1)):
+            flops, size = 2.0 * shape[0] * shape[1] * shape[2], BRANCH * (shape[0] * shape[2] + shape[1] * shape[2])
+            yield Work("update", "gemm", False, flops, float(size + BRANCH * shape[0] * shape[1]), shape,
+                       count * each * NS_STEPS)  # fmt: skip
+
+
+def step(config: Config, images: int) -> list[Work]:
+    """Every kernel of an optimizer step over one micro-batch of ``images``, Newton-Schulz on one GPU."""
+    model, o = config.model, config.objective
+    with torch.device("meta"):
+        network = UNITE(model)
+    muon, adamw = split_parameters(network, config.optim.muon)
+    parameters = sum(p.numel() for p in (*muon.values(), *adamw.values()))
+    shared = sum(p.numel() for p in network.encoder.parameters() if p.requires_grad)
+    patches = (model.image_size // model.patch_size) ** 2
+    work = [*encoder_pass("tokenize", model, images, model.num_latents + patches, 1)]
+    work += gemm("tokenize", images * patches, model.encoder.width, model.patch_size**2 * model.channels, 1, False)
+    work += encoder_pass("flow", model, images, model.num_latents, o.flow_steps) if o.flow_steps else []
+    work += decoder_pass(model, images)
+    work += perceptual_pass(model, images) if o.perceptual_weight > 0 else []
+    shapes = Counter((p.shape[0], p[0].numel()) for p in muon.values())
+    work += update(parameters, dict(shapes), {"parameters": parameters, "summed": parameters + shared * o.flow_steps})
+    return work
