@@ -123,9 +123,7 @@ def ladder(model: str, flow_steps: int, batch: int, device: torch.device, wanted
     for name, (more, tolerance) in RUNGS.items():
         if name not in wanted:
             continue
-        variant, first, why = attempt(
-            name, overrides + more, model, flow_steps, batch, device, expected, tolerance
-        )
+        variant, first, why = attempt(name, overrides + more, model, flow_steps, batch, device, expected, tolerance)
         if variant is None:
             print(f"  {name:10} skipped: {why}", flush=True)
             if name == "eager":

@@ -1,10 +1,13 @@
-"""One command for a GPU machine: build, check every operation, then time every component. Under 8 minutes.
+"""One command for a GPU machine: build, check every operation, time every component (8 minutes), then whole steps (8).
 
     make gpu-check        or: python benchmarks/gpu_check.py
+    OFFICIAL_DIR=PATH make gpu-check        with the official code, of which PATH is a clone, beside ours
 
 1. builds the compiled operations (setup.py build_ext --inplace); nothing is installed
 2. runs tests/ops on the GPU; when one fails, their output is printed and nothing is timed
 3. runs bench_kernels.py, each component in a process of its own: rows in benchmarks/results/<device>/kernels.jsonl
+4. within a second limit, the programs of STEPS: the ladder of efficiency options, the official code where OFFICIAL_DIR
+   names it, Muon, LPIPS, the roofline
 
 When the variable OUT names a folder, the device's rows are copied there. Exit status: 0; 1 when something failed or
 time ran out; 2 without a GPU.
@@ -23,13 +26,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # the packages need not be installed
-LIMIT = 480.0  # seconds in all
+LIMIT = 480.0  # seconds for build, tests and components
+STEP_LIMIT = 480.0  # seconds for whole steps, after that
 WORKERS = 8  # of the tests, which compile some hundred kernels
 # Shortest first, so that a limit that is met costs the fewest components.
 COMPONENTS = (
     *("update", "corruption", "newton_schulz", "lpips_head"),
     *("qk_norm_rope", "swiglu", "adaln", "adaln_mid", "adaln_tail"),
 )
+
+# The most telling first.
+STEPS = {
+    "step ladder, N = 3": ("bench_step.py", "--models", "b", "--flow-steps", "3"),
+    "official code": ("compare_official.py", "--batch", "64", "--flow-steps", "3", "--rounds", "5"),
+    "step ladder, N = 14": ("bench_step.py", "--models", "b", "--flow-steps", "14", "--rounds", "5"),
+    "lpips": ("bench_lpips.py",),
+    "muon": ("bench_muon.py",),
+    "roofline": ("roofline.py",),
+}
 
 
 def test_command() -> list[str]:
@@ -39,6 +53,18 @@ def test_command() -> list[str]:
 
 def bench_command(component: str) -> list[str]:
     return [sys.executable, "benchmarks/bench_kernels.py", "--device", "cuda", "--only", component]
+
+
+def step_commands(official: str | None) -> dict[str, list[str]]:
+    """The commands of STEPS; comparing with the official code only where its clone is."""
+    commands = {}
+    for name, (program, *words) in STEPS.items():
+        if name == "official code":
+            if not official:
+                continue
+            words += ["--official-dir", official]
+        commands[name] = [sys.executable, f"benchmarks/{program}", "--device", "cuda", *words]
+    return commands
 
 
 class Clock:
@@ -72,18 +98,25 @@ def collect(target: Path, since: float) -> list[Path]:
     return [Path(shutil.copy(path, target / f"{path.parent.name}-{path.name}")) for path in fresh]
 
 
-def check(clock: Clock, out: str | None) -> int:
+def check(clock: Clock, out: str | None, official: str | None = None) -> int:
     begun = time.time()
     if not clock.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"]):
         return 1
     if not clock.run("tests of every operation", test_command()):
         print("the operations are wrong on this GPU: nothing is timed", flush=True)
         return 1
-    failed = [name for name in COMPONENTS if not clock.run(name, bench_command(name))]
+    commands = {name: bench_command(name) for name in COMPONENTS}
+    failed = [name for name, command in commands.items() if not clock.run(name, command)]
+    print(f"{len(commands) - len(failed)} of {len(commands)} components timed in {clock.passed():.0f} s")
+    if out:  # already here: what follows may outlive the machine's loan
+        collect(Path(out), begun - 1.0)
+    steps, second = step_commands(official), Clock(STEP_LIMIT)
+    if not official:
+        print("== official code: left out; OFFICIAL_DIR names no clone of it")
+    failed += [name for name, command in steps.items() if not second.run(name, command)]
     if out:
         for path in collect(Path(out), begun - 1.0):
             print(f"copied {path}")
-    print(f"{len(COMPONENTS) - len(failed)} of {len(COMPONENTS)} components timed in {clock.passed():.0f} s")
     if failed:
         print(f"no rows of: {', '.join(failed)}")
     return 1 if failed else 0
@@ -99,7 +132,7 @@ def main() -> int:
         print(f"gpu-check needs a CUDA device; torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    return check(Clock(LIMIT), os.environ.get("OUT"))
+    return check(Clock(LIMIT), os.environ.get("OUT"), os.environ.get("OFFICIAL_DIR"))
 
 
 if __name__ == "__main__":

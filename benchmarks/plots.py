@@ -39,9 +39,9 @@ def time_by_part(rows: list[dict], config: str) -> Path:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("ms per image on one GPU")
-    steps, images = rows[0]["flow_steps"], rows[0]["images"]
-    axes.set_title(f"PREDICTION, not measured: {config}, N = {steps}, micro-batch {images}, from stated H200 figures")
-    axes.legend(ncols=len(PARTS), loc="upper right", fontsize="small")
+    steps = rows[0]["flow_steps"]
+    axes.set_title(f"PREDICTION from stated H200 figures, not measured: {config}, N = {steps}", fontsize="medium")
+    axes.legend(loc="lower right", fontsize="small")
     return _save(figure, f"{config}_n{steps}_prediction")
 
 

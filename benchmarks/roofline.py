@@ -13,16 +13,14 @@ drawn into benchmarks/results/roofline/. Kernels, FLOPs and bytes come from step
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import step_work
 import torch
-from harness import RESULTS, ROOT, environment
+from harness import RESULTS, ROOT, environment, record
 from roofline_measure import Ceilings, measured_ceilings
 from step_work import Work
 
@@ -118,7 +116,9 @@ def table(config: Config, images: int, scenarios: tuple[Scenario, ...]) -> list[
     work = step_work.step(config, images)
     useful = sum(w.flops * w.count for w in work if w.part != "update") / images
     print(f"{useful / 1e9:,.0f} GFLOP per image, N = {steps}, micro-batch {images}; PREDICTIONS, ms per image by part")
-    print(f"{'':30}" + "".join(f"{part:>11}" for part in PARTS) + f"{'sum':>8}{'images/s':>10}{'MFU':>8}{'epoch, 8':>10}")
+    print(
+        f"{'':30}" + "".join(f"{part:>11}" for part in PARTS) + f"{'sum':>8}{'images/s':>10}{'MFU':>8}{'epoch, 8':>10}"
+    )
     rows = []
     for scenario in scenarios:
         parts = by_part(work, scenario, steps, images)
@@ -132,6 +132,18 @@ def table(config: Config, images: int, scenarios: tuple[Scenario, ...]) -> list[
             + f"{total:>8.3f}{rate:>10.0f}{row['mfu']:>8.1%}{rows[-1]['minutes_per_epoch_8']:>9.1f}m"
         )  # fmt: skip
     return rows
+
+
+def keep(rows: list[dict], config: str) -> Path:
+    """Predictions are of no device: they have a file of their own, which holds the last of each configuration."""
+    path = RESULTS / "roofline" / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = {row["flow_steps"] for row in rows if "flow_steps" in row}
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [row for row in kept if row["config"] != config or row.get("flow_steps") not in steps]
+    where = {k: v for k, v in environment(torch.device("cpu")).items() if k in ("date", "commit", "dirty", "torch")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *(where | {"config": config} | r for r in rows)]))
+    return path
 
 
 def main() -> None:
@@ -160,7 +172,11 @@ def main() -> None:
                 off = row["images_per_second"] / target - 1
                 print(f"{row['scenario']:30}{row['images_per_second']:6.0f} here, {target} in the budget: {off:+.0%}")
     if arguments.images_per_second:
-        work, rate, ceilings = step_work.step(config, arguments.batch), arguments.images_per_second, scenarios[-1].ceilings
+        work, rate, ceilings = (
+            step_work.step(config, arguments.batch),
+            arguments.images_per_second,
+            scenarios[-1].ceilings,
+        )
         share = eta(work, ceilings, config.objective.flow_steps, arguments.batch, rate)
         print(f"eta {share:.2f} at {rate:g} images/s, against the ceilings of: {ceilings.source}")
         rows.append({"eta": share, "images_per_second": rate, "basis": ceilings.source})
@@ -169,13 +185,8 @@ def main() -> None:
 
         print(f"drawn: {time_by_part(rows[: len(scenarios)], config.name)}")
     if not arguments.no_record:
-        path = RESULTS / "roofline" / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        where = {k: v for k, v in environment(device).items() if k in ("commit", "dirty", "torch")}
-        where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.name}
-        with path.open("a") as file:
-            file.writelines(json.dumps(where | row) + "\n" for row in rows)
-        print(f"{len(rows)} rows in {path.relative_to(ROOT)}")
+        path = record("roofline", device, rows) if device.type == "cuda" else keep(rows, config.name)
+        print(f"{len(rows)} rows in {path.parent.name}/{path.name}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ class Ceilings:
         lines = [f"{self.source}: copy {self.bandwidth:.3g} TB/s, TFLOP/s: products {self.gemm:.3g} (weighted mean), "
                  f"convolutions {self.conv:.3g}"]  # fmt: skip
         lines += [f"  product {'x'.join(map(str, s)):>20}  {r:8.3g}" for s, r in self.gemms.items()]
-        lines += [f"  attention {t:>4} tokens  forward {f:8.3g}  backward {b:8.3g}" for t, (f, b) in self.attention.items()]
+        lines += [
+            f"  attention {t:>4} tokens  forward {f:8.3g}  backward {b:8.3g}" for t, (f, b) in self.attention.items()
+        ]
         return "\n".join(lines)
 
 
@@ -64,7 +66,9 @@ def _products(work: list[Work], device: torch.device, dtype: torch.dtype, rounds
     return rates
 
 
-def _attention(work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[int, tuple[float, float]]:
+def _attention(
+    work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int
+) -> dict[int, tuple[float, float]]:
     """The fastest of torch's backends, forward and backward apart."""
     found = {}
     for shape in sorted({w.shape for w in work if w.kind == "attention"}):
@@ -81,7 +85,9 @@ def _attention(work: list[Work], device: torch.device, dtype: torch.dtype, round
                 grad = torch.randn_like(out)
                 forms = {
                     "forward": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach()),
-                    "backward": lambda o=out, g=grad, q=q, k=k, v=v: torch.autograd.grad(o, (q, k, v), g, retain_graph=True),
+                    "backward": lambda o=out, g=grad, q=q, k=k, v=v: torch.autograd.grad(
+                        o, (q, k, v), g, retain_graph=True
+                    ),
                 }
                 times = interleaved(forms, device, rounds)
             best[0] = max(best[0], _rate(flops, times["forward"]))
@@ -90,12 +96,16 @@ def _attention(work: list[Work], device: torch.device, dtype: torch.dtype, round
     return found
 
 
-def _convolutions(work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[tuple[int, ...], float]:
+def _convolutions(
+    work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int
+) -> dict[tuple[int, ...], float]:
     weights = Counter({w.shape: w.flops for w in work if w.kind == "conv" and not w.backward})
     rates = {}
     for shape in [s for s, _ in weights.most_common(CONVS)]:
         images, cin, cout, side = shape
-        x = torch.randn(images, cin, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(images, cin, side, side, device=device, dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
         w = torch.randn(cout, cin, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
         times = interleaved({"conv": lambda x=x, w=w: F.conv2d(x, w, padding=1)}, device, rounds)["conv"]
         rates[shape] = _rate(2.0 * 9 * cin * cout * images * side**2, times)

@@ -28,9 +28,10 @@ def commands_run(gpu_check, monkeypatch, failing: str | None) -> list[str]:
 
     def run(command, **options):
         seen.append(" ".join(command[1:]))
-        if "--only" in command:
+        program = Path(command[1]).stem.removeprefix("bench_")
+        if "--device" in command:
             (folder := gpu_check.RESULTS / "some-gpu").mkdir(parents=True, exist_ok=True)
-            with (folder / "kernels.jsonl").open("a") as file:
+            with (folder / f"{program}.jsonl").open("a") as file:
                 file.write(command[-1] + "\n")
         return subprocess.CompletedProcess(command, 1 if failing and failing in seen[-1] else 0)
 
@@ -52,12 +53,30 @@ def test_every_component_is_timed_and_its_rows_are_copied(gpu_check, monkeypatch
     assert "pytest tests/ops" in seen[1]
     rows = (tmp_path / "out" / "some-gpu-kernels.jsonl").read_text().split()
     assert rows == list(gpu_check.COMPONENTS)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"some-gpu-{name}.jsonl" for name in ("kernels", "step", "lpips", "muon", "roofline")
+    }
+    assert not any("compare_official" in command for command in seen)
+
+
+def test_the_official_code_is_compared_where_its_clone_is(gpu_check, monkeypatch):
+    seen = commands_run(gpu_check, monkeypatch, None)
+    assert gpu_check.check(gpu_check.Clock(9.0), None, "clones/official") == 0
+    assert len(seen) == 2 + len(gpu_check.COMPONENTS) + len(gpu_check.STEPS)
+    (command,) = (c for c in seen if "compare_official" in c)
+    assert "--official-dir clones/official" in command
+
+
+def test_the_steps_name_programs_and_options_that_exist(gpu_check):
+    for name, command in gpu_check.step_commands(None).items():
+        text = SOURCE.with_name(Path(command[1]).name).read_text()
+        assert all(f'"{word}"' in text for word in command if word.startswith("--")), name
 
 
 def test_a_component_that_fails_is_named_and_the_others_still_run(gpu_check, monkeypatch, capsys):
     seen = commands_run(gpu_check, monkeypatch, "swiglu")
     assert gpu_check.check(gpu_check.Clock(9.0), None) == 1
-    assert len(seen) == 2 + len(gpu_check.COMPONENTS)
+    assert len(seen) == 2 + len(gpu_check.COMPONENTS) + len(gpu_check.step_commands(None))
     assert "no rows of: swiglu" in capsys.readouterr().out
 
 

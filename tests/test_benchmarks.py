@@ -1,0 +1,146 @@
+"""The benchmark programs on sizes that a CPU takes, and the counts behind the roofline."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from support import ROOT
+
+from unite_fast import config_io
+from unite_fast.runtime.flops import training_flops
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path, capsys):
+    """A function that runs a benchmark's main here: (name, *arguments) -> what it printed. Results go to tmp_path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        module = importlib.import_module(name)
+        if hasattr(module, "RESULTS"):
+            monkeypatch.setattr(module, "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("flow_steps", [3, 14])
+def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
+    """The list that the roofline sums over, by part, against the analytic count; Newton-Schulz against the budget."""
+    step_work = module("step_work", monkeypatch)
+    config = config_io.load(path, [f"objective.flow_steps={flow_steps}"])
+    work, images = step_work.step(config, 64), 64
+    expected = training_flops(config.model, flow_steps, True)
+    for part in ("tokenize", "flow", "decode", "perceptual"):
+        found = sum(w.flops * w.count for w in work if w.part == part) / images
+        assert found == pytest.approx(expected[part], rel=1e-3), part
+    if path.stem == "imagenet_b":
+        assert sum(w.flops * w.count for w in work if w.part == "update") / 1e12 == pytest.approx(3.81, abs=0.01)
+
+
+def test_least_bytes_are_the_budgets(monkeypatch):
+    """94 KB of elementwise traffic per token and block of the encoder, 37 forward; 0.26 GB per image of LPIPS."""
+    step_work = module("step_work", monkeypatch)
+    config = config_io.load(ROOT / "configs" / "imagenet_b.yaml")
+    blocks = 12 * 512 + 8 * 32 + 3 * (12 * 256 + 8 * 32)  # tokens times blocks of an image
+    work = [w for w in step_work.step(config, 1) if w.kind == "elementwise" and w.part in ("tokenize", "flow")]
+    assert sum(w.bytes * w.count for w in work) / blocks / 1e3 == pytest.approx(94, abs=0.5)
+    assert sum(w.bytes * w.count for w in work if not w.backward) / blocks / 1e3 == pytest.approx(37, abs=0.5)
+    lpips = sum(w.bytes * w.count for w in step_work.step(config, 1) if w.part == "perceptual")
+    assert lpips / 1e9 == pytest.approx(0.26, abs=0.005)
+
+
+def test_roofline_predicts_and_says_so(program, tmp_path):
+    said = program("roofline", "--images-per-second", "103")
+    assert "PREDICTIONS" in said
+    rows = [json.loads(line) for line in (tmp_path / "roofline" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    *scenarios, measured = rows
+    assert all(row["prediction"] for row in scenarios)
+    rates = {row["scenario"]: row["images_per_second"] for row in scenarios}
+    assert list(rates.values()) == sorted(rates.values())  # from the official code to the limit
+    assert rates["ours, excellent"] == pytest.approx(406, rel=0.05)  # the budget's best engineering
+    assert rates["everything compiled"] == pytest.approx(305, rel=0.1)
+    assert rates["limit"] == pytest.approx(597, rel=0.1)
+    for row in scenarios:
+        assert sum(row["ms_per_image"].values()) == pytest.approx(1e3 / row["images_per_second"])
+    assert 0 < measured["eta"] < 0.25  # the official code, against the device's limit
+
+
+def test_roofline_measures_ceilings_where_it_runs(program):
+    tiny = ["model.image_size=32", "model.patch_size=8", "model.num_latents=16", "model.encoder=small",
+            "model.decoder=small", "objective.perceptual_weight=0"]  # fmt: skip
+    said = program("roofline", "--measure", "--no-record", "--batch", "2", *tiny)
+    assert "measured on" in said
+    assert "every kernel at its ceiling here" in said
+    assert "attention   16 tokens" in said
+
+
+def test_step_ladder_on_a_tiny_model(program, monkeypatch):
+    ladder = module("bench_step", monkeypatch)
+    said = program("bench_step", "--no-record", "--rounds", "2", "--batch", "2")
+    assert "1.00x eager" in said
+    assert "+fused" in said
+    assert "images/s" not in said  # ratios alone on a CPU
+    for name in ladder.RUNGS:
+        assert f"\n  {name} " in said, f"{name}: neither timed nor skipped with a reason"
+
+
+def test_a_rung_that_computes_something_else_is_not_timed(program, monkeypatch):
+    ladder = module("bench_step", monkeypatch)
+    rungs = {
+        "eager": ((), 0.0),
+        "wrong": (("objective.pixel_weight=3",), 1e-2),
+        "fp9": (("efficiency.precision=fp9",), 1.0),
+    }
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
+    said = program("bench_step", "--no-record", "--rounds", "2", "--batch", "2", "--rungs", "wrong,fp9")
+    assert "wrong      skipped: its first loss is" in said
+    assert "fp9        skipped: CommonError: override efficiency.precision=fp9" in said
+
+
+def test_lpips_forms_agree(program):
+    said = program("bench_lpips", "--no-record", "--rounds", "1", "--batch", "1", "--size", "32")
+    assert "no_graph" in said
+    assert "x official" in said
+
+
+def test_muon_is_that_of_torch(program, monkeypatch):
+    muon = module("bench_muon", monkeypatch)
+    monkeypatch.setattr(muon, "parameter_shapes", lambda *_: ([torch.Size((8, 24))] * 3, [torch.Size((5,))] * 2))
+    monkeypatch.setattr(module("bench_newton_schulz", monkeypatch), "parameter_shapes", muon.parameter_shapes)
+    said = program("bench_muon", "--no-record", "--rounds", "2")
+    assert "torch_muon" in said
+    once = muon.Theirs.step
+    monkeypatch.setattr(muon.Theirs, "step", lambda self: (once(self), once(self)))
+    with pytest.raises(SystemExit, match="is off by"):
+        program("bench_muon", "--no-record", "--rounds", "2")
+
+
+def test_plots(program, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = module("plots", monkeypatch)
+    monkeypatch.setattr(plots, "FOLDER", tmp_path)
+    assert "drawn" in program("roofline", "--plot", "--no-record")
+    rows = [
+        {"model": "b", "flow_steps": 3, "rung": r, "faster_than_eager": {"median": m}}
+        for r, m in (("eager", 1), ("x", 2))
+    ]
+    assert plots.step_ladder(rows, "some GPU").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "imagenet_b_n3_prediction.png").stat().st_size > 10_000

@@ -1,0 +1,197 @@
+"""FLOPs against torch's counter and the performance budget, peaks, projections, and the plan of --dry-run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+
+import pytest
+import torch
+from support import ROOT, command, command_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import unite_fast.doctor
+from unite_fast import config_io, objective, plan, run, throughput
+from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig
+from unite_fast.losses import Perceptual
+from unite_fast.model.unite import UNITE, build
+from unite_fast.runtime import memory
+from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.flops import peak_flops, peak_of, training_flops
+
+CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
+# GFLOP per image of the performance budget's table.
+BUDGET = {"tokenize": 304.2, "decode": 140.1, "perceptual": 120.3}
+
+
+def counted(encoder: str, decoder: str, flow_steps: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """FLOPs of one image by torch's counter on the real model and LPIPS, on the meta device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Autocast knows no meta device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    config = ModelConfig(encoder=ENCODER_SIZES[encoder], decoder=DECODER_SIZES[decoder])
+    with torch.device("meta"):
+        model, lpips, o = UNITE(config), Perceptual(None).to("meta"), ObjectiveConfig()
+        latents, times = torch.empty(flow_steps, 1, *model.latent_shape), torch.empty(flow_steps, 1)
+        draws = objective.Draws(
+            latents[0], times[0], times[0].bool(), times[0], latents[0], times, latents, times.bool()
+        )  # fmt: skip
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as all_passes:
+            objective.backward(model, torch.empty(1, 3, 256, 256), torch.empty(1).long(), draws, o, lpips)
+    return {"total": all_passes.get_total_flops(), "parameters": model.trainable_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "flow_steps", "parameters"),
+    [
+        ("base", "base", 3, 217_643_616),
+        ("large", "base", 1, 545_528_384),  # more steps add equal passes: test_flow_passes_are_equal
+        ("xl", "large", 1, 980_425_504),
+    ],
+)
+def test_count_agrees_with_torch(encoder, decoder, flow_steps, parameters, monkeypatch):
+    found = counted(encoder, decoder, flow_steps, monkeypatch)
+    config = ModelConfig(encoder=ENCODER_SIZES[encoder], decoder=DECODER_SIZES[decoder])
+    assert training_flops(config, flow_steps, True)["total"] == pytest.approx(found["total"], rel=0.01)
+    assert found["parameters"] == parameters
+
+
+def test_flow_passes_are_equal(monkeypatch):
+    """The counter's totals grow by the same amount with each flow step, so N = 14 follows from N = 3."""
+    totals = [counted("small", "small", n, monkeypatch)["total"] for n in (1, 2)]
+    config = ModelConfig(encoder=ENCODER_SIZES["small"], decoder=DECODER_SIZES["small"])
+    step = training_flops(config, 1, True)["flow"]
+    for a, b in itertools.pairwise(totals):
+        assert b - a == pytest.approx(step, rel=0.01)
+
+
+def test_count_agrees_with_the_budget():
+    for steps, flow, total in ((3, 450.6, 1015.2), (14, 2102.9, 2667.5)):
+        parts = training_flops(ModelConfig(), steps, True)
+        for name, expected in (BUDGET | {"flow": flow, "total": total}).items():
+            assert parts[name] / 1e9 == pytest.approx(expected, rel=0.01), (steps, name)
+
+
+def test_peaks():
+    for name, peak in {
+        "NVIDIA H200": 989e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H20": 148e12,
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12,
+    }.items():  # fmt: skip
+        assert peak_of(name) == peak, name
+    assert peak_of("AMD EPYC") is None
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_projection_is_the_official_speed():
+    """10.5 % of an H200's peak is about 26 minutes per epoch on 8 GPUs, as the official README says."""
+    if torch.cuda.is_available() and "H200" not in torch.cuda.get_device_name():
+        pytest.skip("projects for the GPU that is here")
+    official, _, goal = throughput.project(config_io.load(ROOT / "configs" / "imagenet_b.yaml"))
+    assert official.images_per_second == pytest.approx(103, abs=1.5)
+    assert official.minutes(8) == pytest.approx(26, abs=0.5)
+    assert "26.1 on 8 GPUs (the official code)" in official.line()
+    assert goal.images_per_second == pytest.approx(103 * 0.4 / 0.105, rel=0.02)
+
+
+def test_live_bytes_counts_what_autograd_keeps():
+    x, w = torch.ones(4, 8), torch.ones(8, 16, requires_grad=True)
+    with memory.LiveBytes([x, w]) as live:
+        product = x @ w
+        assert live.live == 4 * 16 * 4
+        squares = (product.view(-1) * 2).exp()  # the doubled product dies, the exponential is kept
+        assert live.live == 2 * 4 * 16 * 4
+        assert live.peak == 3 * 4 * 16 * 4
+        squares.sum().backward()
+        del product, squares
+        assert live.live == w.numel() * 4  # the gradient
+    assert memory.size_of([x, w]) == (32 + 128) * 4
+
+
+def test_planned_passes_take_what_real_ones_take(tiny):
+    """The same count over fake and over real tensors."""
+    config = config_io.load(tiny)
+    device, ranks = torch.device("cpu"), Ranks(0, 1, torch.device("cpu"))
+    real = plan.passes(config, run.fresh_state(config, ranks, build(config.model)), None, device, 8)
+    with FakeTensorMode():
+        fake = plan.passes(config, run.fresh_state(config, ranks, UNITE(config.model)), None, device, 8)
+    assert set(real) == {"reconstruction", "flow"}
+    for name, size in real.items():
+        assert fake[name] == pytest.approx(size, rel=0.05), name
+    recomputed = dataclasses.replace(config, efficiency=dataclasses.replace(config.efficiency, checkpoint_blocks=True))
+    with FakeTensorMode():
+        less = plan.passes(recomputed, run.fresh_state(recomputed, ranks, UNITE(config.model)), None, device, 8)
+    assert less["flow"] < fake["flow"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
+    """What the header states is what the plan says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    said = command("train.py", "--config", path, "--dry-run")
+    assert said.returncode == 0, said.stderr
+    config, header = config_io.load(path), path.read_text()
+    assert "1024 = 8 ranks x 2 accumulation x 64" in said.stdout
+    assert "data.path is not given: 1,281,167 images" in said.stdout
+    assert said.stdout.count("projection ") == 3
+    flops = training_flops(config.model, 3, True)["total"]
+    assert f"N = 3: {flops / 1e9:,.0f} GFLOP per image" in header
+    assert f"N = 14: {training_flops(config.model, 14, True)['total'] / 1e9:,.0f} GFLOP per image" in header
+    speed = re.search(r"MFU 40.0%: ([\d,]+) images/s", said.stdout)
+    assert speed is not None
+    assert f"{speed[1]} images/s per GPU" in header
+    planned = [float(x) for x in re.findall(r"^(?:memory|activations) +([\d.]+) GiB", said.stdout, re.M)]
+    stated = re.search(r"([\d.]+) GiB of state and ([\d.]+) GiB of activations", header)
+    assert stated is not None
+    assert [float(x) for x in stated.groups()] == pytest.approx(planned, rel=0.1)
+    other = config_io.load(path, ["objective.flow_steps=14"])
+    assert other.objective.flow_steps == 14
+
+
+def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):
+    said = command("train.py", "--config", tiny, "--dry-run", "--mfu", "0.4")
+    assert said.returncode == 0
+    assert "projection" not in said.stdout  # 8 x 8 images: no GPU would be kept busy
+    assert "measured" in said.stdout
+    big = command("train.py", "--dry-run", "--mfu", "0.5", "model.encoder=small", "model.decoder=small",
+                  "model.image_size=64", "model.num_latents=16", "objective.perceptual_weight=0",
+                  "data.source=synthetic")  # fmt: skip
+    assert big.returncode == 0, big.stderr
+    assert big.stdout.count("projection ") == 1
+    assert "MFU 50.0%" in big.stdout
+    assert "at MFU 50% on one" in big.stdout  # the source's rate against the demand
+    for arguments in (["--dry-run", "--mfu", "0"], ["--dry-run", "--mfu", "2"], ["--mfu", "0.4"]):
+        result = command("train.py", "--config", tiny, *arguments)
+        assert result.returncode == 2
+        assert "--mfu" in result.stderr
+    missing = command("train.py", "--config", tiny, "--dry-run", "data.source=folder", "data.path=nowhere")
+    assert missing.returncode == 2
+    assert "nowhere" in missing.stderr
+
+
+def test_doctor_times_the_configured_source(tiny, tmp_path):
+    said = command_of(unite_fast.doctor.main, "--config", tiny)
+    assert re.search(r"^OK +data digits +measured [\d,]+ images/s", said.stdout, re.M), said.stdout
+    said = command_of(unite_fast.doctor.main, "--config", tiny, "data.source=folder", f"data.path={tmp_path / 'none'}")
+    assert said.returncode == 1
+    assert re.search(r"^FAIL +data folder +.*no such folder", said.stdout, re.M), said.stdout
+    said = command_of(unite_fast.doctor.main, "data.source=folder")
+    assert said.returncode == 2
+    assert "--config" in said.stderr
+
+
+def test_expected_rate_of_a_source():
+    packed = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, source="packed", workers=1))
+    assert throughput.expected_rate(packed) == throughput.PER_CORE["packed", "exact"]
+    small = dataclasses.replace(packed, model=dataclasses.replace(packed.model, image_size=64))
+    assert throughput.expected_rate(small) is None  # the table is of 256 x 256
+    assert (
+        throughput.expected_rate(dataclasses.replace(packed, data=dataclasses.replace(packed.data, source="digits")))
+        is None
+    )
