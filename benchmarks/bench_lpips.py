@@ -22,7 +22,8 @@ from torch import Tensor
 
 from unite_fast.losses import Perceptual
 from unite_fast.runtime import precision
-from unite_fast.runtime.memory import GIB
+
+GIB = 2**30
 
 
 def forms(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

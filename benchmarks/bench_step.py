@@ -28,7 +28,6 @@ from unite_fast.losses import Perceptual
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import peak_flops, training_flops
-from unite_fast.runtime.memory import GIB
 from unite_fast.step import TrainStep
 from unite_fast.throughput import IMAGENET, NODE, Projection
 
@@ -40,6 +39,7 @@ RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
     "+graph": (("efficiency.cuda_graph=step",), 2e-2),
     "+fp8": (("efficiency.precision=fp8",), 1e-1),
 }
+GIB = 2**30
 MODELS = {
     "b": "imagenet_b.yaml", "l": "imagenet_l.yaml", "xl": "imagenet_xl.yaml", "digits": "digits.yaml",
 }  # fmt: skip

@@ -10,15 +10,12 @@ import re
 import pytest
 import torch
 from support import ROOT, command, command_of
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unite_fast.doctor
-from unite_fast import config_io, objective, plan, run, throughput
+from unite_fast import config_io, objective, throughput
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig
 from unite_fast.losses import Perceptual
-from unite_fast.model.unite import UNITE, build
-from unite_fast.runtime import memory
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.model.unite import UNITE
 from unite_fast.runtime.flops import peak_flops, peak_of, training_flops
 
 CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
@@ -97,36 +94,6 @@ def test_projection_is_the_official_speed():
     assert official.minutes(8) == pytest.approx(26, abs=0.5)
     assert "26.1 on 8 GPUs (the official code)" in official.line()
     assert goal.images_per_second == pytest.approx(103 * 0.4 / 0.105, rel=0.02)
-
-
-def test_live_bytes_counts_what_autograd_keeps():
-    x, w = torch.ones(4, 8), torch.ones(8, 16, requires_grad=True)
-    with memory.LiveBytes([x, w]) as live:
-        product = x @ w
-        assert live.live == 4 * 16 * 4
-        squares = (product.view(-1) * 2).exp()  # the doubled product dies, the exponential is kept
-        assert live.live == 2 * 4 * 16 * 4
-        assert live.peak == 3 * 4 * 16 * 4
-        squares.sum().backward()
-        del product, squares
-        assert live.live == w.numel() * 4  # the gradient
-    assert memory.size_of([x, w]) == (32 + 128) * 4
-
-
-def test_planned_passes_take_what_real_ones_take(tiny):
-    """The same count over fake and over real tensors."""
-    config = config_io.load(tiny)
-    device, ranks = torch.device("cpu"), Ranks(0, 1, torch.device("cpu"))
-    real = plan.passes(config, run.fresh_state(config, ranks, build(config.model)), None, device, 8)
-    with FakeTensorMode():
-        fake = plan.passes(config, run.fresh_state(config, ranks, UNITE(config.model)), None, device, 8)
-    assert set(real) == {"reconstruction", "flow"}
-    for name, size in real.items():
-        assert fake[name] == pytest.approx(size, rel=0.05), name
-    recomputed = dataclasses.replace(config, efficiency=dataclasses.replace(config.efficiency, checkpoint_blocks=True))
-    with FakeTensorMode():
-        less = plan.passes(recomputed, run.fresh_state(recomputed, ranks, UNITE(config.model)), None, device, 8)
-    assert less["flow"] < fake["flow"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
