@@ -1,7 +1,8 @@
 """What this machine can run: python -m unite_fast.doctor [--json] [--config FILE [section.key=value ...]]
 
-A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images
-and how fast they come, its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a FAIL.
+A line is OK, WARN or FAIL with how to mend it. With a configuration, what it needs is looked at as well: its images and
+how fast they come, its weights, room for its checkpoints, and enough cores for its workers. The exit code is 1 after a
+FAIL.
 """
 
 from __future__ import annotations
