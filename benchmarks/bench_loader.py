@@ -2,6 +2,7 @@
 
     python benchmarks/bench_loader.py                  every variant on one thread, on this machine's CPU
     python benchmarks/bench_loader.py --device cuda    the whole sources as well, onto the GPU (DALI: mixed)
+    python benchmarks/bench_loader.py --check          no times: every image of an epoch through every source
 
 The files are crops of scikit-learn's two sample photographs in the sizes of ImageNet's, quality 85 to 95, written to a
 temporary folder and packed from there; all of it stays in the page cache. Each variant turns encoded or packed images
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import open_source
+from unite_fast.data import Batch, Order, open_source, stream
 from unite_fast.data.dali import CHUNK, Dali, Runner
 from unite_fast.data.pack import pack
 from unite_fast.data.packed import Packed
@@ -124,6 +126,48 @@ def differences(table: dict[str, tuple[int, Callable[[Tensor], Tensor]]], count:
     return found
 
 
+def check_epochs(root: Path, count: int, step: int = 120) -> None:
+    """An epoch of each source against folder's, for 1, 2 and 3 ranks, and resumed at every step. Stops at a difference.
+
+    ``step``: images per step over all ranks. DALI's pixels may differ; its order, labels and flips may not.
+    """
+    steps = -(-count // step)
+
+    def take(source, start: int, number: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        return list(islice(stream(source, 0, start * step, step, rank, world), number))
+
+    def require(same: bool, what: str) -> None:
+        if not same:
+            raise SystemExit(f"check failed: {what}")
+
+    reference = take(opened("folder", root / "folder"), 0, steps)
+    samples = torch.cat([b.samples for b in reference])
+    require(torch.equal(samples, torch.arange(steps * step)), "positions of folder")
+    order = Order(count, 0).indices(0, count)
+    require(torch.equal(order.sort().values, torch.arange(count)), "each image once in an epoch")
+    for name, path in (("packed", "packed"), ("dali", "folder")):
+        source, worst, total = opened(name, root / path), 0, 0.0
+        for world in (1, 2, 3):
+            ranks = [take(source, 0, steps, rank, world) for rank in range(world)]
+            for k, parts in enumerate(zip(*ranks, strict=True)):
+                images, labels, positions = (torch.cat(x) for x in zip(*parts, strict=True))
+                require(torch.equal(labels, reference[k].labels), f"{name}, {world} ranks: labels of step {k}")
+                require(torch.equal(positions, reference[k].samples), f"{name}, {world} ranks: order of step {k}")
+                off = (images.int() - reference[k].images.int()).abs()
+                require(name != "packed" or not off.any(), f"packed, {world} ranks: pixels of step {k}")
+                worst, total = max(worst, int(off.max())), total + off.float().mean().item() / (3 * steps)
+        whole = take(source, 0, steps)
+        for k in range(steps):
+            again = take(source, k, 1)[0]
+            require(
+                all(torch.equal(a, b) for a, b in zip(again, whole[k], strict=True)), f"{name}: resumed at step {k}"
+            )
+        print(
+            f"{name}: {count} images in the order of folder, each once, on 1, 2 and 3 ranks, resumed at each of "
+            f"{steps} steps; off by at most {worst} gray levels, mean {total:.4f}"
+        )
+
+
 def cpu_rates(
     table: dict[str, tuple[int, Callable[[Tensor], Tensor]]], count: int, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
@@ -168,6 +212,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=min(16, len(os.sched_getaffinity(0))), help="of the whole sources"
     )
+    parser.add_argument("--check", action="store_true", help="compare whole epochs of the sources; no times")
     a = parser.parse_args()
     device = torch.device(a.device)
     torch.set_num_threads(1)
@@ -175,6 +220,9 @@ def main() -> None:
         root = Path(name)
         write_photographs(root / "folder", a.images)
         pack(root / "folder", root / "packed", SIZE, workers=len(os.sched_getaffinity(0)), per_shard=512)
+        if a.check:
+            check_epochs(root, a.images)
+            return
         table = variants(root)
         off = differences(table, a.images)
         load = os.getloadavg()[0]

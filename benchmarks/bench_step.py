@@ -29,7 +29,7 @@ from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import peak_flops, training_flops
 from unite_fast.step import TrainStep
-from unite_fast.throughput import IMAGENET, NODE, Projection
+from unite_fast.throughput import NODE, Projection
 
 # A rung: overrides over the rungs before it, and how far its first loss may be from eager's, relative.
 RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -153,7 +153,7 @@ def row(v: Variant, times: dict[str, list[float]], model: str, flow_steps: int, 
         minutes = Projection(mfu or 0.0, rate).minutes(NODE)
         count = launches(v.call, device)
         found |= {"ms": ms, "images_per_second": rate, "mfu": mfu, "gib": v.gib, "minutes_per_epoch_8": minutes}
-        found |= {"launches": count, "imagenet": IMAGENET}
+        found["launches"] = count
         text += f"{rate:9.1f} images/s  MFU {mfu or float('nan'):.1%}  {v.gib:.1f} GiB  {count} launches"
         text += f"  {minutes:.1f} min/epoch on {NODE}"
     print(text, flush=True)

@@ -58,5 +58,5 @@ def step_ladder(rows: list[dict], device: str) -> Path:
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], [f"{m}, N = {n}" for m, n in groups])
     axes.set_ylabel("times as fast as eager")
     axes.set_title(f"optimizer step on {device}")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
     return _save(figure, f"ladder_{device}")

@@ -48,7 +48,7 @@ class Scenario:
     perceptual_extra: float = 1.0  # the same of LPIPS, its convolutions' maps included
     newton_schulz_share: float = 1 / NODE  # of all matrices on this GPU
     recompute_from: int | None = None  # flow steps from which on the flow's forward is computed twice
-    basis: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # what the figures rest on
 
     def seconds(self, work: Work, flow_steps: int) -> float:
         """Of all ``count`` kernels."""
@@ -126,7 +126,14 @@ def table(config: Config, images: int, scenarios: tuple[Scenario, ...]) -> list[
         rate = 1e3 / total
         row = {"scenario": scenario.name, "flow_steps": steps, "images": images, "ms_per_image": parts}
         row |= {"images_per_second": rate, "mfu": useful * rate / 989e12, "prediction": True}
-        rows.append(row | {"minutes_per_epoch_8": IMAGENET / rate / NODE / 60, "basis": scenario.ceilings.source})
+        rows.append(
+            row
+            | {
+                "minutes_per_epoch_8": IMAGENET / rate / NODE / 60,
+                "basis": scenario.ceilings.source,
+                "notes": scenario.notes,
+            }
+        )
         print(
             f"{scenario.name:30}" + "".join(f"{v:>11.3f}" for v in parts.values())
             + f"{total:>8.3f}{rate:>10.0f}{row['mfu']:>8.1%}{rows[-1]['minutes_per_epoch_8']:>9.1f}m"
