@@ -185,9 +185,7 @@ class Monitor:
         options = Options(progress, stopping=self.session.stopping)
 
         def compute(chosen: Settings) -> dict[str, Any]:
-            return generation.score(
-                state.model, chosen, extractor, reference, self.ranks, identity, options=options
-            )  # fmt: skip
+            return generation.score(state.model, chosen, extractor, reference, self.ranks, identity, options=options)
 
         scored = guidance_search.Scored(progress, identity, compute, self.ranks)
         start = state.best_cfg_scale or self.config.sample.cfg_scale
