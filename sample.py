@@ -18,7 +18,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
-    add("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (default: ema)")
+    add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
     add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
     add(
@@ -33,6 +33,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
     add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the ODE state is fp32")
+    add("--kernels", choices=("eager", "fused"), default="fused", help="of the network (default: fused)")
+    add("--compile", action="store_true", help="torch.compile of the network's blocks; changes rounding")
+    add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--reconstruct", metavar="FOLDER", help="instead of sampling: originals beside reconstructions, with PSNR")
     add("--debug", action="store_true", help="show tracebacks")
@@ -70,12 +73,18 @@ def main(argv: list[str]) -> int:
     try:
         precision.setup(ranks.device)
         model.to(ranks.device)
+        model.use_kernels(arguments.kernels)
+        replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):
             if arguments.reconstruct:
                 print(reconstruct_folder(model, arguments.reconstruct, arguments.out, arguments.batch, ranks))
                 return 0
-            identity = f"{checkpoint.identity(located)} {arguments.weights} {arguments.precision}"
-            made = generate(model, wanted, arguments.out, ranks, identity)
+            compiled = "compiled" if arguments.compile else "as written"
+            if arguments.compile:
+                sampling.compile_blocks(model)
+            network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
+            identity = f"{checkpoint.identity(located)} {network}"
+            made = generate(model, wanted, arguments.out, ranks, identity, replays)
         ranks.barrier()
         if ranks.is_main:
             merge(wanted, arguments.out)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, plan, run
+from unite_fast import checkpoint, command, config, config_io, data, monitor, plan, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
@@ -64,6 +64,7 @@ class Inputs(NamedTuple):
 
     source: data.Source
     perceptual: Perceptual | None
+    scoring: monitor.Files | None
     started: float
 
     @classmethod
@@ -75,9 +76,8 @@ class Inputs(NamedTuple):
         run.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
-        return cls(
-            source, load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels), started
-        )
+        perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
+        return cls(source, perceptual, monitor.open_files(settings), started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -130,11 +130,15 @@ def loop(
     )  # fmt: skip
     batches = data.Waits(stream)
 
+    scores = None
+    if inputs.scoring is not None:
+        scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.perceptual)
     session.begin(state.step)
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
-    ending, first = "", state.step + 1
+    ending = scores(state) if scores else ""  # what a stop left unfinished
+    first = state.step + 1
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
         began = time.perf_counter()
@@ -157,6 +161,9 @@ def loop(
             run.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
             session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, ranks, *shown))
+        if scores is not None and not ending:
+            with meter.paused():
+                ending = scores(state)
         if state.step % t.checkpoint_every == 0 or done or ending:
             run.check_finite(state, ranks)
             session.save(state, means.sums())

@@ -51,7 +51,8 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     first = run(trained, "fid", tmp_path / "a.json", "--pairs", "--kid-subset", 50, "--cfg", 1.5, "--solver", "heun")
     assert first["protocol"]["settings"] | {"steps": 2} == {
         "count": 100, "labels": "equal", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
-        "cfg_order": "norm_first", "precision": "fp32", "uint8": "truncated", "tile": 32,
+        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert {"commit", "dirty", "torch", "device"} <= set(first["protocol"]["environment"])
     assert all(len(first["protocol"][part]["sha256"]) == 64 for part in ("checkpoint", "extractor", "reference"))

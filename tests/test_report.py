@@ -43,6 +43,15 @@ def folder(tmp_path: Path) -> Path:
     ]
     (run / "scores" / "search.json").write_text(json.dumps({"best": {}, "rows": searched}))
     (run / "scores" / "broken.json").write_text("{")
+    training = run / "scores" / "training"
+    training.mkdir()
+    for step, scale in ((300, 2.0), (600, 1.8)):
+        rows = [{"settings": row["settings"] | {"count": 1000}, "result": row["result"]} for row in searched]
+        content = {"kind": "search", "step": step, "protocol": {"run": "x"}, "rows": rows, "best": {"cfg_scale": scale}}
+        (training / f"step_{step:07d}_search.json").write_text(json.dumps(content | {"result": result}))
+    content = {"kind": "rfid", "step": 600, "protocol": {}, "result": {"rfid": 0.7, "psnr": 30.0}}
+    (training / "step_0000600_rfid.json").write_text(json.dumps(content))
+    (training / "step_0000900_search.jsonl").write_text("{}")  # unfinished
     return run
 
 
@@ -82,6 +91,10 @@ def test_everything_is_in_one_file(folder):
     assert "(1 not finite)" in text
     assert "FID over the guidance scale" in text
     assert "step 8: real" in text  # the newest picture is among the chosen
+    assert "Scores while training" in text
+    assert "FID at the best guidance</text>" in text
+    assert "rFID of held-out images</text>" in text
+    assert "search at step 600, 1,000 images: w 1.8 in [0, 1]" in text
     assert "LPIPS</text>" not in text  # never measured in this run
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 from support import TINY, command, process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast import flow, sampling, solvers
+from unite_fast import checkpoint, flow, sampling, solvers
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.field import GuidedField, Replay, Replays
 from unite_fast.generate import parse_labels, parse_seeds
 from unite_fast.model.unite import UNITE, build
+from unite_fast.runtime import compiling
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +322,116 @@ def test_reconstruct_a_folder(trained, tmp_path):
     result = command("sample.py", "--checkpoint", trained, "--out", tmp_path / "o2", "--reconstruct", tmp_path / "in")
     assert result.returncode == 2
     assert "bad.png" in result.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", sampling.SOLVERS)
+def test_replayed_evaluations_are_the_same(model, solver):
+    """On static buffers, for tiles, labels and scales that follow each other; two recordings serve them all."""
+    replays = Replays(capture=False)
+    for seeds, scale in (([0, 1, 2], 2.0), ([33, 40], 2.0), ([5], 3.5)):
+        options = {"solver": solver, "steps": 6, "cfg_scale": scale, "cfg_interval": (0.3, 1.0)}
+        labels = [s % 7 for s in seeds]
+        expected = sampling.sample_tiles(model, seeds, labels, **options)
+        assert torch.equal(sampling.sample_tiles(model, seeds, labels, **options, replays=replays), expected)
+    assert [name for name, _ in replays.known] == ["plain", "norm_first"]
+
+
+@torch.no_grad()
+def test_replays_name_their_preconditions(model):
+    labels, z = torch.tensor([1, 2]), noise(model, 2)
+    field = GuidedField(model, labels, 2.0, (0.0, 1.0), "norm_first")
+    replay = Replay(field._guided, z, labels, capture=False)
+    first = replay(z, labels, 0.2, 2.0)
+    kept = first.clone()
+    second = replay(z + 1, labels.flip(0), 0.4, 3.0)
+    assert torch.equal(first, kept)  # a result stays what it was
+    field.scale = 3.0
+    field.labels = labels.flip(0)
+    assert torch.equal(second, field.at(0.4, z + 1, True))
+    with pytest.raises(RuntimeError, match="fixed shape is required"):
+        replay(z[:1], labels[:1], 0.2, 2.0)
+    with pytest.raises(RuntimeError, match="fixed dtype is required"):
+        replay(z.double(), labels, 0.2, 2.0)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="fixed precision is required"):
+        replay(z, labels, 0.2, 2.0)
+    with torch.enable_grad():
+        with pytest.raises(RuntimeError, match="no gradients is required"):
+            replay(z, labels, 0.2, 2.0)
+        with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
+            Replay(field._guided, z, labels, capture=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@torch.no_grad()
+def test_captured_evaluations_are_the_same(model):
+    there = UNITE(model.config).cuda().eval()
+    there.load_state_dict(model.state_dict())
+    there.use_kernels("fused")
+    for precision in (torch.float32, torch.bfloat16):
+        replays = Replays(capture=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+            for seeds, scale in ((range(40), 2.0), (range(70, 90), 3.5)):
+                options = {"solver": "heun", "steps": 6, "cfg_scale": scale, "cfg_interval": (0.3, 1.0)}
+                labels = [s % 7 for s in seeds]
+                expected = sampling.sample_tiles(there, list(seeds), labels, **options)
+                there.latent_tokens.mul_(1.0)  # changed in place: the graph must read the weights where they are
+                actual = sampling.sample_tiles(there, list(seeds), labels, **options, replays=replays)
+                assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", sampling.ORDERS)
+def test_guidance_under_bf16_is_combined_in_fp32(model, order):
+    z, labels = noise(model, 2), torch.tensor([3, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = GuidedField(model, labels, 4.0, (0.0, 1.0), order).at(0.4, z, True)
+        both = torch.cat([z, z]), torch.full((4,), 0.4), torch.cat([torch.full((2,), 10), labels])
+        raw = model.denoise_raw(*both)
+    assert raw.dtype == torch.bfloat16
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, flow.combine(*raw.float().chunk(2), 4.0, order, model.normalise))
+
+
+@torch.no_grad()
+def test_compiled_blocks_draw_the_same_images(model, monkeypatch):
+    """As few graphs as promised, and none more for other seeds. Without the C++ compiler, which takes a minute."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = UNITE(model.config).eval()
+    compiled.load_state_dict(model.state_dict())
+    sampling.compile_blocks(compiled)
+    options = {"solver": "euler", "steps": 3, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0)}
+    for seeds in ([0, 1, 2], [40]):
+        labels = [s % 10 for s in seeds]
+        expected = sampling.sample_tiles(model, seeds, labels, **options)
+        actual = sampling.sample_tiles(compiled, seeds, labels, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert compiling.graphs() == 2 * 3 + 1
+
+
+def test_weights_by_name(trained, tmp_path):
+    """Every average that a checkpoint holds can be named; the error lists them. In our format and in the official."""
+    config = trained.parent / "tiny.yaml"
+    words = ("--config", config, f"run_dir={tmp_path / 'run'}", "train.max_steps=20", "optim.ema_extra=[0.5]")
+    assert command("train.py", *words).returncode == 0
+    model, _ = checkpoint.load_model(tmp_path / "run", "ema_0.5")
+    name = "encoder.blocks.0.attn.qkv.weight"
+    stored = checkpoint.read(checkpoint.locate(tmp_path / "run"))
+    assert torch.equal(model.get_parameter(name), stored[f"ema_0.5.{name}"])
+    assert not torch.equal(stored[f"ema.{name}"], stored[f"ema_0.5.{name}"])
+    words = ("--checkpoint", tmp_path / "run", "--weights", "ema_0.99", "--out", tmp_path / "a.npz")
+    said = command("sample.py", *words)
+    assert said.returncode == 2
+    assert said.stderr.endswith("has no 'ema_0.99' weights; it has ema, ema_0.5, model\n")
+    make(tmp_path / "run", tmp_path / "b", "--weights", "ema_0.5", "--seeds", "0-3")
+    refused = command("sample.py", "--checkpoint", tmp_path / "run", "--seeds", "0-3", "--out", tmp_path / "b")
+    assert "other options" in refused.stderr  # the folder holds images of other weights
+
+    content = {"model": model.state_dict(), "ema": {}, "ema_0.999": model.state_dict(), "ema_decay": 0.999}
+    torch.save(content, tmp_path / "official.pt")
+    found, _ = checkpoint.load_weights(tmp_path / "official.pt", "ema_0.999")
+    assert torch.equal(found[name], model.get_parameter(name))
+    with pytest.raises(UserError, match=r"no weights called 'ema'; it has model, ema_0\.999"):
+        checkpoint.load_weights(tmp_path / "official.pt", "ema")

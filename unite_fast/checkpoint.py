@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class TrainState:
     optimizer: Optimizer
     step: int = 0
     images_seen: int = 0
+    best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
 
 
 def counters_of(state: TrainState) -> dict[str, Any]:
-    return {"format": FORMAT, "step": state.step, "images_seen": state.images_seen}
+    return {
+        "format": FORMAT, "step": state.step, "images_seen": state.images_seen, "best_cfg_scale": state.best_cfg_scale,
+    }  # fmt: skip
 
 
 def step_of(path: Path) -> int | None:
@@ -268,8 +272,13 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         # The official counter counts micro-batches; the optimizer's counts updates.
         state.step = int(state.optimizer.steps)
         state.images_seen = state.step * config.train.global_batch
+        state.best_cfg_scale = float(content.get("current_best_cfg_scale", 0.0))
         return {}
-    step, images_seen, optimizer_steps, means = _counters(_read_counters(path), path)
+    counters = _read_counters(path)
+    step, images_seen, optimizer_steps, means = _counters(counters, path)
+    best = counters.get("best_cfg_scale", 0.0)
+    if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
+        raise UserError(f"checkpoint {path}: best_cfg_scale in state.json is malformed")
     found, wanted = stored(path), tensors_of(state)
     del wanted[STEPS]
     fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
@@ -289,7 +298,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         log.warning("%s has no %s; starting from its weights", path, ", ".join(fresh))
         state.optimizer.restart(fresh)
     state.optimizer.steps.fill_(optimizer_steps)
-    state.step, state.images_seen = step, images_seen
+    state.step, state.images_seen, state.best_cfg_scale = step, images_seen, best
     return means
 
 
@@ -301,10 +310,7 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
     """
     path = locate(path)
     if path.is_file():
-        content = interop.read_official(path)
-        if not isinstance(content.get(weights), dict):
-            raise UserError(f"{path} has no '{weights}' weights")
-        return interop.clean_keys(content[weights]), None
+        return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
     _read_counters(path)
     config, found = from_dict(_saved_config(path), str(path)), stored(path)
     known = [*ema.names(config.optim), "model"]

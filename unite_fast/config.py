@@ -24,6 +24,10 @@ class RunError(Exception):
     """What ends a run although the command was right. Programs print its one line and exit with code 1."""
 
 
+class Stopped(Exception):
+    """A stop was asked for while a long loop ran; raised on all ranks after the same round."""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The Generative Encoder. YAML may name a size instead: small, base, medium, large, xl."""
@@ -153,6 +157,22 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores while training, which never change the run. Epochs are of images; an interval of 0 switches off."""
+
+    fid_epoch: float = 0.0  # between searches for the guidance scale, from the best one so far; published: 40
+    sweep_epoch: float = 0.0  # between searches that also try other intervals and cfg_first; published: 120
+    rfid_epoch: float = 0.0  # between reconstructions of the held-out images; published: 40
+    count: int = 50_000  # generated images per score, a multiple of the classes
+    weights: str = "ema"  # ema, model, or another average that the run keeps
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the network; the ODE state is fp32
+    reference: str = ""  # statistics of the real images, .npz; python -m unite_fast.evaluation.statistics makes it
+    extractor: Literal["inception", "digits"] = "inception"  # what looks at the images
+    inception: str = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth
+    inception_sha256: str = "6726825d"  # first digits of that file's sha256; its published ones
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     global_batch: int = 1024  # images per optimizer step, over all ranks
     micro_batch: int = 64  # images per forward pass on one rank
@@ -209,6 +229,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     comm: CommConfig = field(default_factory=CommConfig)
@@ -222,7 +243,7 @@ MAY_BE_ZERO = (
 
 # Sections whose numbers are not negative, but for these; those of NONZERO are above 0, those of FRACTIONS below 1.
 SIGNED = ("flow_time_mean", "cfg_interval", "betas")
-NONZERO = ("lr", "clip", "eps", "flow_time_std", "newton_schulz_steps", "steps", "timeout", "flow_mini_batch")
+NONZERO = ("lr", "clip", "eps", "flow_time_std", "newton_schulz_steps", "steps", "timeout", "flow_mini_batch", "count")
 FRACTIONS = ("muon_momentum",)
 
 
@@ -240,7 +261,7 @@ def validate(config: Config) -> None:
             may_be_zero = f.name in MAY_BE_ZERO
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (may_be_zero and value == 0), f"{f.name} must be positive, got {value}")
-    for name in ("objective", "optim", "data", "sample", "efficiency"):
+    for name in ("objective", "optim", "data", "sample", "evaluation", "efficiency"):
         for f in dataclasses.fields(getattr(config, name)):
             value, key = getattr(getattr(config, name), f.name), f"{name}.{f.name}"
             if isinstance(value, (int, float)) and not isinstance(value, bool) and f.name not in SIGNED:

@@ -28,7 +28,7 @@ from unite_fast.config import Config, UserError
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
-from unite_fast.evaluation.generation import Settings, digest, of_run, score
+from unite_fast.evaluation.generation import PLAIN, Options, Settings, digest, of_run, score
 from unite_fast.generate import parse_interval
 from unite_fast.model.unite import UNITE
 from unite_fast.runtime import distributed, precision
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         one = commands.add_parser(name)
         add = one.add_argument
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
-        add("--weights", choices=("ema", "model"), default="ema")
+        add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average it has")
         add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
         add("--debug", action="store_true", help="show tracebacks")
@@ -67,6 +67,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
         add("--precision", choices=("fp32", "bf16"))
+        add("--kernels", choices=("eager", "fused"), help="of the network (default: fused)")
+        add("--compile", action="store_true", help="torch.compile of the network's blocks")
+        add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
             add("--sweep", action="store_true", help="then other intervals and the order cfg_first")
         if name == "fid":
@@ -111,6 +114,8 @@ class Context:
             "cfg_scale": a.cfg,
             "cfg_interval": None if a.cfg_interval is None else parse_interval(a.cfg_interval),
             "precision": a.precision,
+            "kernels": a.kernels,
+            "compile": a.compile or None,
         }
         changes |= {name: getattr(a, name, None) for name in ("labels", "solver", "steps", "cfg_order")}
         changed = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
@@ -162,6 +167,8 @@ class Scorer:
         statistics.check_extractor(self.about, len(self.reference.mean), self.extractor, a.reference)
         if a.pairs and self.reference.features is None:
             raise UserError(f"--pairs needs features in {a.reference}; make it with --features")
+        self.replays = sampling.open_replays(a.graph, context.ranks.device)
+        self.compiled = False
 
     def protocol(self, settings: Settings) -> dict[str, Any]:
         """What the score depends on. Equal protocols and an equal commit give equal scores."""
@@ -178,9 +185,13 @@ class Scorer:
 
     def score(self, settings: Settings) -> dict[str, Any]:
         a, ranks = self.context.arguments, self.context.ranks
+        if settings.compile and not self.compiled:
+            sampling.compile_blocks(self.context.model)
+            self.compiled = True
         progress = (
             (lambda line: print(line, end="\r", file=sys.stderr)) if sys.stderr.isatty() and ranks.is_main else None
         )
+        options = Options(self.context.out(), progress or PLAIN.report, replays=self.replays)
         return score(
             self.context.model,
             settings,
@@ -190,8 +201,7 @@ class Scorer:
             json.dumps(self.context.weights()),
             a.pairs,
             a.kid_subset,
-            self.context.out(),
-            progress or (lambda line: None),
+            options,
         )
 
 
@@ -227,7 +237,7 @@ def table_command(context: Context) -> None:
         for row in rows:
             r = row["result"]
             rate = f"{r['images_per_second']:.1f}" if "images_per_second" in r else "-"
-            nfe = f"{r['evaluations'] or '-':>6}{r['passes'] or '-':>8}"
+            nfe = f"{r['evaluations']:>6.4g}{r['passes']:>8.4g}"
             print(f"{row['name']:22}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
     context.save({"rows": rows})
 
@@ -235,7 +245,7 @@ def table_command(context: Context) -> None:
 def search_command(context: Context) -> None:
     scorer, start, path = Scorer(context), context.settings(), context.out()
     identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"]])
-    scored = guidance_search.Scored(path.with_suffix(".jsonl"), identity, scorer.score, context.ranks.is_main)
+    scored = guidance_search.Scored(path.with_suffix(".jsonl"), identity, scorer.score, context.ranks)
     best = guidance_search.search(scored, start)
     if context.arguments.sweep:
         best = guidance_search.sweep(scored, best)

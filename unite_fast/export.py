@@ -65,9 +65,7 @@ def scrub(values: dict[str, Any]) -> dict[str, Any]:
 def load_trusted(path: Path, weights: str) -> tuple[dict[str, torch.Tensor], Config]:
     """(weights, configuration) of a .pt that is unpickled without restriction: it can run anything."""
     content = torch.load(path, map_location="cpu", weights_only=False)
-    found = content.get(weights) if isinstance(content, dict) else None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} has no '{weights}' weights")
+    found = interop.weights_of(content if isinstance(content, dict) else {}, weights, str(path))
     state = interop.clean_keys({k: v for k, v in found.items() if isinstance(v, torch.Tensor)})
     return state, from_dict({"model": to_dict(interop.infer_config(state, where=str(path)))})
 
@@ -98,10 +96,11 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False) -> 
     facts |= {"config": json.dumps(values), "provenance": json.dumps(origin)}
     m, s = config.model, config.sample
     commit = f" at commit {origin['commit'][:12]}" if origin.get("commit") else ""
+    said = {"ema": "EMA weights", "model": "Raw weights"}.get(weights, f"Weights {weights}")
     card = CARD.format(
         name=values["name"], parameters=sum(v.numel() for v in state.values()), size=m.image_size,
         classes=m.num_classes, latents=m.num_latents, width=m.latent_dim, step=step, version=__version__,
-        commit=commit, weights="EMA weights" if weights == "ema" else "Raw weights", solver=s.solver, steps=s.steps,
+        commit=commit, weights=said, solver=s.solver, steps=s.steps,
         scale=s.cfg_scale, interval=list(s.cfg_interval),
     )  # fmt: skip
     try:
@@ -120,7 +119,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m unite_fast.export", description="A checkpoint as files to share.")
     parser.add_argument("checkpoint", help="run folder, step-N folder, or official .pt")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
+    parser.add_argument("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average")
     parser.add_argument("--trust-pickle", action="store_true", help="load a .pt that can execute code; see above")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)

@@ -52,7 +52,7 @@ def inside(t: float, interval: tuple[float, float]) -> bool:
 
 
 def combine(
-    null: Tensor, conditional: Tensor, scale: float, order: str, normalise: Callable[[Tensor], Tensor]
+    null: Tensor, conditional: Tensor, scale: Tensor | float, order: str, normalise: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Classifier-free guidance x0 = null + w (class - null) of raw predictions, normalised in the given order.
 

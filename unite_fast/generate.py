@@ -24,8 +24,10 @@ from torch import Tensor
 
 from unite_fast import pictures, sampling
 from unite_fast.config import UserError
+from unite_fast.field import Replays
 from unite_fast.model.unite import UNITE
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.flops import sampling_flops
 from unite_kernels import philox
 
 LABEL_STREAM = 1 << 17
@@ -156,7 +158,21 @@ def chunks(pairs: list[tuple[int, int]], batch: int) -> Iterator[list[tuple[int,
         yield list(itertools.chain.from_iterable(tiles[begin : begin + per_chunk]))
 
 
-def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: str) -> str:
+def speed(model: UNITE, images: int, counts: dict[str, int], seconds: float, processes: int) -> str:
+    """One line: images/s, NFE, passes, FLOPs. Places of a tile that nobody asked for cost, but are no images."""
+    solutions, passes = counts["solutions"], counts["passes"] / counts["solutions"]
+    flops = sampling_flops(model.config, passes)
+    done = flops * solutions * sampling.TILE / seconds
+    return (
+        f"{images / seconds:.1f} images/s on each of {processes} processes, "
+        f"NFE {counts['evaluations'] / solutions:.4g}, {passes:.4g} passes, "
+        f"{flops / 1e9:.4g} GFLOP per image, {done / 1e12:.3g} TFLOP/s"
+    )
+
+
+def generate(
+    model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, replays: Replays | None = None
+) -> str:
     """Writes this rank's missing images; returns a line on the speed."""
     folder = _parts(out)
     _open(folder, request.protocol(identity), ranks)
@@ -178,6 +194,7 @@ def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: s
             cfg_interval=request.cfg_interval,
             cfg_order=request.cfg_order,
             counts=counts,
+            replays=replays,
         )
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         if not all(finite):
@@ -185,12 +202,7 @@ def generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: s
         for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
             pictures.save_png(folder / _name(seed, label), image)
     seconds = time.perf_counter() - started
-    rate = (
-        f"{len(missing) / seconds:.1f} images/s on each of {ranks.world_size} processes, "
-        f"NFE {counts['evaluations']}, {counts['passes']} passes"
-        if missing
-        else "nothing was missing"
-    )
+    rate = speed(model, len(missing), counts, seconds, ranks.world_size) if missing else "nothing was missing"
     return f"made {len(missing)} of {len(pairs)} ({rate})" if ranks.world_size == 1 else rate
 
 

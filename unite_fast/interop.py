@@ -51,14 +51,23 @@ def read_official(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a UNITE checkpoint: it has no 'model' state dict")
-    for part in ("model", "ema"):
-        for key, value in (content.get(part) or {}).items():
+    for part in ("model", *(str(name) for name in content if str(name).startswith("ema"))):
+        values = content.get(part)
+        for key, value in values.items() if isinstance(values, dict) else ():
             dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
             if not isinstance(key, str) or not dense:
                 raise UserError(
                     f"{path}: '{part}' holds {key!r}, which is not a dense tensor of floating-point numbers"
                 )
     return content
+
+
+def weights_of(content: dict[str, Any], name: str, where: str) -> dict[str, Tensor]:
+    """The state dict called ``name`` of ``read_official``'s dict. Raises UserError that lists those there are."""
+    known = [k for k, v in content.items() if isinstance(v, dict) and v and (k == "model" or str(k).startswith("ema"))]
+    if name not in known:
+        raise UserError(f"{where} has no weights called '{name}'; it has {', '.join(known)}")
+    return content[name]
 
 
 def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,16 +189,11 @@ def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
 def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> UNITE:
     """A model in evaluation mode from an official checkpoint; sizes are inferred from shapes.
 
-    weights: "ema" or "model". overrides: ModelConfig fields that shapes do not tell, as ``in_context_start=2``,
-    ``decoder_heads=3`` or ``decoder={"heads": 3}``; a JSON file of the same stem beside the checkpoint is read for
-    "encoder" and "decoder" sections first. Raises UserError.
+    weights: "ema", "model" or another average in the file. overrides: ModelConfig fields that shapes do not tell, as
+    ``in_context_start=2``, ``decoder_heads=3`` or ``decoder={"heads": 3}``; a JSON file of the same stem beside the
+    checkpoint is read for "encoder" and "decoder" sections first. Raises UserError.
     """
-    if weights not in ("ema", "model"):
-        raise UserError(f"weights must be 'ema' or 'model', got '{weights}'")
-    content = read_official(path)
-    if not isinstance(content.get(weights), dict):
-        raise UserError(f"{path} has no '{weights}' weights")
-    state = clean_keys(content[weights])
+    state = clean_keys(weights_of(read_official(path), weights, str(path)))
     config = infer_config(state, {**_sidecar(Path(path)), **overrides}, str(path))
     model = UNITE(config)
     load_weights(model, state, str(path))

@@ -29,6 +29,14 @@ CURVES = (
     ("images_per_second", "images per second"),
     ("mfu", "model FLOP utilisation"),
 )
+MONITORED = (
+    ("fid", "FID at the best guidance"),
+    ("is", "Inception score there"),
+    ("scale", "best guidance scale"),
+    ("rfid", "rFID of held-out images"),
+    ("psnr", "PSNR of held-out images, dB"),
+    ("lpips", "LPIPS of held-out images"),
+)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 52, 10, 28, 24
 MOST_POINTS, MOST_PICTURES = 400, 6
 STYLE = """
@@ -44,8 +52,9 @@ figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; back
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; } svg .title { fill: var(--ink);
   font-size: 13px; } svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke: var(--blue);
   stroke-width: 1.6; } svg circle { fill: var(--blue); }
-table { border-collapse: collapse; } td, th { padding: 4px 14px 4px 0; text-align: right; border-bottom: 1px solid
-  var(--line); } th:first-child, td:first-child { text-align: left; }
+table { border-collapse: collapse; margin-top: 12px; } td, th { padding: 4px 14px 4px 0; text-align: right;
+  border-bottom: 1px solid var(--line); } th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+.wide { overflow-x: auto; }
 pre { overflow-x: auto; background: color-mix(in srgb, var(--line) 35%, transparent); padding: 12px; font-size: 12px; }
 """
 
@@ -119,12 +128,13 @@ def number(value: Any) -> str:
 
 def rows_of(name: str, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(label, result) of a file that ``python -m unite_fast.evaluate`` wrote: one score, a table, or a search."""
-    if isinstance(content.get("result"), dict):
+    if isinstance(content.get("result"), dict) and not content.get("rows"):
         return [(name, content["result"])]
     rows = []
     for row in content.get("rows", []):
         settings = row.get("settings", {})
-        label = row.get("name") or f"w {settings.get('cfg_scale')} in {settings.get('cfg_interval')}"
+        where = f"w {settings.get('cfg_scale')} in {settings.get('cfg_interval')}"
+        label = row.get("name") or where + (" cfg_first" if settings.get("cfg_order") == "cfg_first" else "")
         rows.append((f"{name}: {label}", row["result"]))
     return rows
 
@@ -140,24 +150,57 @@ def guidance_plot(content: dict[str, Any]) -> str:
     return f"<div class='grid'>{plot}</div>"
 
 
+def training_scores(folder: Path) -> str:
+    """What ``monitor`` wrote into RUN/scores/training: curves over the run, the newest search, its protocol."""
+    files = sorted((folder / "scores" / "training").glob("step_*.json"))
+    found = [content for path in files if isinstance(content := read_json(path), dict) and "result" in content]
+    if not found:
+        return ""
+    searches = [c for c in found if c.get("rows")]
+    rows = [(c["step"], c["result"] | {"scale": c["best"]["cfg_scale"] if c.get("rows") else None}) for c in found]
+    charts = []
+    for name, title in MONITORED:
+        points = [(step, row[name]) for step, row in rows if row.get(name) is not None]
+        if points:
+            charts.append(curve(title, [p[0] for p in points], [p[1] for p in points]))
+    parts = [f"<h2>Scores while training, over optimizer steps</h2><div class='grid'>{''.join(charts)}</div>"]
+    if searches:
+        newest = searches[-1]
+        count = newest["rows"][0]["settings"]["count"]
+        name = f"{newest['kind']} at step {newest['step']}, {count:,} images"
+        parts += [score_table(name, newest), guidance_plot(newest)]
+    return "".join(parts) + folded("scores while training", found[-1].get("protocol"))
+
+
+def score_table(name: str, content: dict[str, Any]) -> str:
+    """A table of the rows of one result; empty when it has none."""
+    rows = rows_of(name, content)
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(key for _, result in rows for key in result if key != "resumed_at"))
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *names])
+    body = "".join(
+        f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td>{number(r.get(n, ''))}</td>" for n in names) + "</tr>"
+        for label, r in rows
+    )
+    return f"<div class='wide'><table><tr>{header}</tr>{body}</table></div>"
+
+
+def folded(name: str, protocol: Any) -> str:
+    text = html.escape(json.dumps(protocol, indent=1))
+    return f"<details><summary>protocol of {html.escape(name)}</summary><pre>{text}</pre></details>"
+
+
 def scores(folder: Path) -> str:
     """Tables of all results in RUN/scores, each protocol folded beneath."""
     parts = []
     for path in sorted((folder / "scores").glob("*.json")):
         content = read_json(path)
-        rows = rows_of(path.stem, content) if isinstance(content, dict) else []
-        if not rows:
+        table = score_table(path.stem, content) if isinstance(content, dict) else ""
+        if not table:
             continue
-        names = list(dict.fromkeys(key for _, result in rows for key in result if key != "resumed_at"))
-        header = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *names])
-        body = "".join(
-            f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td>{number(r.get(n, ''))}</td>" for n in names) + "</tr>"
-            for label, r in rows
-        )
         protocol = content.get("protocol") or content.get("best") or [row.get("protocol") for row in content["rows"]]
-        folded = html.escape(json.dumps(protocol, indent=1))
-        parts.append(f"<table><tr>{header}</tr>{body}</table>" + guidance_plot(content))
-        parts.append(f"<details><summary>protocol of {html.escape(path.stem)}</summary><pre>{folded}</pre></details>")
+        parts += [table, guidance_plot(content), folded(path.stem, protocol)]
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
 
@@ -172,7 +215,7 @@ def page(folder: Path) -> str:
     charts = [
         curve(title, steps, [row[name] for row in rows])
         for name, title in CURVES
-        if rows and all(name in row for row in rows) and any(row[name] for row in rows)
+        if rows and all(name in row for row in rows) and any(math.isfinite(row[name]) and row[name] for row in rows)
     ]
     grids = spread(sorted((folder / "samples").glob("step_*.png")))
     shown = [picture(p, f"step {int(p.stem.removeprefix('step_'))}: real, reconstructed, EMA, raw") for p in grids]
@@ -188,6 +231,7 @@ def page(folder: Path) -> str:
         f"<h1>{name}</h1><p class='about'>{html.escape(about)}</p>",
         f"<h2>Curves over optimizer steps</h2><div class='grid'>{''.join(charts) or 'No metrics yet.'}</div>",
         f"<h2>Pictures</h2><div class='grid'>{''.join(shown) or 'No pictures yet.'}</div>",
+        training_scores(folder),
         f"<h2>Scores</h2>{scores(folder)}",
         f"<h2>Configuration</h2><details><summary>config.resolved.yaml</summary><pre>{settings}</pre></details>",
     ]

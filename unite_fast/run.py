@@ -91,8 +91,9 @@ def fresh_state(config: Config, ranks: Ranks, model: UNITE | None = None) -> Tra
             checkpoint.check_same_model(to_dict(saved), config, config.init_from)
         interop.load_weights(model, weights, config.init_from)
     recompute = memory.recompute(config, ranks).blocks
+    model.use_kernels(config.efficiency.kernels)
     for encoder in model.encoders():
-        encoder.recompute, encoder.backend = recompute, config.efficiency.kernels
+        encoder.recompute = recompute
     model.decoder.recompute = recompute
     if config.efficiency.compile != "none":
         model.decoder.run_layer = compiling.region(DecoderLayer.forward)

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from unite_fast import flow, solvers
 from unite_fast.config import UserError
+from unite_fast.field import GuidedField, Replays
+from unite_fast.model.decoder import DecoderLayer
+from unite_fast.model.encoder import Block
 from unite_fast.model.unite import UNITE
+from unite_fast.runtime import compiling
 from unite_kernels import philox
 
 SOLVERS = ("dopri5", *solvers.FIXED)
@@ -29,39 +33,24 @@ def initial_noise(model: UNITE, seeds: Sequence[int] | Tensor, device: torch.dev
     return philox.normal(0, SAMPLE_STREAM, samples, model.latent_shape)
 
 
-class GuidedField:
-    """The guided x0 prediction and the ODE's velocity for given labels.
+def compile_blocks(model: UNITE) -> None:
+    """Compiles the transformer blocks in place, for sampling; see ``runtime/compiling.py``.
 
-    Counts ``evaluations`` (NFE) and ``passes``, the forward passes of the network per image: two where guidance acts.
+    Six graphs with guidance, three without: of the encoder's blocks before and among the class tokens and of its last
+    one, at each batch size; one of the decoder's. Rounding changes; equal seeds still give equal bits, since the
+    network runs at one shape.
     """
+    block = compiling.region(Block.forward, inference=True)
+    for encoder in model.encoders():
+        encoder.run_block = block
+    model.decoder.run_layer = compiling.region(DecoderLayer.forward, inference=True)
 
-    def __init__(self, model: UNITE, labels: Tensor, scale: float, interval: tuple[float, float], order: str) -> None:
-        self.model, self.labels, self.order = model, labels, order
-        self.scale, self.interval = scale, interval
-        self.null = torch.full_like(labels, model.null_class)
-        self.evaluations = self.passes = 0
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """The velocity (B, K, C) at a scalar tensor t, for adaptive solvers, which read their times back anyway."""
-        return flow.velocity(self.predict(t, z), z, t)
-
-    def predict(self, t: Tensor, z: Tensor) -> Tensor:
-        """x0 (B, K, C), guided if t lies in the interval."""
-        return self._x0(t.expand(len(z)).to(torch.float32), z, flow.inside(float(t), self.interval))
-
-    def at(self, t: float, z: Tensor, guided: bool) -> Tensor:
-        """x0 (B, K, C) at a time that the host knows, guided if it says so: nothing is read from the device."""
-        return self._x0(torch.full((len(z),), t, dtype=torch.float32, device=z.device), z, guided)
-
-    def _x0(self, times: Tensor, z: Tensor, guided: bool) -> Tensor:
-        guided = guided and self.scale != 1
-        self.evaluations += 1
-        self.passes += 1 + guided
-        if not guided:
-            return self.model.denoise(z, times, self.labels).to(z.dtype)
-        both = torch.cat([z, z]), torch.cat([times, times]), torch.cat([self.null, self.labels])
-        null, conditional = self.model.denoise_raw(*both).chunk(2)
-        return flow.combine(null, conditional, self.scale, self.order, self.model.normalise).to(z.dtype)
+def open_replays(wanted: bool, device: torch.device) -> Replays | None:
+    """CUDA graphs for ``sample`` if they are wanted. Raises UserError without a GPU."""
+    if wanted and device.type != "cuda":
+        raise UserError(f"--graph needs a GPU, this is {device}; leave it out")
+    return Replays(capture=True) if wanted else None
 
 
 def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
@@ -96,6 +85,7 @@ def sample(
     return_latents: bool = False,
     seeds: Sequence[int] | Tensor | None = None,
     counts: dict[str, int] | None = None,
+    replays: Replays | None = None,
 ) -> Any:
     """Images (B, Q, S, S) float32 in [0, 1] for labels int64 (B,); with ``return_latents`` also the latents (B, K, C).
 
@@ -104,7 +94,8 @@ def sample(
     the number of grid points, which does not change the result. dopri5 (torchdiffeq, rtol 1e-3, atol 1e-6) chooses
     its steps for the batch as a whole, so an image depends slightly on its batch mates; with the other solvers it
     depends on them in rounding alone, and not at all through ``sample_tiles``.
-    counts: a dictionary that receives "evaluations" (NFE) and "passes" (forward passes per image).
+    counts: a dictionary to which "solutions" (1), "evaluations" (NFE), "passes" (network passes per image) are added.
+    replays: runs the evaluations on static buffers, as CUDA graphs where it captures; kept by the caller between calls.
     Raises UserError on options that make no sense.
     """
     check(solver, steps, cfg_interval, cfg_order)
@@ -114,7 +105,7 @@ def sample(
         noise = initial_noise(model, range(len(labels)) if seeds is None else seeds, device)
     if noise.shape != (len(labels), *model.latent_shape):
         raise UserError(f"noise has shape {tuple(noise.shape)}, expected {(len(labels), *model.latent_shape)}")
-    field = GuidedField(model, labels, cfg_scale, cfg_interval, cfg_order)
+    field = GuidedField(model, labels, cfg_scale, cfg_interval, cfg_order, replays)
     training = model.training
     model.eval()
     state = noise.to(device)
@@ -127,7 +118,8 @@ def sample(
     images = model.decode(latents).float().clamp(0, 1)
     model.train(training)
     if counts is not None:
-        counts |= {"evaluations": field.evaluations, "passes": field.passes}
+        for name, value in (("solutions", 1), ("evaluations", field.evaluations), ("passes", field.passes)):
+            counts[name] = counts.get(name, 0) + value
     return (images, latents) if return_latents else images
 
 

@@ -25,7 +25,7 @@ import torch
 from unite_fast import checkpoint
 from unite_fast.checkpoint import TrainState
 from unite_fast.command import first_line
-from unite_fast.config import CommonError, Config, RunError, UserError
+from unite_fast.config import CommonError, Config, RunError, Stopped, UserError
 from unite_fast.config_io import to_dict
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.rank_log import RankLog, redact
@@ -164,6 +164,18 @@ class Session:
         self.outcome = (state, reason)
         return state
 
+    def stopping(self) -> bool:
+        """For loops that run between steps: whether this rank was asked to stop. Also a sign of life."""
+        if self.log is not None:
+            self.log.alive()
+        return self.stop.requested()
+
+    def settle(self) -> str:
+        """After Stopped, on all ranks: the state in which all of them end."""
+        while not (state := self.boundary(self.step)):
+            pass
+        return state
+
     def save(self, state: TrainState, means: dict[str, float]) -> None:
         """Starts a save; what became of the one before may end the run. All ranks together."""
         self.writer.save(state, means)
@@ -207,6 +219,8 @@ class Session:
         """Evaluation inside training: what it raises is noted, and ends the run only by train.on_eval_error=fail."""
         try:
             function()
+        except Stopped:
+            raise
         except Exception as error:
             if self.config.train.on_eval_error == "fail":
                 raise RunError(f"{what} at step {self.step} failed: {first_line(error)}") from error

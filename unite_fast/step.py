@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -133,14 +133,14 @@ class TrainStep:
         return {name: value / parts for name, value in sums.items()}
 
 
-def sampling_model(state: TrainState) -> Callable[[], None]:
-    """Puts the EMA weights into the model; the returned function puts the raw ones back."""
+def sampling_model(state: TrainState, weights: Mapping[str, Tensor] | None = None) -> Callable[[], None]:
+    """Puts ``weights``, by default the EMA, into the model; the returned function puts the raw ones back."""
     raw = {name: local(p.detach()).clone() for name, p in state.optimizer.parameters.items()}
-    _copy(state, state.optimizer.ema)
+    _copy(state, state.optimizer.ema if weights is None else weights)
     return lambda: _copy(state, raw)
 
 
 @torch.no_grad()
-def _copy(state: TrainState, values: dict[str, Tensor]) -> None:
+def _copy(state: TrainState, values: Mapping[str, Tensor]) -> None:
     for name, parameter in state.optimizer.parameters.items():
         local(parameter).copy_(local(values[name]))

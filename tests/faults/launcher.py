@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 
-import sklearn.datasets  # noqa: F401  what a run imports late is imported here, once
+import sklearn.datasets  # what a run imports late is imported here, once
+import sklearn.neural_network  # noqa: F401
 import torch
 
 import sample

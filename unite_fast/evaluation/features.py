@@ -78,6 +78,7 @@ def inception(
 
     @torch.no_grad()
     def compute(images: Tensor) -> tuple[Tensor, Tensor]:
+        network.to(images.device)  # it may have been opened before the devices were given out
         rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         with torch.autocast(images.device.type, enabled=False):  # scores are float32 whatever drew the images
             found = dict(zip(names, network(rgb), strict=True))
@@ -110,7 +111,28 @@ def digits_network(config: Config, device: torch.device | str = "cpu") -> Extrac
     w1, w2, b1, b2 = (torch.from_numpy(a).to(device) for a in arrays)
 
     def compute(images: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = (images.flatten(1).float() / 255 @ w1 + b1).relu()
-        return hidden, hidden @ w2 + b2
+        v1, v2, c1, c2 = (tensor.to(images.device) for tensor in (w1, w2, b1, b2))
+        hidden = (images.flatten(1).float() / 255 @ v1 + c1).relu()
+        return hidden, hidden @ v2 + c2
 
     return Extractor("digits 64", digest, ("hidden", "logits"), (64, 10), compute)
+
+
+def open_extractor(
+    config: Config,
+    kind: str,
+    weights: str = "",
+    sha256: str = INCEPTION,
+    layers: tuple[str, str] = LAYERS,
+    device: torch.device | str = "cpu",
+) -> Extractor:
+    """The "inception" network with the weights of a file, or the "digits" one. Raises UserError."""
+    if kind == "digits":
+        if config.data.source != "digits":
+            raise UserError(f"the digits network is for data.source=digits, this is {config.data.source}")
+        return digits_network(config, device)
+    if not weights:
+        raise UserError(f"FID needs {INCEPTION_FILE}: name it with --inception, or evaluation.inception of a run")
+    if len(sha256) < 8:
+        raise UserError(f"expected sha256 of the Inception weights {sha256!r}: give at least 8 digits")
+    return inception(weights, sha256, layers, device)

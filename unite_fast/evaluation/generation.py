@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from unite_fast import pictures, sampling
-from unite_fast.config import ModelConfig, SampleConfig, UserError
+from unite_fast.config import ModelConfig, SampleConfig, Stopped, UserError
 from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
+from unite_fast.field import Replays
 from unite_fast.generate import parse_labels
 from unite_fast.model.unite import UNITE
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
-from unite_fast.runtime.flops import encoder_forward
+from unite_fast.runtime.flops import sampling_flops
 
 SAVE_SECONDS = 60.0
 
@@ -41,6 +42,8 @@ class Settings:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     cfg_order: str = "norm_first"
     precision: str = "fp32"
+    kernels: str = "fused"  # or eager; they, and compiled blocks, change rounding
+    compile: bool = False
     uint8: str = "truncated"  # x * 255 without rounding, as published
     tile: int = sampling.TILE
 
@@ -97,9 +100,10 @@ class Progress:
             accumulator.restore({k: torch.zeros_like(v) for k, v in accumulator.state().items()})
             return 0
 
-    def save(self, accumulator: fid.Accumulator, done: int) -> None:
-        if self.path is not None and time.monotonic() - self.saved >= SAVE_SECONDS:
+    def save(self, accumulator: fid.Accumulator, done: int, now: bool = False) -> None:
+        if self.path is not None and (now or time.monotonic() - self.saved >= SAVE_SECONDS):
             temporary = self.path.with_name(f"{self.path.name}.incomplete")
+            temporary.parent.mkdir(parents=True, exist_ok=True)  # a node's own disk may not have it
             torch.save({"key": self.key, "done": done, "sums": accumulator.state()}, temporary)
             os.replace(temporary, self.path)
             self.saved = time.monotonic()
@@ -107,6 +111,43 @@ class Progress:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a score does not depend on."""
+
+    progress: Path | None = None  # beside it lie the sums of interrupted scoring
+    report: Callable[[str], None] = lambda line: None
+    stopping: Callable[[], bool] = lambda: False  # asked before each tile; true on one process stops all
+    replays: Replays | None = None  # see ``sampling.sample``
+
+
+PLAIN = Options()
+
+
+def draw(
+    model: UNITE, settings: Settings, seeds: list[int], counts: dict[str, int], replays: Replays | None
+) -> torch.Tensor:
+    """The images (B, Q, S, S) of ``seeds``. Raises UserError for one that is not finite."""
+    labels = parse_labels(settings.labels, seeds, model.config.num_classes)
+    with precision.autocast(settings.precision, next(model.parameters()).device):
+        images = sampling.sample_tiles(
+            model,
+            seeds,
+            labels,
+            solver=settings.solver,
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale,
+            cfg_interval=settings.cfg_interval,
+            cfg_order=settings.cfg_order,
+            counts=counts,
+            replays=replays,
+        )
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if not all(finite):
+        raise UserError(f"the model gives an image that is not finite (seed {seeds[finite.index(False)]}); no score")
+    return images
 
 
 @torch.no_grad()
@@ -119,53 +160,59 @@ def score(
     identity: str = "",
     pairs: bool = False,
     subset: int = 1000,
-    progress: Path | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    options: Options = PLAIN,
 ) -> dict[str, Any]:
     """{"fid", "is", "is_std", ..., "evaluations", "passes", "gflop_per_image", "images_per_second", "resumed_at"}.
 
-    identity: of the weights, so that interrupted sums of others are not taken up. Every process returns the same.
+    identity: of the weights, so that interrupted sums of others are not taken up. evaluations and passes are means over
+    tiles. Every process returns the same; what goes wrong on one is raised on all. Raises Stopped once
+    ``options.stopping()`` is true on one, with the sums kept beside ``options.progress``.
     """
     settings.check(model.config)
+    model.use_kernels(settings.kernels)
     accumulator = fid.Accumulator(settings.count, extractor.sizes, ranks.device, pairs)
+    # Kept, restored and added over processes with the others: tiles, evaluations, passes.
+    work = accumulator.sums["work"] = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     key = digest([identity, extractor.identity(), asdict(settings), pairs, ranks.world_size])
-    file = Progress(progress, key, ranks)
+    file = Progress(options.progress, key, ranks)
     tiles = range(ranks.rank, -(-settings.count // settings.tile), ranks.world_size)
     done = resumed = file.load(accumulator)
-    counts: dict[str, int] = {}
     begun = time.perf_counter()
-    for tile in tiles[done:]:
-        seeds = list(range(tile * settings.tile, min((tile + 1) * settings.tile, settings.count)))
-        labels = parse_labels(settings.labels, seeds, model.config.num_classes)
-        with precision.autocast(settings.precision, ranks.device):
-            images = sampling.sample_tiles(
-                model,
-                seeds,
-                labels,
-                solver=settings.solver,
-                steps=settings.steps,
-                cfg_scale=settings.cfg_scale,
-                cfg_interval=settings.cfg_interval,
-                cfg_order=settings.cfg_order,
-                counts=counts,
-            )
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
-        if not all(finite):
-            raise UserError(
-                f"the model gives an image that is not finite (seed {seeds[finite.index(False)]}); no score"
-            )
+
+    def add_next() -> bool:
+        """Adds this process's next tile; false when there is none."""
+        nonlocal done
+        if options.stopping():
+            raise Stopped("a stop was asked for")
+        if done == len(tiles):
+            return False
+        first = tiles[done] * settings.tile
+        seeds = list(range(first, min(first + settings.tile, settings.count)))
+        counts: dict[str, int] = {}
+        images = draw(model, settings, seeds, counts, options.replays)
         accumulator.add(torch.tensor(seeds), *extractor.compute(pictures.to_uint8(images)))
+        work.add_(work.new_tensor([counts[name] for name in ("solutions", "evaluations", "passes")]))
         done += 1
         file.save(accumulator, done)
-        report(f"{done} of {len(tiles)} tiles")
+        options.report(f"{done} of {len(tiles)} tiles")
+        return True
+
+    try:
+        while any(ranks.gather(ranks.together(add_next))):
+            pass
+    except Stopped:
+        file.save(accumulator, done, now=True)
+        raise
     seconds = time.perf_counter() - begun
     accumulator.reduce(ranks)
-    result: dict[str, Any] = fid.scores(accumulator, reference, pairs, subset)
-    result |= {"evaluations": counts.get("evaluations"), "passes": counts.get("passes"), "resumed_at": resumed}
-    if counts:
-        flops = encoder_forward(model.config, model.config.num_latents) * counts["passes"]
-        share = (len(tiles) - resumed) * settings.tile * ranks.world_size
-        result |= {"gflop_per_image": flops / 1e9, "images_per_second": share / seconds}
-    ranks.barrier()
+    # On one process: the others' linear algebra might round differently, and a search must go the same way on all.
+    found = ranks.together(lambda: fid.scores(accumulator, reference, pairs, subset) if ranks.is_main else {})
+    count, evaluations, passes = work.tolist()
+    result: dict[str, Any] = found | {"evaluations": evaluations / count, "passes": passes / count}
+    result |= {"gflop_per_image": sampling_flops(model.config, result["passes"]) / 1e9, "resumed_at": resumed}
+    if resumed < len(tiles):
+        rate = (len(tiles) - resumed) * settings.tile * ranks.world_size / seconds
+        result |= {"images_per_second": rate, "tflops": rate * result["gflop_per_image"] / 1e3}
+    result = ranks.gather(result)[0]
     file.remove()
     return result

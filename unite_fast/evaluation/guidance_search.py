@@ -14,6 +14,7 @@ from typing import Any
 
 from unite_fast.config import UserError
 from unite_fast.evaluation.generation import Settings
+from unite_fast.runtime.distributed import Ranks
 
 STEP = 0.2
 MOST = 7  # further scales after the first two
@@ -23,20 +24,24 @@ LOWS = (0.0, 0.05, 0.15, 0.2)
 class Scored:
     """A cache of scores in a .jsonl file: one line per settings, with the ``identity`` of files."""
 
-    def __init__(self, path: Path, identity: str, compute: Callable[[Settings], dict[str, Any]], write: bool) -> None:
-        self.path, self.identity, self.compute, self.write = path, identity, compute, write
-        self.rows: list[dict[str, Any]] = []
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a line cut short by an interruption
-                    continue
-                if row["identity"] != identity:
-                    raise UserError(
-                        f"{path} holds scores of another checkpoint, network or reference; choose another --out"
-                    )
-                self.rows.append(row)
+    def __init__(self, path: Path, identity: str, compute: Callable[[Settings], dict[str, Any]], ranks: Ranks) -> None:
+        """All ranks must call it. Raises UserError for a file of another identity."""
+        self.path, self.identity, self.compute, self.ranks = path, identity, compute, ranks
+        self.rows: list[dict[str, Any]] = ranks.decide(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a line cut short by an interruption
+                continue
+            if row["identity"] != self.identity:
+                raise UserError(
+                    f"{self.path} holds scores of another checkpoint, network or reference; choose another --out"
+                )
+            rows.append(row)
+        return rows
 
     def __call__(self, settings: Settings) -> float:
         plain = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -45,12 +50,14 @@ class Scored:
                 return row["result"]["fid"]
         row = {"identity": self.identity, "settings": plain, "result": self.compute(settings)}
         self.rows.append(row)
-        if self.write:
-            whole = "".join(json.dumps(r) + "\n" for r in self.rows)
-            temporary = self.path.with_name(f"{self.path.name}.incomplete")
-            temporary.write_text(whole)
-            temporary.replace(self.path)
+        self.ranks.together(self._write)
         return row["result"]["fid"]
+
+    def _write(self) -> None:
+        if self.ranks.is_main:
+            temporary = self.path.with_name(f"{self.path.name}.incomplete")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+            temporary.replace(self.path)
 
 
 def search(fid: Callable[[Settings], float], start: Settings) -> Settings:
@@ -60,7 +67,7 @@ def search(fid: Callable[[Settings], float], start: Settings) -> Settings:
         return dataclasses.replace(start, cfg_scale=round(scale, 6))
 
     here, below = at(start.cfg_scale), at(start.cfg_scale - STEP)
-    down = fid(below) < fid(here)
+    down = below.cfg_scale >= 0 and fid(below) < fid(here)
     best, direction = (below, -STEP) if down else (here, STEP)
     for _ in range(MOST):
         candidate = at(best.cfg_scale + direction)

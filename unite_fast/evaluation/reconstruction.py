@@ -7,11 +7,12 @@ over images of the float values; rFID compares truncated uint8 images with the o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from unite_fast import data, pictures
-from unite_fast.config import Config, UserError
+from unite_fast.config import Config, Stopped, UserError
 from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
 from unite_fast.losses import Perceptual
@@ -30,8 +31,12 @@ def score(
     perceptual: Perceptual | None = None,
     split: str = "heldout",
     batch: int = 32,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}; the last but one only with its network."""
+    """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}; the last but one only with its network.
+
+    Raises on all ranks what goes wrong on one, and Stopped once ``stopping()`` is true on one.
+    """
     source = data.open_source(config.data, config.model, split)
     real, made = (
         (fid.Accumulator(len(source), extractor.sizes, ranks.device) if extractor is not None else None)
@@ -39,9 +44,19 @@ def score(
     )
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, PSNR, L1, LPIPS
     begun = time.perf_counter()
-    for found in data.all_images(
-        source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
-    ):
+    batches = iter(
+        data.all_images(
+            source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
+        )
+    )
+
+    def add_next() -> bool:
+        """Adds this rank's next batch; false when there is none."""
+        if stopping():
+            raise Stopped("a stop was asked for")
+        found = next(batches, None)
+        if found is None:
+            return False
         images = data.to_float(found.images)
         noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, found.samples, model.latent_shape, TOKENIZE_T_MAX)
         reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
@@ -52,10 +67,14 @@ def score(
         lpips = perceptual(images, reconstruction) * len(images) if perceptual is not None else sums.new_zeros(())
         absolute = (images - reconstruction).abs().flatten(1).mean(1)
         values = [sums.new_tensor(len(images)), psnr(images, reconstruction).sum(), absolute.sum(), lpips]
-        sums += torch.stack([v.double() for v in values])
+        sums.add_(torch.stack([v.double() for v in values]))
         if extractor is not None and real is not None and made is not None:
             real.add(found.samples, *extractor.compute(pictures.to_uint8(images)))
             made.add(found.samples, *extractor.compute(pictures.to_uint8(reconstruction)))
+        return True
+
+    while any(ranks.gather(ranks.together(add_next))):
+        pass
     ranks.sum_([sums])
     count = float(sums[0])
     result = {"images": count, "psnr": float(sums[1]) / count, "l1": float(sums[2]) / count}

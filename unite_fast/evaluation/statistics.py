@@ -115,18 +115,12 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
 
 def open_extractor(arguments: argparse.Namespace, config: Config, device: torch.device) -> Extractor:
     """The extractor that the options of ``add_extractor_options`` ask for. Raises UserError."""
-    if arguments.extractor == "digits":
-        if config.data.source != "digits":
-            raise UserError(f"--extractor digits is for data.source=digits, this is {config.data.source}")
-        return features.digits_network(config, device)
-    if not arguments.inception:
-        raise UserError(f"name the Inception weights with --inception {features.INCEPTION_FILE}")
     layers = tuple(arguments.layers.split(","))
     if len(layers) != 2:
         raise UserError(f"--layers {arguments.layers}: write two names such as {','.join(features.LAYERS)}")
-    if len(arguments.inception_sha256) < 8:
-        raise UserError(f"--inception-sha256 {arguments.inception_sha256}: give at least 8 digits")
-    return features.inception(arguments.inception, arguments.inception_sha256, (layers[0], layers[1]), device)
+    return features.open_extractor(
+        config, arguments.extractor, arguments.inception, arguments.inception_sha256, (layers[0], layers[1]), device
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -104,6 +104,11 @@ class UNITE(nn.Module):
             return math.sqrt({"total": k * c, "channels": c, "tokens": k}[mode] / 4096)
         return mode
 
+    def use_kernels(self, backend: str) -> None:
+        """The implementation of the encoder's fused operations: "eager" or "fused" (``efficiency.kernels``)."""
+        for encoder in self.encoders():
+            encoder.backend = backend
+
     def normalise(self, latents: Tensor) -> Tensor:
         """The latent LayerNorm: (B, K, C) -> (B, K, C)."""
         return self.encoder_layer_norm(latents)

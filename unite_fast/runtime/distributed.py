@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unite_fast.config import CommonError, UserError
+from unite_fast.config import CommonError, RunError, Stopped, UserError
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25  # gradients are averaged in flat pieces of at most this many elements
@@ -58,6 +58,31 @@ class Ranks:
         if problem:
             raise CommonError(problem)
         return value
+
+    def together(self, function: Callable[[], T]) -> T:
+        """This rank's ``function()``; when it raises on any rank, all of them raise alike, so that none waits in vain.
+
+        ``function`` must not communicate, and all ranks must call this. A failure comes before a user's mistake and
+        that before Stopped; a rank that did not raise it gets RunError, CommonError or Stopped with the same words.
+        """
+        if self.world_size == 1:
+            return function()
+        kinds = (RunError, CommonError, Stopped)
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        own = 2 if isinstance(error, Stopped) else 1 if isinstance(error, UserError) else 0
+        said = None if error is None else (own, f"{error}" or type(error).__name__)
+        found = [(other[0], rank, other[1]) for rank, other in enumerate(self.gather(said)) if other is not None]
+        if not found:
+            return result
+        kind, rank, text = min(found)
+        if error is not None and kind == own:
+            raise error
+        raise kinds[kind](text if kind else f"rank {rank}: {text}")
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its mean over ranks. All ranks must pass tensors of equal shapes in equal order."""

@@ -47,12 +47,27 @@ def encoder_forward(model: ModelConfig, tokens: int, pruned: bool = False) -> fl
     return total + 2 * (512 * d + d * d)  # time MLP
 
 
+def decoder_forward(model: ModelConfig) -> float:
+    """One pass of the decoder, FLOPs per image."""
+    d = model.decoder
+    patches = (model.image_size // model.patch_size) ** 2
+    tokens = patches + 1 + (model.num_latents if model.num_latents != patches else 0)
+    layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
+    embed = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
+    return embed + d.depth * layer + 2 * (patches + 1) * d.width * model.patch_size**2 * model.channels
+
+
+def sampling_flops(model: ModelConfig, passes: float) -> float:
+    """FLOPs of one sampled image: ``passes`` of the denoiser, as counted, and the decoder."""
+    return passes * encoder_forward(model, model.num_latents) + decoder_forward(model)
+
+
 def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned: bool = False) -> dict[str, float]:
     """FLOPs per image and part, forward and backward: tokenize, flow, decode, perceptual, total.
 
     By definition of the model; with ``pruned`` as executed without recomputation.
     """
-    e, d = model.encoder, model.decoder
+    e = model.encoder
     patches = (model.image_size // model.patch_size) ** 2
     pixels = model.patch_size**2 * model.channels
     registers_in = 2 * model.num_latents * model.latent_dim * e.width
@@ -60,15 +75,11 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned
     embed = 2 * patches * pixels * e.width
     tokenize = 3 * encoder_forward(model, model.num_latents + patches, pruned) - no_gradient + 2 * embed
     flow = 3 * encoder_forward(model, model.num_latents, pruned) - no_gradient
-    tokens = patches + 1 + (model.num_latents if model.num_latents != patches else 0)
-    layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
-    decode = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
-    decode = 3 * (decode + d.depth * layer + 2 * (patches + 1) * d.width * pixels)
     vgg: float = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)
     parts: dict[str, float] = {
         "tokenize": tokenize,
         "flow": flow * flow_steps,
-        "decode": decode,
+        "decode": 3 * decoder_forward(model),
         "perceptual": 3.0 * vgg if perceptual else 0.0,  # two forwards and the gradient of one input
     }
     return parts | {"total": sum(parts.values())}

@@ -13,7 +13,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -223,6 +224,13 @@ class Meter:
     ) -> None:
         self.total, self.flops, self.peak, self.world = total_images, flops_per_image, peak, world
         self.last_time, self.last_images = time.perf_counter(), images_seen
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place inside does not count as training time."""
+        begun = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - begun
 
     def rates(self, images_seen: int) -> dict[str, float]:
         now = time.perf_counter()

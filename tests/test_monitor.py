@@ -1,0 +1,225 @@
+"""Scores while training: when they are due, that they are those of the commands, that the run does not change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import TINY, command, command_of, process
+from test_evaluation_fid import weights  # noqa: F401  (a fixture)
+
+from unite_fast import checkpoint, evaluate, monitor
+from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.evaluation import statistics
+
+# 16 images per step, 1,497 per epoch: the end of a tenth of an epoch, 150 images, falls into steps 10 and 19.
+SCORED = (
+    "evaluation.fid_epoch=0.1", "evaluation.rfid_epoch=0.2", "evaluation.count=40", "evaluation.extractor=digits",
+    "evaluation.precision=fp32", "train.max_steps=20", "train.checkpoint_every=10", "train.keep_last=5",
+    "optim.lr=6e-3", "sample.cfg_scale=1.4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the configuration, statistics of the real digits, and a run that is scored on the way."""
+    path = tmp_path_factory.mktemp("monitored")
+    (path / "tiny.yaml").write_text(TINY)
+    words = ("--config", path / "tiny.yaml", "--extractor", "digits", "--out", path / "real.npz")
+    assert command_of(statistics.main, *words).returncode == 0
+    said = train(path, "scored", *SCORED)
+    assert "the guidance search at step 10 at w = " in said
+    return path
+
+
+def train(folder: Path, name: str, *overrides: str) -> str:
+    words = (
+        "--config",
+        folder / "tiny.yaml",
+        f"run_dir={folder / name}",
+        f"evaluation.reference={folder / 'real.npz'}",
+    )
+    result = command("train.py", *words, *overrides)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def tensors(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.read(folder / name / "checkpoints" / f"step-{step:07d}")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def scores(folder: Path, name: str) -> dict[str, dict]:
+    found = sorted((folder / name / "scores" / "training").iterdir())
+    return {path.name: json.loads(path.read_text()) for path in found}
+
+
+def figures(content: dict) -> list:
+    """What does not depend on the clock."""
+    keys = ("fid", "is", "evaluations", "rfid", "psnr")
+    return [{k: r["result"][k] for k in keys if k in r["result"]} for r in [*content.get("rows", []), content]]
+
+
+def test_due():
+    config = from_dict(parse_yaml("evaluation: {fid_epoch: 1, sweep_epoch: 3, rfid_epoch: 2}", "test"))
+    config = from_dict({"train": {"global_batch": 30}}, base=config)
+    found = {seen: kinds for seen in range(30, 700, 30) if (kinds := monitor.due(config, seen, 100))}
+    assert found == {
+        120: ["search"], 210: ["search", "rfid"], 300: ["sweep"], 420: ["search", "rfid"], 510: ["search"],
+        600: ["sweep", "rfid"],
+    }  # fmt: skip
+    assert monitor.due(config, 0, 100) == []
+    assert monitor.due(config, 90, 100, last=True) == ["search"]  # the next step would end the epoch; there is none
+    assert monitor.due(config, 60, 100, last=True) == []
+    assert monitor.due(config, 120, 100, last=True) == ["search"]
+    assert monitor.due(from_dict({}), 1024, 1024) == []
+
+
+def test_the_run_is_the_same_with_and_without(folder):
+    train(folder, "plain", *SCORED[5:])
+    for step in (10, 20):
+        assert same(tensors(folder, "scored", step), tensors(folder, "plain", step))
+    rows = [
+        [{k: row[k] for k in ("step", "total", "flow", "grad_norm")} for row in map(json.loads, text.splitlines())]
+        for text in ((folder / name / "metrics.jsonl").read_text() for name in ("scored", "plain"))
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_scores_are_those_of_the_commands(folder):
+    """At step 10 the checkpoint holds the weights that were scored."""
+    found = scores(folder, "scored")
+    assert list(found) == ["step_0000010_search.json", "step_0000019_rfid.json", "step_0000019_search.json"]
+    search = found["step_0000010_search.json"]
+    assert [row["settings"]["cfg_scale"] for row in search["rows"]][:2] in ([1.2, 1.4], [1.4, 1.2])
+    assert search["result"]["fid"] == min(row["result"]["fid"] for row in search["rows"])
+    assert search["epoch"] == pytest.approx(160 / 1497)
+    assert {"checkpoint", "extractor", "reference", "seeds", "environment"} <= set(search["protocol"])
+    out = folder / "fid.json"
+    said = command_of(
+        evaluate.main, "fid", "--checkpoint", folder / "scored" / "checkpoints" / "step-0000010", "--reference",
+        folder / "real.npz", "--extractor", "digits", "--count", 40, "--kernels", "eager", "--out", out, "--cfg",
+        search["best"]["cfg_scale"],
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert json.loads(out.read_text())["result"]["fid"] == search["result"]["fid"]
+
+
+def test_the_best_scale_is_kept(folder):
+    """In the checkpoint; the second search begins there."""
+    found = scores(folder, "scored")
+    best = found["step_0000010_search.json"]["best"]["cfg_scale"]
+    assert checkpoint._read_counters(folder / "scored" / "checkpoints" / "step-0000010")["best_cfg_scale"] == best
+    asked = [row["settings"]["cfg_scale"] for row in found["step_0000019_search.json"]["rows"]]
+    assert sorted(asked[:2]) == pytest.approx([best - 0.2, best])
+
+
+def test_a_sweep_tries_intervals_and_orders(folder):
+    train(
+        folder,
+        "swept",
+        *SCORED[2:],
+        "optim.ema_extra=[0.5]",
+        "evaluation.weights=ema_0.5",
+        "evaluation.sweep_epoch=0.1",
+        "train.max_steps=10",
+    )
+    (content,) = scores(folder, "swept").values()
+    assert content["protocol"]["checkpoint"]["weights"] == "ema_0.5"
+    lows = [row["settings"]["cfg_interval"][0] for row in content["rows"]]
+    assert set(lows) == {0.0, 0.05, 0.15, 0.2}
+    assert "cfg_first" in [row["settings"]["cfg_order"] for row in content["rows"]]
+    assert content["best"]["cfg_interval"] == [0.0, 1.0]  # the next search keeps the run's interval
+
+
+def test_a_stop_during_a_score(folder, monkeypatch):
+    """Noticed between two tiles; the resumed run finishes the score first and ends as if nothing had happened."""
+    from unite_fast.evaluation import generation
+
+    drawn, draw = [], generation.draw
+
+    def interrupted(*arguments):
+        drawn.append(1)
+        if len(drawn) == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(generation, "draw", interrupted)
+    train(folder, "stopped", *SCORED)
+    assert len(drawn) == 3
+    status = json.loads((folder / "stopped" / "status.json").read_text())
+    assert (status["state"], status["step"], status["last_good"]) == ("preempted", 10, 10)
+    left = {path.name for path in (folder / "stopped" / "scores" / "training").iterdir()}
+    assert left == {"step_0000010_search.jsonl", "step_0000010_search.jsonl.partial-0-of-1"}
+    said = train(folder, "stopped", *SCORED)
+    assert said.index("the guidance search at step 10") < said.index("step 11/20")
+    assert len(drawn) == 2 * sum(len(c.get("rows", [])) for c in scores(folder, "stopped").values())  # no tile twice
+    assert same(tensors(folder, "stopped", 20), tensors(folder, "scored", 20))
+    ours, expected = scores(folder, "stopped"), scores(folder, "scored")
+    assert {k: figures(v) for k, v in ours.items()} == {k: figures(v) for k, v in expected.items()}
+
+
+def test_two_ranks_give_the_same_scores(folder):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--config")
+    words = (folder / "tiny.yaml", f"run_dir={folder / 'two'}", f"evaluation.reference={folder / 'real.npz'}", *SCORED)
+    result = process(*launch, *words, "device=cpu", "init_from=" + str(folder / "scored"), "train.max_steps=10")
+    assert result.returncode == 0, result.stderr
+    two = scores(folder, "two")["step_0000010_search.json"]
+    step = folder / "two" / "checkpoints" / "step-0000010"
+    for row in two["rows"]:
+        out = folder / "one.json"
+        settings = row["settings"]
+        words = ("--checkpoint", step, "--reference", folder / "real.npz", "--extractor", "digits", "--count", 40)
+        words += ("--kernels", "eager", "--cfg", settings["cfg_scale"], "--out", out)
+        assert command_of(evaluate.main, "fid", *words).returncode == 0
+        assert row["result"]["fid"] == pytest.approx(json.loads(out.read_text())["result"]["fid"], rel=1e-9)
+
+
+def test_a_score_that_fails_leaves_the_run_alone(folder, monkeypatch):
+    from unite_fast.evaluation import generation
+
+    def broken(*arguments):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(generation, "draw", broken)
+    said = train(folder, "failed", *SCORED)
+    assert "the guidance search at step 10 failed, training goes on: no luck" in said
+    assert same(tensors(folder, "failed", 20), tensors(folder, "scored", 20))
+    words = (
+        "--config",
+        folder / "tiny.yaml",
+        f"run_dir={folder / 'strict'}",
+        f"evaluation.reference={folder / 'real.npz'}",
+    )
+    result = command("train.py", *words, *SCORED, "train.on_eval_error=fail")
+    assert result.returncode == 1
+    assert "error: the guidance search at step 10 failed: no luck" in result.stderr
+
+
+def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # noqa: F811
+    def error(*overrides: str) -> str:
+        words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'run'}", *SCORED, *overrides)
+        result = command("train.py", *words)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1, result.stderr
+        return result.stderr
+
+    real = f"evaluation.reference={folder / 'real.npz'}"
+    assert "evaluation.reference names no statistics" in error()
+    assert "no such file" in error("evaluation.reference=nowhere.npz")
+    assert "nearest that do: 40 or 50" in error(real, "evaluation.count=45")
+    assert "name it with --inception, or evaluation.inception" in error(real, "evaluation.extractor=inception")
+    wrong = (real, "evaluation.extractor=inception", f"evaluation.inception={weights[0]}")
+    assert "expected 6726825d" in error(*wrong)
+    assert "have 64 features" in error(*wrong, f"evaluation.inception_sha256={weights[1]}")
+    assert "evaluation.weights=ema_0.5 is not among the run's: ema, model" in error(real, "evaluation.weights=ema_0.5")
+    assert "needs train.strategy=ddp" in error(real, "train.strategy=fsdp2")
+    assert not (tmp_path / "run").exists()
