@@ -10,6 +10,7 @@ from jobs import STRAIGHT, equal
 
 from unite_fast import checkpoint, saving
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.stats import read_metrics
 
 fault = pytest.mark.fault
 
@@ -66,6 +67,11 @@ def test_slow_save(job, straight):
     started = time.monotonic()
     job.train(*STRAIGHT, fault="sleep@phase=ckpt.write,seconds=0.5")
     assert time.monotonic() - started > 2  # four saves, one after the other
+    held = [row["checkpoint_stall"] for row in read_metrics(job.run / "metrics.jsonl")]
+    assert sum(held) > 0.8  # the saves of steps 10 and 15 wait; that of 20 comes after the last row
+    assert max(held[:5]) == 0
+    log = (job.run / "logs" / "rank_001.log").read_text()
+    assert log.count("held the loop for") == 4
     assert job.steps() == [5, 10, 15, 20]
     for step in job.steps():
         assert equal(job.tensors(step), straight.tensors(step)), step
