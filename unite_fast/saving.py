@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ def commit(
 
     copies: the content of ``tensors`` (this rank's ``share``) on the CPU. Raises OSError, on all ranks alike.
     """
-    from unite_fast import dcp  # here: it takes most of a second, which a command that only reads should not pay
+    from unite_fast import dcp
 
     final = folder / f"step-{step:07d}"
     temporary = folder / f"{final.name}.incomplete"
@@ -173,6 +174,7 @@ class Writer:
 
     def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
         """All ranks together."""
+        importlib.import_module("unite_fast.dcp")  # before training, since it takes most of a second
         self.folder, self.config, self.ranks = folder, config, ranks
         self.group: Any = None  # of the writing threads
         if ranks.world_size > 1:

@@ -38,7 +38,7 @@ def torchrun(job, *arguments: str, restarts: int = 1, fault: str = "", options: 
 
 @fault("F02", "kill -9 of one rank in a step", "torchrun restarts all; resumes by itself; final state as F01")
 def test_killed_rank_under_torchrun(job, straight):
-    pause = "sleep@step=7,seconds=2"  # the save of step 5 ends meanwhile; a checkpoint is rarely two steps old
+    pause = "sleep@step=7,seconds=5"  # the save of step 5 ends meanwhile; a checkpoint is rarely two steps old
     process = torchrun(job, *STRAIGHT, fault=f"{pause};kill@rank=1,step=7,phase=bwd")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
