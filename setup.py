@@ -151,8 +151,15 @@ class BuildLibraries(build_ext):
             print(f"{ext.name} is not built: {reason}", flush=True)
             return
         os.replace(shutil.copy(fresh, target.with_suffix(".new")), target)  # a loaded library must not be overwritten
-        target.with_suffix(".sources").write_text(sources_digest())  # by which the doctor tells a stale library
         print(f"{ext.name} is built", flush=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Into a checkout, with the hash of the sources beside each library, by which the doctor tells a stale one."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            if (Path(self.build_lib) / name).exists():  # else it was not built now
+                (ROOT / "kernels" / name).with_suffix(".sources").write_text(sources_digest())
 
 
 setup(

@@ -285,6 +285,21 @@ def test_pieces_that_do_not_fit_together(single, begins, rows, words):
     refuses(rewrite(single, tensors | {NAME: whole[:16]}, **rewriting), words)
 
 
+def test_pieces_of_any_shape(tmp_path):
+    """A tensor cut into rows and columns, and the same with two pieces over each other and a gap of their size."""
+    whole = torch.arange(24.0).view(4, 6)
+    boxes = {"a": ((0, 0), (4, 2)), "b": ((0, 2), (2, 4)), "c": ((2, 2), (2, 4))}
+    for name, ((row, column), (rows, columns)) in boxes.items():
+        part = whole[row : row + rows, column : column + columns].contiguous()
+        shards.write_tensors(tmp_path / name, {"t": part}, shards.sharding({"t": (row, column)}))
+    files = [tmp_path / name for name in boxes]
+    assert torch.equal(shards.read(shards.index(files))["t"], whole)
+    shards.write_tensors(tmp_path / "c", {"t": torch.zeros(2, 4)}, shards.sharding({"t": (1, 2)}))
+    shards.write_tensors(tmp_path / "d", {"t": torch.zeros(0, 6)}, shards.sharding({"t": (4, 0)}))
+    with pytest.raises(UserError, match="leave gaps or overlap"):
+        shards.index([*files, tmp_path / "d"])
+
+
 def test_a_file_of_another_rank_is_missing(saved, tmp_path):
     path = tmp_path / "step-0000007"
     shutil.copytree(step(saved["FSDP2"]), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from unite_kernels.lpips_head import lpips_head
 
 # The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
 TORCHVISION_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+# The heads that come with the lpips package (v0.1, vgg.pth), which are those of the official code.
+LPIPS_HEADS = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 MEND = (
     "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set "
     "objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
@@ -40,6 +43,7 @@ class Perceptual(nn.Module):
         backend: of the head, as ``efficiency.kernels``. The trunk runs in channels_last.
         """
         super().__init__()
+        check_heads()
         import lpips  # here: it imports torchvision, which takes seconds
 
         with warnings.catch_warnings():
@@ -83,6 +87,17 @@ class Perceptual(nn.Module):
     def compile_trunk(self, region: Callable[..., Any]) -> None:
         """region: makes a compiled function of the trunk's forward (``runtime.compiling``)."""
         self.run_trunk = region(type(self.net.net).forward, inference=True)
+
+
+def check_heads() -> None:
+    """Raises UserError unless the weights within the lpips package are the known ones."""
+    package = importlib.util.find_spec("lpips")
+    if package is None or package.origin is None:
+        raise UserError("LPIPS needs the package lpips; pip install lpips")
+    file = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
+    if digest != LPIPS_HEADS:
+        raise UserError(f"the heads of the lpips package are not the published ones ({digest}); reinstall lpips")
 
 
 def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eager") -> Perceptual | None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -104,7 +106,7 @@ def commit(
 
     copies: the content of ``tensors`` (this rank's ``share``) on the CPU. Raises OSError, on all ranks alike.
     """
-    from unite_fast import dcp  # here: it takes most of a second, which a command that only reads should not pay
+    from unite_fast import dcp
 
     final = folder / f"step-{step:07d}"
     temporary = folder / f"{final.name}.incomplete"
@@ -172,6 +174,7 @@ class Writer:
 
     def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
         """All ranks together."""
+        importlib.import_module("unite_fast.dcp")  # before training, since it takes most of a second
         self.folder, self.config, self.ranks = folder, config, ranks
         self.group: Any = None  # of the writing threads
         if ranks.world_size > 1:
@@ -180,7 +183,7 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.failures = 0
         self.error: BaseException | None = None
-        self.held = 0.0  # seconds since ``stall`` was last asked
+        self.held: deque[float] = deque()  # seconds that ``stall`` has not yet told; both threads add to it
 
     def save(self, state: TrainState, means: dict[str, float]) -> None:
         """Starts writing ``state`` as it is now, after the save before it has ended. All ranks together."""
@@ -192,7 +195,7 @@ class Writer:
         copies = self.snapshot.take(mine | {STEPS: steps})
         content = checkpoint.counters_of(state) | {"means": means, "config": to_dict(self.config)}
         held = time.perf_counter() - started
-        self.held += held
+        self.held.append(held)
         arguments = (state.step, mine, copies, content, held)
         self.thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self.thread.start()
@@ -200,8 +203,7 @@ class Writer:
     def stall(self) -> float:
         """Seconds for which saving held the training loop since the last call: waiting for the save before, and the
         copies to host memory."""
-        held, self.held = self.held, 0.0
-        return held
+        return sum(self.held.popleft() for _ in range(len(self.held)))
 
     def _run(
         self, step: int, mine: dict[str, Tensor], copies: dict[str, Tensor], content: dict[str, Any], held: float
@@ -210,7 +212,7 @@ class Writer:
         started = time.perf_counter()
         try:
             copying = self.snapshot.wait()
-            self.held += copying
+            self.held.append(copying)
             content["optimizer_steps"] = int(copies.pop(STEPS))
             try:
                 commit(self.folder, step, mine, copies, content, self.group)

@@ -10,6 +10,7 @@ from jobs import STRAIGHT, equal
 
 from unite_fast import checkpoint, saving
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.stats import read_metrics
 
 fault = pytest.mark.fault
 
@@ -66,6 +67,10 @@ def test_slow_save(job, straight):
     started = time.monotonic()
     job.train(*STRAIGHT, fault="sleep@phase=ckpt.write,seconds=0.5")
     assert time.monotonic() - started > 2  # four saves, one after the other
+    held = [row["checkpoint_stall"] for row in read_metrics(job.run / "metrics.jsonl")]
+    assert [i + 1 for i, seconds in enumerate(held) if seconds > 0] == [6, 11, 16]
+    log = (job.run / "logs" / "rank_001.log").read_text()
+    assert log.count("held the loop for") == 4
     assert job.steps() == [5, 10, 15, 20]
     for step in job.steps():
         assert equal(job.tensors(step), straight.tensors(step)), step
@@ -86,11 +91,14 @@ def test_snapshot(tmp_path, monkeypatch):
     started = time.monotonic()
     writer.save(state, {})
     assert time.monotonic() - started < 0.25
+    assert writer.stall() < 0.25
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(1.0)
     state.step = 2
     writer.save(state, {})  # waits for the first
+    assert 0.25 < writer.stall() < time.monotonic() - started
+    assert writer.stall() == 0
     assert [p for p, _ in entered[:2]] == ["ckpt.write", "ckpt.commit"]
     assert (tmp_path / "step-0000001" / "manifest.json").is_file()
     writer.wait()

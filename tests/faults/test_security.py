@@ -27,6 +27,7 @@ def find_spec(cls, name, path=None, target=None):
     return None if name.split('.')[0] in {names!r} else real(name, path, target)
 importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 """
+BILLION = "x0: &x0 [y]\n" + "".join(f"x{i}: &x{i} [" + ", ".join([f"*x{i - 1}"] * 9) + "]\n" for i in range(1, 12))
 OPTIONAL = ("flash_attn", "transformer_engine", "nvidia", "wandb", "tensorboard", "triton")
 
 
@@ -119,6 +120,18 @@ def test_pickle(job, launcher, tmp_path):
     assert (tmp_path / "executed").exists()  # that is what the option means
 
 
+@fault("F41", "a folder of torch.distributed.checkpoint", "among a run's checkpoints it is passed over, and said")
+def test_distributed_checkpoint_in_a_run(job):
+    job.train("train.max_steps=2", ranks=1)
+    folder = job.run / "checkpoints" / "step-0000009"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Executes()))
+    said = job.train("train.max_steps=3", ranks=1)
+    assert f"skipping {folder}: it is a folder of torch.distributed.checkpoint" in said
+    assert "step-0000002 at step 2: the newest that verifies" in said
+    assert not (ROOT / "executed").exists()
+
+
 @fault("F41", "a folder of torch.distributed.checkpoint", "its pickled metadata is not read")
 def test_distributed_checkpoint(job, tmp_path):
     folder = tmp_path / "step-0000005"
@@ -137,6 +150,7 @@ def test_distributed_checkpoint(job, tmp_path):
         ("a: " + "[" * 5000 + "]" * 5000, "nesting"),
         ("x: " + "y" * 1_100_000, "larger than"),
         ("optim: {lr: 1}\noptim: {lr: 2}", "line 2: key 'optim' stands twice"),
+        (BILLION, "unknown key 'x0'"),
         ("optim: {lrr: 1e-4}", "did you mean 'optim.lr'"),
         ("optim: {lr: .nan}", "must be a number"),
     ],

@@ -38,13 +38,13 @@ def test_stopped_rank(job):
     ranks[1].wait()
     log = (job.run / "logs" / "rank_000.log").read_text()
     assert "Timeout (0:00:02" in log  # faulthandler
-    assert "average_" in log
+    assert "in finish" in log  # of the averaging of gradients
     assert job.status["state"] == "failed"
 
 
 @fault("F25", "hung collective", "the same in a save, which the other rank does not commit alone")
 def test_stopped_while_saving(job):
-    words = ("train.max_steps=2000", "train.epochs=1000", "train.checkpoint_every=5", "comm.train_timeout=3")
+    words = ("train.max_steps=2000", "train.epochs=1000", "train.checkpoint_every=5", "comm.train_timeout=8")
     ranks = job.start(*words, fault="stop@rank=1,step=10,phase=ckpt.write")
     started = time.monotonic()
     assert ranks[0].wait(40) == 1

@@ -93,6 +93,8 @@ def strike(phase: str, step: int, tensors: Sequence[Tensor] = ()) -> None:
 def _do(fault: Fault, tensors: Sequence[Tensor]) -> None:
     if fault.name in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.name])
+        if fault.name == "stop":
+            time.sleep(0.5)  # a thread may run on for a moment until the process has stopped
     elif fault.name == "raise":
         raise RuntimeError("injected fault")
     elif fault.name == "oom":
