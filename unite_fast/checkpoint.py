@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from unite_fast.optim.parts import local
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.shards import Stored
 
-log = logging.getLogger("unite_fast.checkpoint")
 FORMAT = 2
 READABLE = (1, 2)
 NO_PICKLE = "this program executes nothing while it loads"
@@ -285,9 +283,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
         raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
-    if fresh:
-        log.warning("%s has no %s; starting from its weights", path, ", ".join(fresh))
-        state.optimizer.restart(fresh)
+    state.optimizer.restart(fresh)
     state.optimizer.steps.fill_(optimizer_steps)
     state.step, state.images_seen = step, images_seen
     return means

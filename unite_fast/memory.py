@@ -23,6 +23,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.sharding import shard_size
 
 FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
@@ -85,11 +86,17 @@ def activation_bytes(
     return sizes
 
 
-def persistent_bytes(config: Config) -> int:
-    """Weights, gradients and EMA of each trainable parameter, and its optimizer's state; float32."""
+def persistent_bytes(config: Config, world_size: int) -> int:
+    """Of one rank: weights, gradients and averages of each trainable parameter, and its optimizer's state; float32.
+
+    Under ddp with several ranks also what is sent of the gradients; sharded, a rank's part (gathered layers aside).
+    """
     with torch.device("meta"):
         muon, adamw = split_parameters(UNITE(config.model), config.optim.muon)
-    return 4 * (4 * sum(p.numel() for p in muon.values()) + 5 * sum(p.numel() for p in adamw.values()))
+    sent = config.train.strategy == "ddp" and world_size > 1
+    each = 3 + len(config.optim.ema_extra) + sent
+    elements = [sum(p.numel() for p in group.values()) for group in (muon, adamw)]
+    return 4 * ((each + 1) * elements[0] + (each + 2) * elements[1]) // shard_size(config, world_size)
 
 
 def recompute(config: Config, ranks: Ranks) -> Recompute:
@@ -101,7 +108,7 @@ def recompute(config: Config, ranks: Ranks) -> Recompute:
         return Recompute(False, "auto: a CPU has no memory of its own to fit into")
     micro_batch = batch_split(config.train, ranks.world_size)[0]
     activations = max(activation_bytes(config.model, config.objective, config.efficiency, micro_batch).values())
-    needed = persistent_bytes(config) + activations + WORKSPACE
+    needed = persistent_bytes(config, ranks.world_size) + activations + WORKSPACE
     device = torch.cuda.mem_get_info(ranks.device)[1]
     reason = f"auto: {needed / 2**30:.1f} GiB without it, {FILL * device / 2**30:.1f} GiB to use"
     return Recompute(needed > FILL * device, reason)

@@ -282,6 +282,7 @@ def describe(
     moments = len(state.optimizer.muon)
     sizes_of = memory.activation_bytes(config.model, o, e, split[0]) if activations else {}
     kept = "".join(f", {name} pass {size / 2**30:.2f} GiB of activations" for name, size in sizes_of.items())
+    stays = memory.persistent_bytes(config, ranks.world_size) / 2**30
     recompute = memory.recompute(config, ranks)
     total = last_step(config, state, images)
     return "\n".join(
@@ -291,7 +292,7 @@ def describe(
             f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
-            f"memory         {memory.persistent_bytes(config) / 2**30:.2f} GiB per rank that stay{kept}",
+            f"memory         {stays:.2f} GiB per rank that stay{kept}",
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",
