@@ -119,15 +119,18 @@ def test_run_folder(tiny, tmp_path):
 
 def test_averages_are_saved_and_chosen_by_name(tiny, tmp_path):
     """An average that a run gains on resuming starts from the weights; one that it loses is left out; both are said."""
-    run, kept = tmp_path / "run", "optim.ema_extra=[0.5, std0.1]"
+    run, kept = tmp_path / "run", "optim.ema_extra=[0.5, 0.7, std0.1]"
     train(tiny, run, kept, "train.max_steps=4", "optim.warmup_epochs=0")
-    sets = {name: load_weights(run, name)[0]["latent_tokens"] for name in ("model", "ema", "ema_0.5", "ema_std0.1")}
+    sets = {
+        name: load_weights(run, name)[0]["latent_tokens"]
+        for name in ("model", "ema", "ema_0.5", "ema_0.7", "ema_std0.1")
+    }
     for a, b in itertools.combinations(sets, 2):
         assert not torch.equal(sets[a], sets[b]), (a, b)
     with pytest.raises(UserError, match=r"no '?.*'?ema_0.9.*ema_0\.5.*ema_std0\.1"):
         load_weights(run, "ema_0.9")
-    said = train(tiny, run, "optim.ema_extra=[std0.1, 0.9]", "train.max_steps=5", "optim.warmup_epochs=0")
-    assert "optim.ema_extra [0.5, 'std0.1'] -> ['std0.1', 0.9]" in said
+    said = train(tiny, run, "optim.ema_extra=[std0.1, 0.7, 0.9]", "train.max_steps=5", "optim.warmup_epochs=0")
+    assert "optim.ema_extra [0.5, 0.7, 'std0.1'] -> ['std0.1', 0.7, 0.9]" in said
     after = tensors(run, 5)
     name = "encoder.blocks.0.attn.proj.weight"
     before = tensors(run, 4)
