@@ -22,7 +22,6 @@ from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.optim.parts import whole
 from unite_fast.runtime import overlap, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
@@ -65,7 +64,9 @@ class Run:
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        return {n: whole(t).detach().clone() for n, t in checkpoint.tensors_of(self.state).items()}
+        """Whole, on every rank."""
+        found = checkpoint.tensors_of(self.state).items()
+        return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in found}
 
 
 def outcome(ranks: Ranks, overrides: tuple[str, ...], steps: int) -> tuple[list[list[float]], dict[str, Tensor]]:
