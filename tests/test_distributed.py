@@ -22,7 +22,6 @@ from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.optim.parts import whole
 from unite_fast.runtime import overlap, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
@@ -65,7 +64,9 @@ class Run:
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        return {n: whole(t).detach().clone() for n, t in checkpoint.tensors_of(self.state).items()}
+        """Whole, on every rank."""
+        found = checkpoint.tensors_of(self.state).items()
+        return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in found}
 
 
 def outcome(ranks: Ranks, overrides: tuple[str, ...], steps: int) -> tuple[list[list[float]], dict[str, Tensor]]:
@@ -106,13 +107,16 @@ def test_muon_divided_and_averaging_overlapped_change_nothing(ranks, alone):
     close(both[0], alone(6))
 
 
-def orthogonalised(ranks: Ranks, shapes: list[tuple[int, int]], dtype: str) -> list[Tensor]:
-    """The same matrices on every rank, each orthogonalised by one of them."""
+def orthogonalised(ranks: Ranks, shapes: list[tuple[int, int]], dtype: str, sharded: bool = False) -> list[Tensor]:
+    """The same matrices on every rank, or rows of them, each orthogonalised by one rank."""
     muon.BUCKET_ELEMENTS = 1
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     matrices = {str(i): torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
-    plan = muon.plan({n: m.shape for n, m in matrices.items()}, ranks.world_size)
+    plan = muon.plan({n: m.shape for n, m in matrices.items()}, ranks.world_size, sharded)
+    if sharded:
+        rows = {n: plan.slot(m.shape)[0] for n, m in matrices.items()}
+        matrices = {n: m[ranks.rank * rows[n] : (ranks.rank + 1) * rows[n]] for n, m in matrices.items()}
     group = torch.distributed.group.WORLD if ranks.world_size > 1 else None
     work = muon.Orthogonaliser(plan, 5, kind, ranks.device, group)
     for name, slot in work.slots(matrices).items():
@@ -123,10 +127,15 @@ def orthogonalised(ranks: Ranks, shapes: list[tuple[int, int]], dtype: str) -> l
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_more_ranks_than_matrices(dtype):
-    shapes = [(12, 20), (12, 20), (30, 7)]
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_more_ranks_than_matrices_and_rows(dtype, sharded):
+    """Rows that do not divide, and fewer rows than ranks: a rank then holds none of that matrix."""
+    shapes = [(12, 20), (12, 20), (30, 7), (3, 20)]
     alone = orthogonalised(ONE, shapes, dtype)
-    for found in on_ranks(4, orthogonalised, shapes, dtype):
+    outcomes = on_ranks(4, orthogonalised, shapes, dtype, sharded)
+    if sharded:
+        outcomes = [[torch.cat(parts) for parts in zip(*outcomes, strict=True)]]
+    for found in outcomes:
         for a, b in zip(found, alone, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
@@ -176,6 +185,32 @@ def test_buckets_leave_during_the_backward():
         assert first == 0  # it is counted in the first step
         assert total > 5
         assert all(early == total for early, _ in later)
+
+
+def added_once_more(ranks: Ranks) -> list[str]:
+    """Two additions in the first step; then one, and then three."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    averager = overlap.Averager(weights, ranks)
+    said = []
+    for step, additions in enumerate((2, 1, 3)):
+        averager.begin(step, last=True)
+        try:
+            for _ in range(additions):
+                sum(w.sum() * (ranks.rank + 1) for w in weights).backward()
+            averager.finish()
+            said.append(str(weights[0].grad.tolist()))
+        except RuntimeError as error:
+            said.append(str(error))
+        for w in weights:
+            w.grad = None
+    return said
+
+
+def test_a_gradient_that_was_sent_too_early_is_an_error():
+    for first, second, third in on_ranks(2, added_once_more):
+        assert first == "[3.0, 3.0, 3.0]"  # 2 x (1 + 2) / 2
+        assert second == "[1.5, 1.5, 1.5]"  # sent by finish()
+        assert "added 3 times in a micro-step and 2 times in the first one" in third
 
 
 def saved(of: Run, folder: str) -> Path:
@@ -269,7 +304,7 @@ REFUSED = {
     "shards that do not divide": (("hsdp", "train.shard_size=3"), "does not divide 4 ranks; set train.shard_size to 1"),
     "size without hsdp": (("fsdp2", "train.shard_size=2"), "train.shard_size is for train.strategy=hsdp"),
     "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
-    "compiled layers": (("fsdp2", "efficiency.compile=decoder"), "efficiency.compile"),
+    "compiled layers": (("fsdp2", "efficiency.compile=decoder"), "efficiency.compile=decoder"),
     "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),
 }
 
@@ -295,8 +330,12 @@ def test_shards_of_one_node(monkeypatch):
 
 @pytest.mark.parametrize(
     ("ranks", "steps", "overrides"),
-    [(2, 20, ("train.strategy=fsdp2",)), (4, 6, ("train.strategy=hsdp", "train.shard_size=2"))],
-    ids=["fsdp2", "hsdp"],
+    [
+        (2, 20, ("train.strategy=fsdp2",)),
+        (3, 3, ("train.strategy=fsdp2", "efficiency.recompute=blocks", "efficiency.kernels=fused")),
+        (4, 6, ("train.strategy=hsdp", "train.shard_size=2")),
+    ],
+    ids=["fsdp2", "fsdp2 uneven", "hsdp"],
 )
 def test_sharded_strategies_are_the_same_run(ranks, steps, overrides, alone):
     outcomes = on_ranks(ranks, outcome, overrides, steps)

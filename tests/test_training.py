@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from support import command, process
 
-from unite_fast.checkpoint import load_model, read
+from unite_fast.checkpoint import load_model, load_weights, read
+from unite_fast.config import UserError
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
@@ -113,6 +115,29 @@ def test_run_folder(tiny, tmp_path):
     assert config.model.encoder.width == 32
     raw, _ = load_model(run, "model")
     assert not torch.equal(model.latent_tokens, raw.latent_tokens)
+
+
+def test_averages_are_saved_and_chosen_by_name(tiny, tmp_path):
+    """An average that a run gains on resuming starts from the weights; one that it loses is left out; both are said."""
+    run, kept = tmp_path / "run", "optim.ema_extra=[0.5, 0.7, std0.1]"
+    train(tiny, run, kept, "train.max_steps=4", "optim.warmup_epochs=0")
+    sets = {
+        name: load_weights(run, name)[0]["latent_tokens"]
+        for name in ("model", "ema", "ema_0.5", "ema_0.7", "ema_std0.1")
+    }
+    for a, b in itertools.combinations(sets, 2):
+        assert not torch.equal(sets[a], sets[b]), (a, b)
+    with pytest.raises(UserError, match=r"no '?.*'?ema_0.9.*ema_0\.5.*ema_std0\.1"):
+        load_weights(run, "ema_0.9")
+    said = train(tiny, run, "optim.ema_extra=[std0.1, 0.7, 0.9]", "train.max_steps=5", "optim.warmup_epochs=0")
+    assert "optim.ema_extra [0.5, 0.7, 'std0.1'] -> ['std0.1', 0.7, 0.9]" in said
+    after = tensors(run, 5)
+    name = "encoder.blocks.0.attn.proj.weight"
+    before = tensors(run, 4)
+    moved = before[f"model.{name}"].lerp(after[f"model.{name}"], 0.1)
+    torch.testing.assert_close(after[f"ema_0.9.{name}"], moved)
+    assert f"ema_0.5.{name}" not in after
+    assert not torch.equal(after[f"ema_std0.1.{name}"], before[f"ema_std0.1.{name}"])
 
 
 def test_dry_run_writes_nothing(tiny, tmp_path):

@@ -65,6 +65,9 @@ OVERRIDES = {
     "class count": (["model.num_classes=7"], ("10", "7")),
     "missing checkpoint": (["resume=no/such/run"], "no/such/run"),
     "must resume": (["resume=must"], "no usable checkpoint"),
+    "average that is none": (["optim.ema_extra=[0.99, std0.5]"], ("'std0.5'", "std0.01 to std0.28")),
+    "average twice": (["optim.ema_extra=[0.99, 0.99]"], "stands twice"),
+    "shards that do not divide": (["train.strategy=hsdp", "train.shard_size=2"], "does not divide 1 ranks"),
     "no GPU": (["device=cuda"], "no GPU"),
 }
 

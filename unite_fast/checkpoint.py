@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -36,7 +35,6 @@ from unite_fast.optim.parts import local
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.shards import Stored
 
-log = logging.getLogger("unite_fast.checkpoint")
 FORMAT = 2
 READABLE = (1, 2)
 NO_PICKLE = "this program executes nothing while it loads"
@@ -227,8 +225,8 @@ def changes(path: Path, config: Config) -> list[str]:
     return [f"changed since {path.name}: {key} {old} -> {new}" for key, old, new in watched if key not in quiet]
 
 
-def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
-    """What of a checkpoint does not fit the state that it is to fill."""
+def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iterable[str]) -> list[str]:
+    """What of a checkpoint does not fit the state that it is to fill. ``averages``: those that the run keeps."""
     wrong = []
     for name, tensor in wanted.items():
         if name not in found:
@@ -237,11 +235,11 @@ def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
             wrong.append(f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}")
         elif found[name].dtype != tensor.dtype:
             wrong.append(f"{name} is {found[name].dtype}, expected {tensor.dtype}".replace("torch.", ""))
-    averages = tuple(f"{name.split('.')[0]}." for name in wanted)
+    kept = tuple(f"{average}." for average in averages)
     return wrong + [
         f"{name} is unknown to the model"
         for name in found
-        if name not in wanted and (name.startswith(averages) or not name.startswith("ema_"))
+        if name not in wanted and (name.startswith(kept) or not name.startswith("ema_"))
     ]
 
 
@@ -283,7 +281,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     del wanted[STEPS]
     fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
     wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
-    if wrong := _misfits(found, wanted):
+    if wrong := _misfits(found, wanted, state.optimizer.averages):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")
     from unite_fast import dcp
@@ -294,9 +292,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
         raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
-    if fresh:
-        log.warning("%s has no %s; starting from its weights", path, ", ".join(fresh))
-        state.optimizer.restart(fresh)
+    state.optimizer.restart(fresh)
     state.optimizer.steps.fill_(optimizer_steps)
     state.step, state.images_seen, state.best_cfg_scale = step, images_seen, best
     return means

@@ -121,8 +121,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float = 3.0
     ema_decay: float = 0.9978
-    # Further averages kept at once: decays, or std0.05 (power function of that relative width, 2312.02696). Published:
-    # none. Each costs 12 bytes per weight and step, 0.2 % of a step of UNITE-B, and 4 bytes per weight of memory.
+    # Further averages kept at once: decays, or std0.05 (power function of that relative width, arXiv 2312.02696).
+    # Published: none. Each costs 12 bytes of traffic per weight and step, 0.2 % of a step of UNITE-B, and 4 bytes per
+    # weight of memory. One that is added when a run resumes starts from the weights of then.
     ema_extra: tuple[float | str, ...] = ()
     schedule: Literal["two_stage", "cosine", "constant"] = "two_stage"
     warmup_epochs: float = 20.0

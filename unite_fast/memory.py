@@ -23,6 +23,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.sharding import shard_size
 
 FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
@@ -85,18 +86,26 @@ def activation_bytes(
     return sizes
 
 
-def persistent_parts(config: Config) -> dict[str, int]:
-    """Bytes of the trainable parameters, their gradients, their optimizer's state and their EMA; float32."""
+def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32.
+
+    Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
+    rank's part (gathered layers aside).
+    """
     with torch.device("meta"):
         muon, adamw = split_parameters(UNITE(config.model), config.optim.muon)
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)
-    return {"parameters": each, "gradients": each, "optimizer": 4 * (matrices + 2 * others), "EMA": each}
+    copies = 1 + (config.train.strategy == "ddp" and world_size > 1)
+    averages = 1 + len(config.optim.ema_extra)
+    parts = {"parameters": each, "gradients": copies * each, "optimizer": 4 * (matrices + 2 * others)}
+    shards = shard_size(config, world_size)
+    return {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
 
 
-def persistent_bytes(config: Config) -> int:
+def persistent_bytes(config: Config, world_size: int) -> int:
     """The sum of ``persistent_parts``."""
-    return sum(persistent_parts(config).values())
+    return sum(persistent_parts(config, world_size).values())
 
 
 def amount(size: int) -> str:
@@ -113,7 +122,7 @@ def recompute(config: Config, ranks: Ranks) -> Recompute:
         return Recompute(False, "auto: a CPU has no memory of its own to fit into")
     micro_batch = batch_split(config.train, ranks.world_size)[0]
     activations = max(activation_bytes(config.model, config.objective, config.efficiency, micro_batch).values())
-    needed = persistent_bytes(config) + activations + WORKSPACE
+    needed = persistent_bytes(config, ranks.world_size) + activations + WORKSPACE
     device = torch.cuda.mem_get_info(ranks.device)[1]
     reason = f"auto: {needed / 2**30:.1f} GiB without it, {FILL * device / 2**30:.1f} GiB to use"
     return Recompute(needed > FILL * device, reason)

@@ -14,12 +14,12 @@ from unite_fast.runtime import distributed, sharding
 from unite_fast.runtime.distributed import Ranks
 
 
-def activations_line(config: Config, micro_batch: int, shards: int) -> str:
-    """What the passes keep for their backward, and the sum with what stays of a model in ``shards`` parts."""
+def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
+    """What the passes keep for their backward, and the sum with what stays on a rank."""
     kept = memory.activation_bytes(config.model, config.objective, config.efficiency, micro_batch)
     peak = max(kept.values())
     by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
-    total = memory.amount(peak + memory.persistent_bytes(config) // shards)
+    total = memory.amount(peak + memory.persistent_bytes(config, world_size))
     return (
         f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
         f"{total} with what stays (counted from sizes)"
@@ -56,7 +56,7 @@ def dry_run(config: Config, mfu: float | None = None) -> str:
     # The whole model, whoever else there is: shapes need no other ranks.
     state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
     lines = [run.describe(config, state, ranks, split, len(source) if source else throughput.IMAGENET)]
-    lines.append(activations_line(config, split[0], sharding.shard_size(config, world)))
+    lines.append(activations_line(config, split[0], world))
     mfus = (mfu,) if mfu else throughput.MFUS
     lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfus)]
     if source is not None:

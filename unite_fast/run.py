@@ -281,8 +281,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
-    shards = sharding.shard_size(config, ranks.world_size)
-    stay = {name: size // shards for name, size in memory.persistent_parts(config).items()}
+    stay = memory.persistent_parts(config, ranks.world_size)
     kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
     recompute = memory.recompute(config, ranks)
     total = last_step(config, state, images)

@@ -7,7 +7,7 @@ FLOPs allows, and each batch goes to the rank with the least work. A rank's batc
     whole     every rank holds whole matrices (one process, DDP). All write what is to be orthogonalised into the
               buffer, each rank replaces its own row, and the rows are all-gathered.
     sharded   every rank holds some rows of each matrix (FSDP2). An all-to-all brings the rows to the owner of a matrix;
-              a second one takes the orthogonalised rows back. With HSDP this happens within each group of shards.
+              a second one takes the orthogonalised rows back. With HSDP each group of shards does this for itself.
 
 There are up to ``BUCKETS`` buffers: while one travels, the next is computed, and AdamW runs while the last ones travel.
 They have the dtype of the iteration, so in bf16 nothing is rounded that was not rounded before. All ranks apply the
@@ -36,9 +36,9 @@ from unite_kernels.newton_schulz import newton_schulz
 NS_EPS = 1e-6
 BUCKETS = 4
 BUCKET_ELEMENTS = 1 << 22  # below this a further buffer costs more than it hides
+BATCHES_PER_SHARE = 4  # a batch is at most a quarter of an even share of the work, or one matrix
 # torch 2.14 warns about the name that 2.11 knows.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-BATCHES_PER_SHARE = 4  # a batch is at most a quarter of an even share of the work
 
 
 def newton_schulz_flops(shape: Sequence[int], steps: int = 5) -> int:

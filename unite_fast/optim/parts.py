@@ -44,9 +44,3 @@ def part_of(whole: Tensor, model: Tensor) -> Tensor:
 
     sharded: Any = distribute_tensor(whole.to(model.device), mesh, model.placements, src_data_rank=None)  # type: ignore[attr-defined]
     return sharded.to_local()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, on every rank, which all must ask for it; any other tensor as it is."""
-    full: Any = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()

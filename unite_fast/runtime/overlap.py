@@ -65,6 +65,9 @@ class Averager:
         self.armed = self.overlap and last and bool(self.buckets)
 
     def _added(self, index: int) -> None:
+        """Some thousand calls a step: those that need nothing return at once."""
+        if self.buckets and not self.armed:
+            return
         if self.ranks.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             if self.sent:
                 raise RuntimeError("a backward was captured in a CUDA graph after gradients had been sent")
@@ -73,11 +76,11 @@ class Averager:
         self.seen[index] += 1
         if not self.buckets:
             self.order.append(index)
-        elif self.armed and self.seen[index] == self.expected[index]:
+        elif self.seen[index] == self.expected[index]:
             self.place[index].missing -= 1
             while self.sent < len(self.buckets) and self.buckets[self.sent].missing == 0:
                 self._send()
-        elif self.armed and 0 < self.expected[index] < self.seen[index]:
+        elif 0 < self.expected[index] < self.seen[index]:
             raise RuntimeError(
                 f"a gradient was added {self.seen[index]} times in a micro-step and {self.expected[index]} times in "
                 "the first one, so it was averaged too early; set efficiency.overlap_gradients=false"

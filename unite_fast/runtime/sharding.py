@@ -58,7 +58,7 @@ def check(config: Config, world_size: int) -> None:
         return
     refused = {
         "train.on_oom=halve": t.on_oom == "halve",  # a rank that starts its micro-step again would gather alone
-        "efficiency.compile": e.compile != "none",
+        f"efficiency.compile={e.compile}": e.compile != "none",  # compiled layers are called past FSDP's hooks
         "efficiency.shard_muon=false": not e.shard_muon,
         "efficiency.overlap_gradients=false": not e.overlap_gradients,
         "train.replica_check_every": t.strategy == "fsdp2" and bool(t.replica_check_every),
