@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from unite_fast.checkpoint import TrainState
 from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig, UserError
 from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.data import Batch
+from unite_fast.model.layers import Linear
 from unite_fast.model.unite import UNITE, build
 from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
@@ -102,20 +104,24 @@ def setting(k: int, n: int, rows: tuple[int, ...], split: int | None):
     return x, weight, bias, dy, with_gradients(F.linear(*exact), dy.double(), *exact)
 
 
+def bounds(n: int, split: int | None) -> tuple[int, ...]:
+    return (0, n) if split is None else (0, split, n)
+
+
 @pytest.mark.parametrize("split", [None, 32])
 @pytest.mark.parametrize(("k", "n", "rows"), [(32, 96, (3, 5)), (48, 64, (17,)), (64, 80, (2, 3, 7))])
 def test_half_linear(k, n, rows, split):
     """At most the error of autocast's linear layer, and a weight gradient in float32."""
     x, weight, bias, dy, exact = setting(k, n, rows, split)
     copy, bias_copy = weight.detach().bfloat16(), bias.detach().bfloat16()
-    y = torch.cat(half_linear(x, weight, bias, copy, bias_copy, split), -1)
+    y = torch.cat(half_linear(x, weight, bias, copy, bias_copy, bounds(n, split)), -1)
     ours = with_gradients(y, dy, x, weight, bias)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         theirs = with_gradients(F.linear(x, weight, bias), dy, x, weight, bias)
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     for a, b in zip(errors(ours, exact), errors(theirs, exact), strict=True):
         assert a <= 1.2 * b
-    (y,) = half_linear(x, weight, None, copy, None)
+    (y,) = half_linear(x, weight, None, copy, None, (0, n))
     torch.testing.assert_close(y, F.linear(x.bfloat16(), copy))
 
 
@@ -125,7 +131,7 @@ def test_half_linear(k, n, rows, split):
 def test_scaled_linear(k, n, rows, split, per_row):
     x, weight, bias, dy, exact = setting(k, n, rows, split)
     copies, bias_copy = copies_of(weight, per_row), bias.detach().bfloat16()
-    parts = scaled_linear(x, weight, bias, copies, bias_copy, split)
+    parts = scaled_linear(x, weight, bias, copies, bias_copy, bounds(n, split))
     assert all(part.is_contiguous() for part in parts)
     ours = with_gradients(torch.cat(parts, -1), dy, x, weight, bias)
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
@@ -134,14 +140,40 @@ def test_scaled_linear(k, n, rows, split, per_row):
     assert 0.005 < dx < (0.05 if per_row else 0.08)  # in float8: 3 bits of dy with one scale
     assert dweight < 0.006  # in bfloat16
     assert dbias < 0.006
-    (y,) = scaled_linear(x, weight, None, copies, None)
+    (y,) = scaled_linear(x, weight, None, copies, None, (0, n))
     assert errors([y], [F.linear(x, weight).double()])[0] < 0.05
+
+
+@pytest.mark.parametrize("kind", ["plain", "half", "tensor", pytest.param("row", marks=ROWWISE.marks)])
+def test_some_of_the_columns(kind):
+    """As the last block asks for them: queries of a few rows, then keys and values of all. The rest of dW is zero."""
+    x, weight, bias, dy, _ = setting(32, 96, (3, 5), None)
+    ours = Linear(32, 96, large=True).to(DEVICE)
+    with torch.no_grad():
+        ours.weight.copy_(weight)
+        ours.bias.copy_(bias)
+    if kind != "plain":
+        name = {"half": "bf16", "tensor": "fp8", "row": "fp8_rowwise"}[kind]
+        precision.apply(ours, EfficiencyConfig(precision=name), DEVICE).refresh()
+    for wanted in ((0, 32), (32, 64, 96), (16, 48)):
+        where = slice(wanted[0], wanted[-1])
+        parts = ours.parts(x, *wanted)
+        assert [part.shape[-1] for part in parts] == [b - a for a, b in itertools.pairwise(wanted)]
+        assert all(part.is_contiguous() for part in parts)
+        found = with_gradients(torch.cat(parts, -1), dy[..., where], x, ours.weight, ours.bias)
+        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        expected = with_gradients(F.linear(*exact)[..., where], dy[..., where].double(), *exact)
+        assert max(errors(found, expected)) < {"plain": 1e-5, "half": 0.01}.get(kind, 0.08)
+        others = torch.ones(96, dtype=torch.bool, device=DEVICE)
+        others[where] = False
+        assert (found[2][others] == 0).all()
+        assert (found[3][others] == 0).all()
 
 
 def test_scaled_gradients_below_the_range_of_half_precision():
     """A gradient of 1e-12, as a mean over many pixels gives, is not lost: its scale comes from its own values."""
     x, weight, bias, dy, exact = setting(64, 64, (5,), None)
-    (y,) = scaled_linear(x, weight, bias, copies_of(weight, False), bias.detach().bfloat16())
+    (y,) = scaled_linear(x, weight, bias, copies_of(weight, False), bias.detach().bfloat16(), (0, 64))
     _, dx, dweight, _ = with_gradients(y, dy * 1e-12, x, weight, bias)
     scaled = [exact[1] * 1e-12, exact[2] * 1e-12]
     assert max(errors([dx, dweight], scaled)) < 0.08
@@ -155,8 +187,8 @@ def test_compiled_in_one_graph(kind):
 
     def call(x: Tensor) -> Tensor:
         if kind == "half":
-            return torch.cat(half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, 32), -1)
-        return torch.cat(scaled_linear(x, weight, bias, copies, bias_copy, 32), -1)
+            return torch.cat(half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, (0, 32, 96)), -1)
+        return torch.cat(scaled_linear(x, weight, bias, copies, bias_copy, (0, 32, 96)), -1)
 
     eager = with_gradients(call(x), dy, x, weight, bias)
     torch._dynamo.reset()
@@ -284,7 +316,7 @@ def test_weights_are_cast_once_per_step(name, monkeypatch):
     parameters = {p.data_ptr() for p in state.model.parameters() if p.ndim > 1}
     embeddings = {state.model.encoder.y_embedder.embedding_table.weight.data_ptr()}
     with Casts(parameters - embeddings) as casts:
-        step.accumulate(state, batch, 1)
+        step(state, batch)
     assert casts.of_watched == 1
     assert len(written) == len(state.recipe.scaled)
 
@@ -360,7 +392,7 @@ def test_a_step_needs_the_recipe_that_the_model_was_prepared_for():
     step, state, batch = step_of(precision="fp8")
     state.recipe = precision.Recipe("bf16")
     with pytest.raises(ValueError, match="prepared for bf16, not fp8"):
-        step.accumulate(state, batch, 1)
+        step(state, batch)
 
 
 def test_evaluation_uses_the_parameters_not_the_copies():
