@@ -182,6 +182,8 @@ class TrainConfig:
 class EfficiencyConfig:
     """Options that change speed and memory, not results (each rung is held to the eager losses by a test)."""
 
+    # bf16: products in bfloat16, weights and residual float32; fp8: the large products; _te: by Transformer Engine.
+    # runtime/precision.py explains the recipes, model/attention.py the backends.
     precision: Literal["fp32", "bf16", "bf16_te", "fp8", "fp8_rowwise", "fp8_te", "fp8_te_delayed"] = "bf16"
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream of the encoder and the decoder
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "fa2", "fa3", "fa4"] = "auto"

@@ -86,10 +86,16 @@ def activation_bytes(
 
 
 def persistent_bytes(config: Config) -> int:
-    """Weights, gradients and EMA of each trainable parameter, and its optimizer's state; float32."""
+    """Weights, gradients and EMA of each trainable parameter, and its optimizer's state, in float32; and copies.
+
+    The linear layers' copies (runtime/precision.py) take 2 bytes per weight: one in bfloat16, or two in float8.
+    """
     with torch.device("meta"):
-        muon, adamw = split_parameters(UNITE(config.model), config.optim.muon)
-    return 4 * (4 * sum(p.numel() for p in muon.values()) + 5 * sum(p.numel() for p in adamw.values()))
+        model = UNITE(config.model)
+    muon, adamw = split_parameters(model, config.optim.muon)
+    copied = [m for m in model.modules() if hasattr(m, "products")] if config.efficiency.precision != "fp32" else []
+    copies = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
+    return copies + 4 * (4 * sum(p.numel() for p in muon.values()) + 5 * sum(p.numel() for p in adamw.values()))
 
 
 def recompute(config: Config, ranks: Ranks) -> Recompute:
