@@ -93,8 +93,10 @@ def persistent_bytes(config: Config) -> int:
     with torch.device("meta"):
         model = UNITE(config.model)
     muon, adamw = split_parameters(model, config.optim.muon)
-    copied = [m for m in model.modules() if hasattr(m, "products")] if config.efficiency.precision != "fp32" else []
-    copies = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
+    copies = 0
+    if config.efficiency.precision != "fp32" and config.train.strategy == "ddp":
+        copied = [module for module in model.modules() if hasattr(module, "products")]
+        copies = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
     return copies + 4 * (4 * sum(p.numel() for p in muon.values()) + 5 * sum(p.numel() for p in adamw.values()))
 
 

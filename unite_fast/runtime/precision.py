@@ -13,8 +13,8 @@ The large layers are the encoder's qkv, proj, w12 and w3 and the decoder's qkv, 
 (``Linear(large=True)`` in model/layers.py). Embeddings, modulations and final layers stay in bfloat16, the time MLP in
 float32. Parameters stay float32 under their stock names, so a checkpoint of any recipe goes on under any other.
 
-A recipe rules the forward and backward passes of training. A model in evaluation mode computes as its caller says
-(float32, or ``autocast``), from its parameters.
+A recipe rules the forward and backward passes of training, within ``Recipe.step()``, which copies the weights anew. A
+model in evaluation mode computes as its caller says (float32, or ``autocast``), from its parameters.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, 
             _prepare(recipe, path, layer)
     if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.engines):
         raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
+    recipe.refresh()
     return recipe
 
 
