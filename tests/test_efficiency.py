@@ -32,8 +32,18 @@ RUNGS = {
     "efficiency.recompute=blocks": (1e-6, 1e-6),
     "efficiency.recompute=auto": (1e-6, 1e-6),
     "efficiency.compile=decoder": (1e-3, 1e-3),
+    "efficiency.attention=math": (1e-3, 1e-3),
+    "efficiency.attention=flash": (1e-3, 1e-3),
     "efficiency.precision=bf16": (5e-2, 1.5e-1),
+    "efficiency.precision=bf16 efficiency.residual=bf16": (5e-2, 1.5e-1),
+    "efficiency.precision=fp8": (4e-2, 1.5e-1),
+    "efficiency.precision=fp8_rowwise": (4e-2, 1.5e-1),
 }
+# In float8 those errors change what the flow loss starts from: over three seeds by 0.15 at most, where the total is
+# between 0.2 and 0.7 and has the flow with weight 0.03. tests/test_precision.py compares it on healthy latents.
+FLOAT8_FLOW = 0.25
+OLD_TORCH = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 13)
+OLD = pytest.mark.skipif(OLD_TORCH, reason="a scale per row on CPUs needs torch 2.13")
 
 
 def losses(tiny, run, *overrides: str) -> list[list[float]]:
@@ -42,15 +52,19 @@ def losses(tiny, run, *overrides: str) -> list[list[float]]:
     return [[row[k] for k in COMPARED] for row in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", [pytest.param(r, marks=OLD if "rowwise" in r else ()) for r in RUNGS])
 def test_losses_of_every_rung(tiny, tmp_path, rung):
     expected = losses(tiny, tmp_path / "eager")
-    actual = losses(tiny, tmp_path / "rung", rung)
+    actual = losses(tiny, tmp_path / "rung", *rung.split())
     assert len(actual) == 20
     for a, e in zip(actual, expected, strict=True):
         tight, loose = RUNGS[rung]
         assert a[:2] == pytest.approx(e[:2], rel=tight)
-        assert a[2:] == pytest.approx(e[2:], rel=loose)
+        if "fp8" in rung:
+            assert a[2] == pytest.approx(e[2], abs=FLOAT8_FLOW)
+        else:
+            assert a[2] == pytest.approx(e[2], rel=loose)
+        assert a[3] == pytest.approx(e[3], rel=loose)
 
 
 def test_kernels_draw_the_same_numbers():

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import local
 from unite_fast.runtime.guards import first_nonfinite
+from unite_fast.runtime.precision import Recipe
 from unite_fast.shards import Stored
 
 FORMAT = 2
@@ -51,6 +52,7 @@ class TrainState:
     step: int = 0
     images_seen: int = 0
     best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
+    recipe: Recipe = field(default_factory=Recipe)  # how the model computes in training; not saved
 
 
 def _digest(path: Path) -> dict[str, Any]:

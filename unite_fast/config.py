@@ -203,7 +203,11 @@ class TrainConfig:
 class EfficiencyConfig:
     """Options that change speed and memory, not results (each rung is held to the eager losses by a test)."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast around forward; weights and residual stay fp32
+    # bf16: products in bfloat16, weights and residual float32; fp8: the large products; _te: by Transformer Engine.
+    # runtime/precision.py explains the recipes, model/attention.py the backends.
+    precision: Literal["fp32", "bf16", "bf16_te", "fp8", "fp8_rowwise", "fp8_te", "fp8_te_delayed"] = "bf16"
+    residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream of the encoder and the decoder
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "fa2", "fa3", "fa4"] = "auto"
     kernels: Literal["eager", "fused"] = "eager"
     flow_mini_batch: int = 1  # flow steps that pass the network as one batch
     shard_muon: bool = True  # several processes: each orthogonalises its share of the matrices
@@ -301,7 +305,16 @@ def validate(config: Config) -> None:
         require(0 <= getattr(o, name) <= 1, f"objective.{name} must be within 0 and 1, got {getattr(o, name)}")
     require(t.keep_last >= 2, f"train.keep_last must be at least 2, got {t.keep_last}: the newest may be damaged")
     require(config.comm.train_timeout > 0, f"comm.train_timeout must be positive, got {config.comm.train_timeout}")
-    require(config.efficiency.flow_mini_batch >= 1, "efficiency.flow_mini_batch must be at least 1")
+    e = config.efficiency
+    require(e.residual == "fp32" or e.precision != "fp32", "efficiency.residual=bf16 needs a precision other than fp32")
+    if e.precision.startswith("fp8_te"):
+        require(t.micro_batch % 8 == 0, f"efficiency.precision={e.precision} needs train.micro_batch to be a multiple "
+                f"of 8, got {t.micro_batch}")  # fmt: skip
+    if "_te" in e.precision:
+        for key, value in {"recompute": e.recompute, "compile": e.compile}.items():
+            require(value == "none", f"efficiency.{key}={value} does not work with efficiency.precision={e.precision}: "
+                    "Transformer Engine's layers keep state between passes; use fp8 or bf16, or none")  # fmt: skip
+    require(e.flow_mini_batch >= 1, "efficiency.flow_mini_batch must be at least 1")
     require(o.flow_steps >= 0, f"objective.flow_steps must not be negative, got {o.flow_steps}")
     require(0 < config.optim.ema_decay < 1, f"optim.ema_decay must be between 0 and 1, got {config.optim.ema_decay}")
     for entry in config.optim.ema_extra:

@@ -26,7 +26,6 @@ from unite_fast.machine import Finding, release
 REQUIRED = ("torchvision", "lpips", "torch_fidelity", "torchdiffeq", "einops", "safetensors", "sklearn", "PIL", "yaml")
 # Each with what installs it and, where an import alone says little, one tiny call.
 OPTIONAL: dict[str, tuple[str, Callable[[], str] | None]] = {
-    "flash_attn": ("pip install 'unite-fast[flash]'", machine.flash_attention),
     "transformer_engine": ("pip install 'unite-fast[fp8]'", machine.transformer_engine),
     "nvidia.dali": ("pip install 'unite-fast[dali]'", machine.dali),
     "simplejpeg": ("pip install 'unite-fast[fast]'", None),
@@ -102,6 +101,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [machine.shared_memory(), machine.open_files(), machine.disk(config)]
     findings += [_guarded(functools.partial(_required, package), package, "FAIL") for package in REQUIRED]
     findings += [_guarded(machine.torchvision_build, "torchvision build", "FAIL")]
+    findings += machine.attention_backends()
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
     if config:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from unite_fast.config import Config, UserError
 from unite_fast.losses import load_perceptual
+from unite_fast.model import attention
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.session import folder
@@ -245,10 +246,12 @@ def dali() -> str:
     return "a pipeline runs" if len(made.run()[0]) == 2 else "a pipeline gives no batch"
 
 
-def flash_attention() -> str:
-    module: Any = importlib.import_module("flash_attn.cute")
-    if not torch.cuda.is_available():
-        return "imports; no GPU to try it on"
-    q = torch.zeros(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
-    module.flash_attn_func(q, q, q)
-    return "attention runs"
+def attention_backends() -> list[Finding]:
+    """What efficiency.attention can name, each tried at UNITE's head size of 64."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    findings = []
+    for backend in attention.BACKENDS:
+        why = attention.obstacle(backend, device, half=True, head_size=64)
+        why = why or attention.trial(backend, device, half=True, keys=17, heads=2, head_size=64)
+        findings.append(Finding("WARN" if why else "OK", f"attention {backend}", why or f"usable on {device.type}"))
+    return findings

@@ -87,20 +87,26 @@ def activation_bytes(
 
 
 def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32.
+    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies.
 
     Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
-    rank's part (gathered layers aside).
+    rank's part (gathered layers aside). The linear layers' copies (runtime/precision.py) take 2 bytes per weight, one
+    in bfloat16 or two in float8.
     """
     with torch.device("meta"):
-        muon, adamw = split_parameters(UNITE(config.model), config.optim.muon)
+        model = UNITE(config.model)
+    muon, adamw = split_parameters(model, config.optim.muon)
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)
-    copies = 1 + (config.train.strategy == "ddp" and world_size > 1)
+    sent = 1 + (config.train.strategy == "ddp" and world_size > 1)
     averages = 1 + len(config.optim.ema_extra)
-    parts = {"parameters": each, "gradients": copies * each, "optimizer": 4 * (matrices + 2 * others)}
+    parts = {"parameters": each, "gradients": sent * each, "optimizer": 4 * (matrices + 2 * others)}
     shards = shard_size(config, world_size)
-    return {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
+    parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
+    if config.efficiency.precision != "fp32" and config.train.strategy == "ddp":
+        copied = [module for module in model.modules() if hasattr(module, "products")]
+        parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
+    return parts
 
 
 def persistent_bytes(config: Config, world_size: int) -> int:

@@ -164,6 +164,12 @@ def _reduce(flows: list[Tensor], objective: ObjectiveConfig) -> Tensor:
     return stacked.mean() if objective.flow_reduction == "mean" else stacked.sum()
 
 
+def _propagate(loss: Tensor) -> None:
+    """The backward pass, outside autocast: what ran in float32 forward does so backward."""
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+
+
 def backward(
     model: UNITE,
     images: Tensor,
@@ -181,11 +187,11 @@ def backward(
     """
     if not objective.stop_gradient:
         losses = joint_loss(model, images, labels, draws, objective, perceptual)
-        (losses["total"] * scale).backward()
+        _propagate(losses["total"] * scale)
         return {name: value.detach() for name, value in losses.items()}
     z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
     total = reconstruction_total(losses, objective)
-    (total * scale).backward()
+    _propagate(total * scale)
     z = z.detach()
     noised, t, labels = draws.flow(z, labels, model.null_class)
     steps = len(t) if objective.flow_reduction == "mean" else 1
@@ -195,6 +201,6 @@ def backward(
         zt, times, classes = (x[first : first + flow_mini_batch].flatten(0, 1) for x in (noised, t, labels))
         count = len(zt) // len(z)
         loss = flow_loss(model, z.repeat(count, 1, 1), zt, times, classes, objective) * (count / steps)
-        (loss * (objective.flow_weight * scale)).backward()
+        _propagate(loss * (objective.flow_weight * scale))
         losses["flow"] += loss.detach()
     return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}

@@ -22,12 +22,13 @@ from unite_fast import __version__, checkpoint, data, interop, memory, pictures,
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, RunError, UserError
 from unite_fast.config_io import to_dict, to_yaml
+from unite_fast.model import attention
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.encoder import Block
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import copies_group, local
-from unite_fast.runtime import compiling, faults, sharding
+from unite_fast.runtime import compiling, faults, precision, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -101,9 +102,13 @@ def fresh_state(config: Config, ranks: Ranks, model: UNITE | None = None) -> Tra
         block = compiling.region(Block.forward)
         for encoder in model.encoders():
             encoder.run_block = block
+    sharded = config.train.strategy != "ddp" and ranks.world_size > 1
+    recipe = precision.apply(model, config.efficiency, ranks.device, sharded)
+    half = config.efficiency.precision != "fp32"
+    attention.use(model, attention.resolve(config.efficiency.attention, config.model, ranks.device, half))
     sharding.apply(model, model.shard_units(), FORWARDS, config, ranks)
     group = dist.group.WORLD if config.efficiency.shard_muon and ranks.world_size > 1 else None
-    return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels, group))
+    return TrainState(model, Optimizer(model, config.optim, config.efficiency.kernels, group), recipe=recipe)
 
 
 class Choice(NamedTuple):
@@ -295,7 +300,8 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"memory         {memory.amount(sum(stay.values()))} per rank that stay: {kept}",
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
-            f"device         {ranks.device}, precision {e.precision}, kernels {e.kernels}, compile {e.compile}",
+            f"device         {ranks.device}, precision {state.recipe}, attention {attention.describe(model)}, "
+            f"kernels {e.kernels}, compile {e.compile}",
             f"strategy       {strategy_line(config, ranks)}",
         )
     )

@@ -16,7 +16,7 @@ from unite_fast.losses import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.parts import local
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.runtime import faults, precision
+from unite_fast.runtime import faults
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.guards import SkipCounter
 from unite_fast.runtime.overlap import Averager
@@ -88,9 +88,14 @@ class TrainStep:
 
         The gradient does not depend on how the share is cut, so the ranks need not agree on it.
         """
+        wanted = self.config.efficiency.precision
+        if state.recipe.name != wanted:
+            raise ValueError(f"the model is prepared for {state.recipe.name}, not {wanted}: see precision.apply")
         while True:
             try:
-                return self._accumulate(state, batch, number)
+                # One context for all passes of the step: low-precision copies of the weights are made once in it.
+                with state.recipe.step():
+                    return self._accumulate(state, batch, number)
             except torch.OutOfMemoryError:
                 half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
                 where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
@@ -115,17 +120,16 @@ class TrainStep:
             images = to_float(images)
             faults.strike("fwd", number, [images])
             draws = self.draws(model, samples)
-            with precision.autocast(config.efficiency.precision, self.ranks.device):
-                losses = objective.backward(
-                    model,
-                    images,
-                    labels,
-                    draws,
-                    config.objective,
-                    self.perceptual,
-                    1 / parts,
-                    config.efficiency.flow_mini_batch,
-                )
+            losses = objective.backward(
+                model,
+                images,
+                labels,
+                draws,
+                config.objective,
+                self.perceptual,
+                1 / parts,
+                config.efficiency.flow_mini_batch,
+            )
             z = losses.pop("latents").double()
             losses |= {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
             for name, value in losses.items():

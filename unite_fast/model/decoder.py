@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import DecoderConfig
 from unite_fast.model.attention import attention
-from unite_fast.model.layers import adamw_parameter, sincos_2d
+from unite_fast.model.layers import Linear, adamw_parameter, sincos_2d
 
 EPS = 1e-12
 
@@ -30,16 +30,17 @@ class DecoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attention = "sdpa"  # the backend or plan of model/attention.py
         self.layernorm_before = nn.LayerNorm(width, eps=EPS)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attn_proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, large=True)
+        self.attn_proj = Linear(width, width, large=True)
         self.layernorm_after = nn.LayerNorm(width, eps=EPS)
-        self.ffn_up = nn.Linear(width, hidden)
-        self.ffn_down = nn.Linear(hidden, width)
+        self.ffn_up = Linear(width, hidden, large=True)
+        self.ffn_down = Linear(hidden, width, large=True)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.layernorm_before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attn_proj(attention(q, k, v, backend=self.attention).transpose(1, 2).flatten(2))
         return x + self.ffn_down(F.gelu(self.ffn_up(self.layernorm_after(x))))
 
 
@@ -54,13 +55,14 @@ class Decoder(nn.Module):
         self.queries = num_latents != side**2
         self.recompute = False  # the layers' activations, in backward
         self.run_layer: Callable[..., Tensor] = nn.Module.__call__  # or DecoderLayer.forward, compiled
+        self.residual: torch.dtype | None = None  # in training; None leaves it in the positions' float32
         self.trainable_cls_token = nn.Parameter(torch.zeros(config.width))
-        self.decoder_embed = nn.Linear(config.in_features, config.width)
+        self.decoder_embed = Linear(config.in_features, config.width)
         self.decoder_layers = nn.ModuleList(
             DecoderLayer(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
         )
         self.decoder_norm = nn.LayerNorm(config.width, eps=EPS)
-        self.decoder_pred = nn.Linear(config.width, patch_size**2 * channels)
+        self.decoder_pred = Linear(config.width, patch_size**2 * channels)
         positions = torch.cat([torch.zeros(1, config.width), sincos_2d(side, config.width)])
         self.register_buffer("positions", positions[None], persistent=False)
         if self.queries:
@@ -74,6 +76,8 @@ class Decoder(nn.Module):
         x = torch.cat([self.trainable_cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions
         if self.queries:
             x = torch.cat([x, latents], dim=1)
+        if self.residual is not None and self.training:
+            x = x.to(self.residual)
         for layer in self.decoder_layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self.run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)

@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import EncoderConfig
 from unite_fast.model.attention import attention
-from unite_fast.model.layers import RMSNorm, adamw_parameter, rotary_table, use_adamw
+from unite_fast.model.layers import Linear, RMSNorm, adamw_parameter, rotary_table, use_adamw
 from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
 from unite_kernels.qk_norm_rope import qk_norm_rope
-from unite_kernels.split_linear import split_linear
 from unite_kernels.swiglu import swiglu
 
 
@@ -61,16 +60,18 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.attention = "sdpa"  # the backend or plan of model/attention.py
+        self.qkv = Linear(width, 3 * width, large=True)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width, large=True)
 
     def forward(self, x: Tensor, layout: Layout, backend: str, kept: int = 0) -> Tensor:
         """x (B, T, D) -> (B, T, D); with ``kept`` of the R = kept rows after the prefix alone: (B, R, D)."""
         if kept and self.heads % 2 == 0:
             return self._attend(*self._kept_queries(x, layout, backend, kept), layout)
-        qk, v = split_linear(x, self.qkv.weight, self.qkv.bias, 2 * x.shape[-1])
+        width = x.shape[-1]
+        qk, v = self.qkv.parts(x, 0, 2 * width, 3 * width)
         qk = qk_norm_rope(
             qk,
             self.q_norm.weight,
@@ -89,9 +90,9 @@ class SelfAttention(nn.Module):
     def _kept_queries(self, x: Tensor, layout: Layout, backend: str, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, R, E) of the kept rows, keys and values (B, H, T, E) of all."""
         rows = x[:, layout.prefix : layout.prefix + kept]
-        (q_weight, *weights), (q_bias, *biases) = (p.chunk(3) for p in (self.qkv.weight, self.qkv.bias))
-        q = F.linear(rows, q_weight, q_bias)
-        k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        width = x.shape[-1]
+        (q,) = self.qkv.parts(rows, 0, width)
+        k, v = self.qkv.parts(x, width, 2 * width, 3 * width)
         q = self._norm_rope(q, self.q_norm.weight, layout, 0, backend)
         k = self._norm_rope(k, self.k_norm.weight, layout, layout.prefix, backend)
         return self._heads(q), self._heads(k), self._heads(v)
@@ -105,7 +106,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        return self.proj(attention(q, k, v, layout.key_mask).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, layout.key_mask, self.attention).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -113,12 +114,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden, large=True)
+        self.w3 = Linear(hidden, width, large=True)
 
     def forward(self, x: Tensor, backend: str) -> Tensor:
         """The first Linear's bias is added inside the activation, which sums its gradient as well."""
-        return self.w3(swiglu(F.linear(x, self.w12.weight), self.w12.bias, backend=backend))
+        return self.w3(swiglu(self.w12.without_bias(x), self.w12.bias, backend=backend))
 
 
 class Layout(NamedTuple):
@@ -153,7 +154,7 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.norm3 = RMSNorm(width), RMSNorm(width), RMSNorm(width)
         self.attn = SelfAttention(width, heads)
         self.mlp = SwiGLU(width, hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(
         self,
@@ -185,8 +186,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, latent_dim: int) -> None:
         super().__init__()
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, latent_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, latent_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
 
 class GenerativeEncoder(nn.Module):
@@ -202,8 +203,9 @@ class GenerativeEncoder(nn.Module):
         self.recompute = False  # the blocks' activations, in backward
         self.run_block: Callable[..., tuple[Tensor, Tensor]] = nn.Module.__call__  # or Block.forward, compiled
         self.backend = "eager"  # of the fused kernels; efficiency.kernels
+        self.residual: torch.dtype | None = None  # in training; None leaves it in the positions' float32
         self.in_context_posemb = adamw_parameter(torch.randn(1, config.in_context_len, width) * 0.02)
-        self.up_sample = nn.Linear(latent_dim, width)
+        self.up_sample = Linear(latent_dim, width)
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         hidden = int(2 / 3 * config.mlp_ratio * width)
@@ -245,6 +247,8 @@ class GenerativeEncoder(nn.Module):
         h = self.up_sample(x) + positions
         if context is not None:
             h = torch.cat([h, context], dim=1)
+        if self.residual is not None and self.training:
+            h = h.to(self.residual)
         layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, key_mask)
         blocks: list[Any] = list(self.blocks)
         activated = F.silu(c)  # the first module of every adaLN_modulation
@@ -253,6 +257,8 @@ class GenerativeEncoder(nn.Module):
         shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
         inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
         modulated = adaln(h, *inputs[0], backend=self.backend)
+        if torch.is_autocast_enabled(h.device.type):  # as the other blocks get it
+            modulated = modulated.to(torch.get_autocast_dtype(h.device.type))
         for i, block in enumerate(blocks):
             if i == self.config.in_context_start and self.config.in_context_len:
                 tokens = (y[:, None] + self.in_context_posemb).to(h.dtype)

@@ -5,10 +5,14 @@ Shape letters: B batch, T tokens, D width, H heads, E head size (D / H).
 
 from __future__ import annotations
 
-from typing import TypeVar
+import itertools
+from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from unite_kernels.split_linear import split_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,6 +29,50 @@ def adamw_parameter(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value)
     parameter.optimizer = "adamw"  # type: ignore[attr-defined]
     return parameter
+
+
+class Products(Protocol):
+    """How a precision recipe computes a linear layer from x (..., K), weight (N, K) and bias (N,) or None.
+
+    bounds: rising, from 0 to N; columns bounds[i] to bounds[i + 1] of the output are one tensor, contiguous.
+    """
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]
+    ) -> tuple[Tensor, ...]: ...
+
+
+class Linear(nn.Linear):
+    """A linear layer that a precision recipe (runtime/precision.py) may compute in its own way while training.
+
+    ``large``: one of the layers that hold most of the FLOPs, which FP8 recipes take.
+    """
+
+    products: Products | None = None
+
+    def __init__(self, inputs: int, outputs: int, large: bool = False) -> None:
+        super().__init__(inputs, outputs)
+        self.large = large
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.products is not None and self.training:
+            return self.products(x, self.weight, self.bias, (0, self.out_features))[0]
+        return F.linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The product alone, for a caller that adds the bias itself."""
+        if self.products is not None and self.training:
+            return self.products(x, self.weight, None, (0, self.out_features))[0]
+        return F.linear(x, self.weight)
+
+    def parts(self, x: Tensor, *bounds: int) -> tuple[Tensor, ...]:
+        """Of the output, columns bounds[0] to bounds[1], then to bounds[2], ...: tensors of their own, contiguous."""
+        if self.products is not None and self.training:
+            return self.products(x, self.weight, self.bias, bounds)
+        if len(bounds) == 3 and bounds[0] == 0 and bounds[2] == self.out_features:
+            return split_linear(x, self.weight, self.bias, bounds[1])
+        slices = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        return tuple(F.linear(x, self.weight[s], self.bias[s]) for s in slices)
 
 
 def sincos_1d(positions: Tensor, width: int) -> Tensor:

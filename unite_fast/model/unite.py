@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.encoder import GenerativeEncoder
-from unite_fast.model.layers import adamw_parameter, sincos_1d, use_adamw
+from unite_fast.model.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_kernels import corruption
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
@@ -66,7 +66,7 @@ class UNITE(nn.Module):
             self.denoiser.load_state_dict(self.encoder.state_dict())
         self.encoder_layer_norm = nn.LayerNorm(config.latent_dim, eps=1e-5)
         self.decoder = Decoder(config.decoder, config.num_latents, side, config.patch_size, config.channels)
-        self.up_sample_decoder = nn.Linear(config.latent_dim, config.decoder.in_features)
+        self.up_sample_decoder = Linear(config.latent_dim, config.decoder.in_features)
 
     def _generative_encoder(self) -> GenerativeEncoder:
         c = self.config

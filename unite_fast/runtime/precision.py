@@ -1,10 +1,40 @@
-"""Precision recipes: the one place that decides which dtype runs where."""
+"""Precision recipes: the one place that decides which dtype runs where.
+
+    fp32            everything in float32
+    bf16            products in bfloat16; weights, their gradients and updates, norms and losses in float32
+    bf16_te         the same, the large layers through Transformer Engine
+    fp8             bf16 with the large layers' outputs and input gradients in float8, by torch's scaled product, one
+                    scale per tensor, taken from its values; weight gradients in bfloat16
+    fp8_rowwise     fp8 with one scale per row
+    fp8_te          the large layers in float8 through Transformer Engine, scales from the current values
+    fp8_te_delayed  the same, scales from the last steps' largest values
+
+The large layers are the encoder's qkv, proj, w12 and w3 and the decoder's qkv, attn_proj, ffn_up and ffn_down
+(``Linear(large=True)`` in model/layers.py). Embeddings, modulations and final layers stay in bfloat16, the time MLP in
+float32. Parameters stay float32 under their stock names, so a checkpoint of any recipe goes on under any other.
+
+A recipe rules the forward and backward passes of training, within ``Recipe.step()``, which copies the weights anew. A
+model in evaluation mode computes as its caller says (float32, or ``autocast``), from its parameters.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import itertools
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from unite_fast.config import EfficiencyConfig, UserError
+from unite_kernels import copied_linear
+
+E4M3 = torch.float8_e4m3fn
+TE = ("bf16_te", "fp8_te", "fp8_te_delayed")
+TE_FLOAT8 = ("fp8_te", "fp8_te_delayed")
+SCALED = ("fp8", "fp8_rowwise")
 
 
 def setup(device: torch.device) -> None:
@@ -14,5 +44,201 @@ def setup(device: torch.device) -> None:
 
 
 def autocast(recipe: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context of every forward pass. bf16: matrix products in bfloat16; weights, residual and losses fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe == "bf16")
+    """For passes outside training: "fp32", or "bf16" for matrix products in bfloat16, residual and losses in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe != "fp32")
+
+
+class Half:
+    """Products in bfloat16, from copies of the parameters."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.weight = torch.empty_like(layer.weight, dtype=torch.bfloat16, requires_grad=False)
+        self.bias = torch.empty_like(layer.bias, dtype=torch.bfloat16, requires_grad=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return copied_linear.half_linear(x, weight, bias, self.weight, None if bias is None else self.bias, bounds)
+
+
+class Scaled:
+    """Output and input gradient in float8, from quantised copies of the weight."""
+
+    def __init__(self, layer: nn.Linear, per_row: bool) -> None:
+        outputs, inputs = layer.weight.shape
+        device = layer.weight.device
+
+        def factors(rows: int) -> Tensor:
+            return torch.empty((rows, 1) if per_row else (), device=device)
+
+        self.copies = (
+            torch.empty(outputs, inputs, dtype=E4M3, device=device),
+            factors(outputs),
+            torch.empty(inputs, outputs, dtype=E4M3, device=device),
+            factors(inputs),
+        )
+        self.bias = torch.empty_like(layer.bias, dtype=torch.bfloat16, requires_grad=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return copied_linear.scaled_linear(x, weight, bias, self.copies, None if bias is None else self.bias, bounds)
+
+
+class TransformerEngine:
+    """Output and input gradient by a Transformer Engine layer on our parameters' memory; weight gradient by us.
+
+    Transformer Engine has a switch for the precision of the whole backward pass, none for weight gradients alone, so it
+    sees constants and the weight gradient is added in bfloat16. What it keeps (``_extra_state``: the largest values of
+    fp8_te_delayed) is not part of the model's state dict: such a run begins its history anew when it resumes.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.ours = layer
+        # By first and last column, and whether the bias is added here. Made by the first pass that asks for them.
+        self.theirs: dict[tuple[int, int, bool], nn.Module] = {}
+        self.quantised: set[tuple[int, int, bool]] = set()  # in this step; the other passes use what was kept
+
+    def _make(self, start: int, stop: int, with_bias: bool) -> nn.Module:
+        import transformer_engine.pytorch as te
+
+        theirs = te.Linear(
+            self.ours.in_features, stop - start, bias=with_bias, params_dtype=torch.float32, device="cuda"
+        )
+        theirs.weight = nn.Parameter(self.ours.weight.detach()[start:stop], requires_grad=False)
+        if with_bias:
+            theirs.bias = nn.Parameter(self.ours.bias.detach()[start:stop], requires_grad=False)
+        return theirs
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        key = bounds[0], bounds[-1], bias is not None
+        if key not in self.theirs:
+            self.theirs[key] = self._make(*key)
+        x = x.to(torch.bfloat16)
+        y = self.theirs[key](x, is_first_microbatch=key not in self.quantised)
+        self.quantised.add(key)
+        y = copied_linear.with_weight_gradient(y, x, weight, bias, bounds[0])
+        if len(bounds) == 2:
+            return (y,)
+        return tuple(part.contiguous() for part in y.split([b - a for a, b in itertools.pairwise(bounds)], dim=-1))
+
+
+class Recipe:
+    """A resolved recipe on a model. ``step()`` is the context of a training step's forward and backward passes."""
+
+    def __init__(self, name: str = "fp32", device: torch.device | None = None) -> None:
+        self.name, self.device = name, device or torch.device("cpu")
+        self.halves: list[tuple[Tensor, Tensor]] = []  # (copy, parameter)
+        self.scaled: list[tuple[Scaled, Tensor]] = []
+        self.engines: list[TransformerEngine] = []
+        self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16
+        self.residual = "fp32"
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies every weight anew, once per optimizer step."""
+        if self.halves:
+            torch._foreach_copy_([copy for copy, _ in self.halves], [parameter for _, parameter in self.halves])
+        for products, weight in self.scaled:
+            copied_linear.write_scaled_(weight, *products.copies)
+        for engine in self.engines:
+            engine.quantised.clear()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Refreshes the copies, then the context. autocast covers what has no copies: convolution and norms."""
+        self.refresh()
+        with ExitStack() as stack:
+            stack.enter_context(autocast(self.name, self.device))
+            if self.name in TE:
+                stack.enter_context(_te_autocast(self.name))
+            yield
+
+    def __str__(self) -> str:
+        text = self.name
+        if self.residual != "fp32":
+            text += f" with a {self.residual} residual"
+        if self.scaled or self.name in TE_FLOAT8:
+            text += f" ({len(self.scaled) or len(self.engines)} layers in float8"
+            text += f"; in bfloat16, sizes no multiples of 16: {', '.join(self.left)})" if self.left else ")"
+        return text
+
+
+def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, sharded: bool = False) -> Recipe:
+    """Prepares the linear layers of ``model``, which is on ``device``, for training. Raises UserError.
+
+    Called once for a model: parameters may be written to afterwards, but not replaced. sharded: they will be, by shards
+    (runtime/sharding.py), of which no copies are kept: bf16 then leaves all casts to autocast.
+    """
+    name = efficiency.precision
+    check(name, device)
+    recipe = Recipe(name, device)
+    recipe.residual = efficiency.residual
+    for module in model.modules():
+        if efficiency.residual == "bf16" and hasattr(module, "residual"):
+            module.residual = torch.bfloat16  # type: ignore[assignment]
+    if sharded and name not in ("fp32", "bf16"):
+        raise UserError(
+            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
+        )
+    if name == "fp32" or sharded:
+        return recipe
+    for path, layer in model.named_modules():
+        if hasattr(layer, "products"):
+            _prepare(recipe, path, layer)
+    if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.engines):
+        raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
+    recipe.refresh()
+    return recipe
+
+
+def _prepare(recipe: Recipe, path: str, layer: Any) -> None:
+    fits = all(size % copied_linear.MULTIPLE == 0 for size in layer.weight.shape)
+    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits)):
+        layer.products = TransformerEngine(layer)
+        recipe.engines.append(layer.products)
+        return
+    if layer.large and recipe.name in SCALED and fits:
+        layer.products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
+        recipe.scaled.append((layer.products, layer.weight))
+    else:
+        layer.products = Half(layer)
+        recipe.halves.append((layer.products.weight, layer.weight))
+        pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
+        if layer.large and recipe.name != "bf16" and pattern not in recipe.left:
+            recipe.left.append(pattern)
+    recipe.halves.append((layer.products.bias, layer.bias))
+
+
+def check(name: str, device: torch.device) -> None:
+    """Whether a recipe can run on ``device``. Raises UserError with the reason and what to do."""
+    asked = f"efficiency.precision={name}"
+    if name in SCALED and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        found = torch.cuda.get_device_name(device)
+        raise UserError(f"{asked} needs a GPU with float8 products (sm_89 or later), this is {found}; use bf16")
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if name == "fp8_rowwise" and device.type == "cpu" and release < (2, 13):
+        raise UserError(f"{asked} on a CPU needs torch 2.13 or later, this is {torch.__version__}; use fp8")
+    if name in TE:
+        if device.type != "cuda":
+            raise UserError(f"{asked}: Transformer Engine needs a CUDA device; use {name.split('_')[0]} on a CPU")
+        try:
+            import transformer_engine.pytorch as te
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{asked} needs Transformer Engine ({reason}); pip install 'unite-fast[fp8]', or use bf16 or fp8"
+            ) from None
+        if name in TE_FLOAT8:
+            available, reason = te.is_fp8_available(return_reason=True)
+            if not available:
+                raise UserError(f"{asked}: {reason}; use bf16")
+
+
+def _te_autocast(name: str) -> AbstractContextManager[object]:
+    """Transformer Engine's context. Scales are not shared between ranks, which each see other images."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
+
+    if name == "bf16_te":
+        return te.autocast(enabled=False)
+    if name == "fp8_te":
+        return te.autocast(enabled=True, recipe=recipe.Float8CurrentScaling())
+    # A layer runs several times in one context, which a reduction of the largest values at its end would not allow.
+    return te.autocast(enabled=True, recipe=recipe.DelayedScaling(amax_history_len=16, reduce_amax=False))

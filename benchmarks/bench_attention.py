@@ -1,0 +1,135 @@
+"""Every attention backend at UNITE's shapes, forward and backward, side by side; the table that ``auto`` goes by.
+
+    python benchmarks/bench_attention.py --device cuda     rows in results/<device>/attention.jsonl, PREFERRED's entry
+    python benchmarks/bench_attention.py                   on this CPU, as ratios to torch's plain operations
+
+544 keys: tokenization with class tokens; 288: a flow pass; 257: the decoder. Head size 64 with 12 heads (Base), 72 with
+16 (XL). The tensors have the strides that the encoder gives them. Before a backend is timed, its output and gradients
+are compared with float32 ones. FLOPs are the useful ones: 4 B H T S E forward, 2.5 times that backward.
+
+fa3 and fa4 take the place of torch's flash kernel, so each has its own round, beside the others but flash.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from harness import interleaved, quantiles, ratio, record, require_equal
+from torch import Tensor
+
+from unite_fast.model import attention as module
+from unite_fast.model.attention import attention
+
+KEYS = (544, 288, 257)
+HEADS = {64: 12, 72: 16}  # by head size
+
+
+def tensors(batch: int, keys: int, head_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v (B, H, T, E) as the encoder has them: q and k in one tensor, v in another. The decoder's are in one."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = batch, keys, 2, HEADS[head_size], head_size
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    q, k = (x.detach().requires_grad_() for x in draw(*shape).permute(2, 0, 3, 1, 4).unbind(0))
+    return q, k, draw(*shape[:2], *shape[3:]).transpose(1, 2).requires_grad_()
+
+
+def bench(
+    device: torch.device, batch: int, keys: int, head_size: int, rounds: int, backends: list[str]
+) -> tuple[list[dict], dict[str, float]]:
+    """The rows, and milliseconds of forward and backward together, of the backends that run here."""
+    half = device.type == "cuda"
+    q, k, v = tensors(batch, keys, head_size, device, torch.bfloat16 if half else torch.float32)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    reference = attention(*exact, backend="math")
+    dy = torch.randn(reference.shape, device=device)
+    truth = [reference, *torch.autograd.grad(reference, exact, dy)]
+    del exact, reference
+    flops = 4.0 * batch * HEADS[head_size] * keys**2 * head_size
+    dy = dy.to(q.dtype)
+
+    outputs: dict[str, Tensor] = {}
+    for name in backends:
+        why = module.obstacle(name, device, half, head_size)
+        why = why or module.trial(name, device, half, keys, HEADS[head_size], head_size)
+        if why:
+            print(f"  {name:10} cannot run: {why}")
+            continue
+        outputs[name] = attention(q, k, v, backend=name)
+        found = [outputs[name], *torch.autograd.grad(outputs[name], (q, k, v), dy, retain_graph=True)]
+        require_equal(name, found, truth, 2e-2 if half else 1e-4)
+    del truth
+
+    def forward(name: str) -> Tensor:
+        with torch.no_grad():
+            return attention(q, k, v, backend=name)
+
+    def backward(name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs[name], (q, k, v), dy, retain_graph=True)
+
+    rows, totals = [], dict.fromkeys(outputs, 0.0)
+    for kind, call, factor in (("fwd", forward, 1.0), ("bwd", backward, 2.5)):
+        times = interleaved({name: (lambda name=name, call=call: call(name)) for name in outputs}, device, rounds)
+        for name, values in times.items():
+            spread = quantiles(values)
+            totals[name] += spread["median"]
+            rate = factor * flops / spread["median"] / 1e9
+            rows.append(
+                {"op": "attention", "pass": kind, "backend": name, "beside": list(outputs), "batch": batch}
+                | {"heads": HEADS[head_size], "keys": keys, "head_size": head_size, "n": rounds}
+                | {"dtype": str(q.dtype).removeprefix("torch."), "tflops": rate}
+                | {f"{quantile}_ms": value for quantile, value in spread.items()}
+            )
+            against_math = ratio(times, "math", name)["median"]
+            speed = f"{spread['median']:8.3f} ms  {rate:7.1f} TFLOP/s  " if half else ""
+            print(f"  {name:10}{kind}  {speed}{against_math:.2f}x math")
+    return rows, totals
+
+
+def table(totals: dict[tuple[int, int], dict[str, float]], device: torch.device) -> str:
+    """PREFERRED's entry for this device: per number of keys the backends for all head sizes, the fastest first."""
+    lines = []
+    for keys in sorted(KEYS):
+        of_size = [times for (n, _), times in totals.items() if n == keys]
+        names = set.intersection(*(set(times) for times in of_size)) - {"sdpa", "math"}
+        ranked = sorted(names, key=lambda name: sum(times[name] for times in of_size))
+        lines.append((1 << 30 if keys == max(KEYS) else keys, tuple(ranked)))
+    capability = torch.cuda.get_device_capability(device)
+    where = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"    {capability}: ({', '.join(map(str, lines))}),  # {where}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, help="default: 64 on a GPU, 1 on a CPU")
+    parser.add_argument("--keys", type=int, nargs="*", default=list(KEYS))
+    parser.add_argument("--backends", nargs="*", choices=module.BACKENDS, default=list(module.BACKENDS))
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    batch = args.batch or (64 if device.type == "cuda" else 1)
+    plugged = [n for n in args.backends if n in module.PLUGGED and not module.obstacle(n, device, True, min(HEADS))]
+    others = [n for n in dict.fromkeys(["math", *args.backends]) if n not in plugged]
+    groups = [others] + [[*(n for n in others if n not in ("flash", "sdpa")), name] for name in plugged]
+    totals: dict[tuple[int, int], dict[str, float]] = {}
+    rows = []
+    for group in groups:
+        for head_size in HEADS:
+            for keys in args.keys:
+                print(f"{keys} keys, head size {head_size}, {HEADS[head_size]} heads, batch {batch}")
+                new, times = bench(device, batch, keys, head_size, args.rounds, group)
+                totals[keys, head_size] = times | totals.get((keys, head_size), {})
+                rows += new
+    if device.type == "cuda" and sorted(args.keys) == sorted(KEYS):
+        print("for PREFERRED in unite_fast/model/attention.py:\n" + table(totals, device))
+    if not args.no_record:
+        print(f"rows in {record('attention', device, rows)}")
+
+
+if __name__ == "__main__":
+    main()
