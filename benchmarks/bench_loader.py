@@ -164,7 +164,8 @@ def check_epochs(root: Path, count: int, step: int = 120) -> None:
             )
         print(
             f"{name}: {count} images in the order of folder, each once, on 1, 2 and 3 ranks, resumed at each of "
-            f"{steps} steps; off by at most {worst} gray levels, mean {total:.4f}"
+            f"{steps} steps; off by at most {worst} gray levels, mean {total:.4f}",
+            flush=True,
         )
 
 
