@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import on_ranks
 from stepping import load_tiny, trainer
 from support import command
 from tape import Tape
@@ -12,6 +13,7 @@ from torch import Tensor
 from unite_fast.config import UserError
 from unite_fast.runtime import graph
 from unite_fast.runtime.distributed import Ranks
+from unite_fast.step import TrainStep
 
 STEPS = 20
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,16 +25,16 @@ def tape(monkeypatch):
 
 
 def run(
-    *overrides: str, device: str = "cpu", steps: int = STEPS
-) -> tuple[list[list[float]], dict[str, Tensor], object]:
+    *overrides: str, device: str = "cpu", ranks: Ranks | None = None
+) -> tuple[list[list[float]], dict[str, Tensor], TrainStep]:
     """(losses of every step, weights, averages and states at the end, the step)."""
-    step, state, batch = trainer(*overrides, device=device)
+    step, state, batch = trainer(*overrides, device=device, ranks=ranks)
     losses = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         metrics = step(state, batch())
         losses.append([float(metrics[name]) for name in ("total", "l1", "flow", "latent_std", "grad_norm", "lr")])
     o = state.optimizer
-    ema = {f"ema.{name}": value for name, value in o.ema.items()}
+    ema = {f"{kind}.{name}": value for kind, values in o.averages.items() for name, value in values.items()}
     end = {**o.parameters, **o.state_dict(), **ema, "steps": o.steps, "longest": step.skips.longest}
     return losses, {name: value.detach().clone() for name, value in end.items()}, step
 
@@ -41,7 +43,7 @@ def run(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("efficiency.kernels=fused",),  # two micro-batches, two flow steps
+        ("efficiency.kernels=fused", "optim.ema_extra=[0.9, std0.1]"),  # two micro-batches, two flow steps
         ("efficiency.kernels=eager", "efficiency.flow_mini_batch=2", "train.micro_batch=16"),
         ("efficiency.kernels=fused", "efficiency.precision=bf16", "efficiency.recompute=blocks"),
     ],
@@ -86,21 +88,22 @@ def test_gradients_stay_where_they_are(tape):
     assert without == {"encoder.t_embedder.special_time_emb"}
 
 
-def test_several_ranks_update_outside_the_graph(tape):
-    """The micro-batch is replayed; averaging and update, which communicate, are not."""
+def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Tensor], list[bool]]:
+    graph.RECORDINGS["cpu"] = Tape
+    rows, end, step = run(
+        "efficiency.kernels=fused", "train.micro_batch=4", f"efficiency.cuda_graph={mode}", ranks=ranks
+    )
+    recorded = [c.recording is not None for c in (step.graphs.micro, step.graphs.last)] if step.graphs else []
+    return rows, end, recorded
 
-    class Two(Ranks):
-        def average_(self, tensors):
-            assert not any(isinstance(m, Tape) for m in torch.utils._python_dispatch._get_current_dispatch_mode_stack())
 
-    step, state, batch = trainer("efficiency.cuda_graph=step")
-    step.ranks = Two(0, 2, torch.device("cpu"))
-    step.micro_batch = 4
-    for _ in range(6):
-        b = batch()
-        step(state, type(b)(*(part[:8] for part in b)))
-    assert step.graphs.micro.recording is not None
-    assert step.graphs.last.calls == 0
+def test_several_ranks_average_and_update_outside_the_graph():
+    """Two ranks, two micro-batches each: as without graphs, to the bit."""
+    expected, replayed = (on_ranks(2, on_a_rank, mode) for mode in ("none", "step"))
+    for (rows, end, _), (rows2, end2, recorded) in zip(expected, replayed, strict=True):
+        assert rows == rows2
+        assert all(torch.equal(end[name], end2[name]) for name in end)
+        assert recorded == [True, False]
 
 
 def test_the_tape_keeps_what_a_graph_would_keep():

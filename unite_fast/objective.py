@@ -208,9 +208,10 @@ def backward(
     noised, t, labels = draws.flow(z, labels, model.null_class)
     losses = {name: value.detach() for name, value in losses.items()}
     losses["flow"] = torch.zeros_like(losses["l1"])
-    for part in zip(*(x.split(flow_mini_batch) for x in (noised, t, labels)), strict=True):
+    steps = len(t)
+    for zt, times, classes in zip(*(x.split(flow_mini_batch) for x in (noised, t, labels)), strict=True):
         if flow_pass is None:
-            losses["flow"] += flow_backward(model, z, *part, objective, len(t), scale)
+            losses["flow"] += flow_backward(model, z, zt, times, classes, objective, steps, scale)
         else:
-            losses["flow"] += flow_pass(z, *part)
+            losses["flow"] += flow_pass(z, zt, times, classes)
     return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}
