@@ -10,7 +10,9 @@ from support import command
 from tape import Tape
 from torch import Tensor
 
+from unite_fast import objective
 from unite_fast.config import UserError
+from unite_fast.model.unite import build
 from unite_fast.runtime import graph
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
@@ -106,6 +108,32 @@ def test_several_ranks_average_and_update_outside_the_graph():
         assert recorded == [True, False]
 
 
+def test_a_flow_pass_has_accumulation_nodes_of_its_own(monkeypatch):
+    """Autograd keeps one such node per parameter and the stream of its birth, as long as any graph holds it."""
+    model = build(load_tiny().model)
+    reconstruct = objective.reconstruction_losses
+
+    def node(parameter: Tensor):
+        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    def marked(*arguments):
+        results = reconstruct(*arguments)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                node(parameter).metadata["born"] = "in the reconstruction"
+        assert node(model.latent_tokens).metadata  # alive: the loss holds it
+        return results
+
+    def flow_pass(z, zt, t, labels):
+        assert not any(node(p).metadata for p in model.parameters() if p.requires_grad)
+        return z.new_zeros(())
+
+    monkeypatch.setattr(objective, "reconstruction_losses", marked)
+    o = load_tiny().objective
+    draws = objective.Draws.make(model, o, 0, torch.arange(2))
+    objective.backward(model, torch.rand(2, 1, 8, 8), torch.arange(2), draws, o, flow_pass=flow_pass)
+
+
 def test_the_tape_keeps_what_a_graph_would_keep():
     """It can fail: a host's number and a replaced tensor stay as recorded; what is in place does not."""
     rate, count = 1.0, torch.zeros(())
@@ -114,7 +142,7 @@ def test_the_tape_keeps_what_a_graph_would_keep():
         count.add_(1)
         return {"y": x * rate + count}
 
-    captured = graph.Captured("a function", function, torch.device("cpu"))
+    captured = graph.Captured("a function", function, graph.Place.on(torch.device("cpu")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(graph.RECORDINGS, "cpu", Tape)
         values = []

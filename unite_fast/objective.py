@@ -204,7 +204,8 @@ def backward(
     z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
     total = reconstruction_total(losses, objective)
     (total * scale).backward()
-    z = z.detach()
+    # Nothing of this pass's graph may live on: the flow's capture needs accumulation nodes of its own stream.
+    total, z = total.detach(), z.detach()
     noised, t, labels = draws.flow(z, labels, model.null_class)
     losses = {name: value.detach() for name, value in losses.items()}
     losses["flow"] = torch.zeros_like(losses["l1"])
@@ -214,4 +215,4 @@ def backward(
             losses["flow"] += flow_backward(model, z, zt, times, classes, objective, steps, scale)
         else:
             losses["flow"] += flow_pass(z, zt, times, classes)
-    return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}
+    return losses | {"total": total + objective.flow_weight * losses["flow"], "latents": z}

@@ -182,12 +182,11 @@ class Graphs:
         self.step, self.state = step, state
         self.mode = step.config.efficiency.cuda_graph
         self.gradients = graph.Gradients(state.optimizer.parameters)
-        device = step.ranks.device
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        place = graph.Place.on(step.ranks.device)
         self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
-        self.flow = graph.Captured("the flow mini-batch", self._flow, device, pool)
-        self.micro = graph.Captured("the micro-batch", self._micro, device, pool)
-        self.last = graph.Captured("the update", self._update, device, pool)
+        self.flow = graph.Captured("the flow mini-batch", self._flow, place)
+        self.micro = graph.Captured("the micro-batch", self._micro, place)
+        self.last = graph.Captured("the update", self._update, place)
 
     def micro_step(
         self, state: TrainState, images: Tensor, labels: Tensor, samples: Tensor, scale: float

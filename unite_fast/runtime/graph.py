@@ -12,7 +12,8 @@ What a capture demands, and how it is met:
     fixed shapes      checked at every replay; a step of another micro-batch size is an error
     no waiting        nothing in a step reads the device (tests/test_efficiency.py)
     own stream        the first calls run on the stream of the capture, doing their work as usual: libraries choose
-                      their kernels, the compilers compile, and autograd's accumulation nodes belong to it
+                      their kernels, the compilers compile; no autograd node of another stream lives on into a capture
+    shared memory     graphs of one ``Place`` reuse each other's: they never run at once, and their results are copied
     autocast          entered inside, or without its cache of cast weights, which a replay would find stale
     other threads     the loaders' threads pin memory and copy meanwhile: capture errors are this thread's alone
     random numbers    made by counters from sample positions, not by a generator
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +68,14 @@ def describe(mode: str, world_size: int) -> str:
 
 
 class CudaRecording:
-    """``function`` on ``inputs``, recorded on ``stream`` without being run."""
+    """``function`` on ``inputs``, recorded without being run."""
 
-    def __init__(
-        self, function: Function, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream | None, pool: object
-    ) -> None:
+    def __init__(self, function: Function, inputs: Mapping[str, Tensor], place: Place) -> None:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             self.graph,
-            pool=pool,  # pyright: ignore[reportArgumentType]
-            stream=stream,
+            pool=place.pool,  # pyright: ignore[reportArgumentType]
+            stream=place.stream,
             capture_error_mode="thread_local",
         ):
             self.outputs = function(**inputs)
@@ -90,17 +89,30 @@ class CudaRecording:
 RECORDINGS: dict[str, Callable[..., Any]] = {"cuda": CudaRecording}
 
 
+class Place(NamedTuple):
+    """Where graphs are recorded: their device, stream and pool of memory."""
+
+    device: torch.device
+    stream: torch.cuda.Stream | None
+    pool: object
+
+    @classmethod
+    def on(cls, device: torch.device) -> Place:
+        if device.type != "cuda":
+            return cls(device, None, None)
+        return cls(device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+
 class Captured:
     """``function`` with a graph of it: the first ``WARM_UP`` calls run it, the next records it and replays, as do all
     later ones. Each call waits for what was launched before it, and what follows waits for it."""
 
-    def __init__(self, name: str, function: Function, device: torch.device, pool: object = None) -> None:
-        """name: of the function, for errors. pool: of ``torch.cuda.graph_pool_handle()``: memory that is shared."""
-        self.name, self.function, self.device, self.pool = name, function, device, pool
+    def __init__(self, name: str, function: Function, place: Place) -> None:
+        """name: of the function, for errors."""
+        self.name, self.function, self.place = name, function, place
         self.calls = 0
         self.inputs: dict[str, Tensor] = {}
         self.recording: Any = None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """New tensors. Raises RuntimeError naming an input that is not as it was recorded."""
@@ -109,7 +121,7 @@ class Captured:
             return self._plain(inputs)
         if self.recording is None:
             self.inputs = {name: tensor.detach().clone() for name, tensor in inputs.items()}
-            self.recording = RECORDINGS[self.device.type](self.function, self.inputs, self.stream, self.pool)
+            self.recording = RECORDINGS[self.place.device.type](self.function, self.inputs, self.place)
         self._fill(inputs)
         self.recording.replay()
         return {name: value.clone() for name, value in self.recording.outputs.items()}
@@ -125,13 +137,14 @@ class Captured:
             buffer.copy_(tensor)
 
     def _plain(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.stream is None:
+        stream = self.place.stream
+        if stream is None:
             return self.function(**inputs)
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        current = torch.cuda.current_stream(self.place.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             results = self.function(**inputs)
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         return results
 
 
