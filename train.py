@@ -16,7 +16,7 @@ from unite_fast import checkpoint, command, config, config_io, data, monitor, pl
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
-from unite_fast.runtime import compiling, distributed, faults, precision, sharding, stats
+from unite_fast.runtime import compiling, distributed, faults, graph, precision, sharding, stats
 from unite_fast.runtime.flops import peak_flops, training_flops
 from unite_fast.session import Session, check_agreement, folder
 from unite_fast.step import METRICS, TrainStep
@@ -84,6 +84,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     """One run from its configuration to its last checkpoint."""
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
+    graph.check(settings, ranks.device)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))

@@ -48,19 +48,22 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def trainer(*overrides: str, device: str = "cpu") -> tuple[TrainStep, TrainState, Callable[[], Batch]]:
-    """A step, its state and a source of batches, as train.py makes them."""
+def trainer(
+    *overrides: str, device: str = "cpu", ranks: Ranks | None = None
+) -> tuple[TrainStep, TrainState, Callable[[], Batch]]:
+    """A step, its state and a source of this rank's batches, as train.py makes them."""
     config = load_tiny(*overrides)
-    ranks = Ranks(0, 1, torch.device(device))
+    ranks = ranks or Ranks(0, 1, torch.device(device))
     state = run.fresh_state(config, ranks)
     state.model.train()
     n, m = config.train.global_batch, config.model
-    step = TrainStep(config, ranks, batch_split(config.train, 1), 1000)
+    step = TrainStep(config, ranks, batch_split(config.train, ranks.world_size), 1000)
     generator = torch.Generator().manual_seed(0)
+    share = slice(ranks.rank * n // ranks.world_size, (ranks.rank + 1) * n // ranks.world_size)
 
     def batch() -> Batch:
         samples = torch.arange(state.images_seen, state.images_seen + n)
         images = torch.rand(n, m.channels, m.image_size, m.image_size, generator=generator)
-        return Batch(images.to(device), (samples % m.num_classes).to(device), samples.to(device))
+        return Batch(*(t[share].to(ranks.device) for t in (images, samples % m.num_classes, samples)))
 
     return step, state, batch

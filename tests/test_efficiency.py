@@ -8,6 +8,7 @@ import pytest
 import torch
 from stepping import Dispatched, load_tiny, trainer
 from support import TINY, command
+from tape import Tape
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -18,7 +19,7 @@ from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.data import Batch
 from unite_fast.model.unite import UNITE, build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime import stats
+from unite_fast.runtime import compiling, graph, stats
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.stats import read_metrics
 from unite_fast.step import METRICS, TrainStep
@@ -34,6 +35,9 @@ RUNGS = {
     "efficiency.compile=decoder": (1e-3, 1e-3),
     "efficiency.attention=math": (1e-3, 1e-3),
     "efficiency.attention=flash": (1e-3, 1e-3),
+    "efficiency.compile=all": (1e-3, 1e-3),  # traced; tests/test_compile.py compiles a block to machine code
+    "efficiency.cuda_graph=flow": (1e-6, 1e-6),  # a tape in place of a graph; tests/test_graph.py has real ones
+    "efficiency.cuda_graph=step": (1e-6, 1e-6),
     "efficiency.precision=bf16": (5e-2, 1.5e-1),
     "efficiency.precision=bf16 efficiency.residual=bf16": (5e-2, 1.5e-1),
     "efficiency.precision=fp8": (4e-2, 1.5e-1),
@@ -53,7 +57,10 @@ def losses(tiny, run, *overrides: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("rung", [pytest.param(r, marks=OLD if "rowwise" in r else ()) for r in RUNGS])
-def test_losses_of_every_rung(tiny, tmp_path, rung):
+def test_losses_of_every_rung(tiny, tmp_path, monkeypatch, rung):
+    monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
+    if rung == "efficiency.compile=all":
+        monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     expected = losses(tiny, tmp_path / "eager")
     actual = losses(tiny, tmp_path / "rung", *rung.split())
     assert len(actual) == 20

@@ -211,8 +211,9 @@ class EfficiencyConfig:
     kernels: Literal["eager", "fused"] = "eager"
     flow_mini_batch: int = 1  # flow steps that pass the network as one batch
     shard_muon: bool = True  # several processes: each orthogonalises its share of the matrices
-    overlap_gradients: bool = True  # ddp: average gradients while the last backward runs; not with train.on_oom=halve
+    overlap_gradients: bool = True  # ddp: average gradients during the last backward; not with on_oom=halve, cuda_graph
     compile: Literal["none", "decoder", "all"] = "none"  # all: the encoder's blocks and LPIPS too
+    cuda_graph: Literal["none", "flow", "step"] = "none"  # flow: of a mini-batch of flow steps; step: of the whole step
     recompute: Literal["none", "blocks", "auto"] = "none"  # activations in backward; auto: where they do not fit
 
 

@@ -5,7 +5,7 @@ Shape letters: B batch, N flow steps, K registers, C latent dim, Q channels, S i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,8 @@ from unite_fast.config import ObjectiveConfig
 from unite_fast.losses import Perceptual, pixel_loss
 from unite_fast.model.unite import UNITE
 from unite_kernels import corruption
+
+FlowPass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z, zt, t, labels) -> loss, with its backward done
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,20 @@ def _propagate(loss: Tensor) -> None:
         loss.backward()
 
 
+def flow_backward(
+    model: UNITE, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor, objective: ObjectiveConfig, steps: int, scale: float
+) -> Tensor:
+    """Forward and backward of n of the ``steps`` flow steps as one batch; the detached loss, their part of the whole.
+
+    z (B, K, C) detached latents; zt (n, B, K, C), t and labels (n, B) of ``draws.flow``.
+    """
+    count = len(zt)
+    loss = flow_loss(model, z.repeat(count, 1, 1), zt.flatten(0, 1), t.flatten(), labels.flatten(), objective)
+    loss = loss * (count / (steps if objective.flow_reduction == "mean" else 1))
+    _propagate(loss * (objective.flow_weight * scale))
+    return loss.detach()
+
+
 def backward(
     model: UNITE,
     images: Tensor,
@@ -179,11 +195,13 @@ def backward(
     perceptual: Perceptual | None = None,
     scale: float = 1.0,
     flow_mini_batch: int = 1,
+    flow_pass: FlowPass | None = None,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of ``scale * total``; returns the losses of ``joint_loss``, detached.
 
     The latents are detached for the flow, so the backward of ``flow_mini_batch`` flow steps, which go through the
-    network as one batch, follows their forward at once: memory holds one pass at a time.
+    network as one batch, follows their forward at once: memory holds one pass at a time. flow_pass: instead of
+    ``flow_backward`` with this model, objective and scale, the same from a CUDA graph.
     """
     if not objective.stop_gradient:
         losses = joint_loss(model, images, labels, draws, objective, perceptual)
@@ -192,15 +210,15 @@ def backward(
     z, losses = reconstruction_losses(model, images, draws, objective, perceptual)
     total = reconstruction_total(losses, objective)
     _propagate(total * scale)
-    z = z.detach()
+    # Nothing of this pass's graph may live on: the flow's capture needs accumulation nodes of its own stream.
+    total, z = total.detach(), z.detach()
     noised, t, labels = draws.flow(z, labels, model.null_class)
-    steps = len(t) if objective.flow_reduction == "mean" else 1
     losses = {name: value.detach() for name, value in losses.items()}
     losses["flow"] = torch.zeros_like(losses["l1"])
-    for first in range(0, len(t), flow_mini_batch):
-        zt, times, classes = (x[first : first + flow_mini_batch].flatten(0, 1) for x in (noised, t, labels))
-        count = len(zt) // len(z)
-        loss = flow_loss(model, z.repeat(count, 1, 1), zt, times, classes, objective) * (count / steps)
-        _propagate(loss * (objective.flow_weight * scale))
-        losses["flow"] += loss.detach()
-    return losses | {"total": total.detach() + objective.flow_weight * losses["flow"], "latents": z}
+    steps = len(t)
+    for zt, times, classes in zip(*(x.split(flow_mini_batch) for x in (noised, t, labels)), strict=True):
+        if flow_pass is None:
+            losses["flow"] += flow_backward(model, z, zt, times, classes, objective, steps, scale)
+        else:
+            losses["flow"] += flow_pass(z, zt, times, classes)
+    return losses | {"total": total + objective.flow_weight * losses["flow"], "latents": z}

@@ -28,7 +28,7 @@ from unite_fast.model.encoder import Block
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import copies_group, local
-from unite_fast.runtime import compiling, faults, precision, sharding
+from unite_fast.runtime import compiling, faults, graph, precision, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -265,7 +265,7 @@ def strategy_line(config: Config, ranks: Ranks) -> str:
     if world == 1:
         return "one process"
     if t.strategy == "ddp":
-        overlapped = e.overlap_gradients and t.on_oom == "fail"
+        overlapped = e.overlap_gradients and t.on_oom == "fail" and e.cuda_graph == "none"
         parts = f"divided over {world} ranks" if e.shard_muon else "whole on every rank"
         return f"ddp, gradients averaged {'during' if overlapped else 'after'} the backward, Muon {parts}"
     size = sharding.shard_size(config, world)
@@ -301,7 +301,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {state.recipe}, attention {attention.describe(model)}, "
-            f"kernels {e.kernels}, compile {e.compile}",
+            f"kernels {e.kernels}, compile {e.compile}, CUDA graph {graph.describe(e.cuda_graph, ranks.world_size)}",
             f"strategy       {strategy_line(config, ranks)}",
         )
     )

@@ -16,7 +16,7 @@ from unite_fast.losses import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.parts import local
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.runtime import faults
+from unite_fast.runtime import faults, graph, precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.guards import SkipCounter
 from unite_fast.runtime.overlap import Averager
@@ -43,6 +43,7 @@ class TrainStep:
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
         self.averager: Averager | None = None
+        self.graphs: Graphs | None = None
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
@@ -63,23 +64,47 @@ class TrainStep:
         """
         number = state.step + 1
         if self.averager is None:
-            config, optimizer = self.config, state.optimizer
-            overlap = config.efficiency.overlap_gradients and config.train.on_oom == "fail"
-            self.averager = Averager(list(optimizer.parameters.values()), self.ranks, overlap, optimizer.sharded)
+            self.prepare(state)
+        assert self.averager is not None
+        if self.graphs is not None:
+            self.graphs.gradients.begin()
         losses = self.accumulate(state, batch, number)
+        if self.graphs is not None:
+            self.graphs.gradients.keep()
         self.averager.finish()
-        moments = [losses.pop("latent_mean"), losses.pop("latent_square")]
-        self.ranks.average_(moments)  # over the global batch, however it is split
-        losses["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
-        lr = self.lr(state.images_seen)
-        norm = state.optimizer.step(lr)
-        skip = state.optimizer.skip
+        lr, position = self.scalars(state)
+        update = self.update if self.graphs is None else self.graphs.update
+        metrics = update(state, lr, position, losses)
         faults.strike("opt", number, list(state.optimizer.parameters.values()))
         faults.strike("ema", number, list(state.optimizer.ema.values()))
-        self.skips.record(skip, state.images_seen)
         state.step = number
         state.images_seen += self.config.train.global_batch
-        metrics = losses | {"grad_norm": norm, "lr": torch.full_like(norm, lr)}
+        return metrics
+
+    def prepare(self, state: TrainState) -> None:
+        """Before the first step: what averages its gradients, and the graphs of its parts."""
+        e, optimizer = self.config.efficiency, state.optimizer
+        overlap = e.overlap_gradients and self.config.train.on_oom == "fail" and e.cuda_graph == "none"
+        self.averager = Averager(list(optimizer.parameters.values()), self.ranks, overlap, optimizer.sharded)
+        if e.cuda_graph != "none":
+            self.graphs = Graphs(self, state)
+
+    def scalars(self, state: TrainState) -> tuple[Tensor, Tensor]:
+        """The learning rate (float32) and the number of images seen (int64) of this step, 0-d, on the device."""
+        device = self.ranks.device
+        lr = torch.full((), self.lr(state.images_seen), device=device)
+        return lr, torch.full((), state.images_seen, dtype=torch.int64, device=device)
+
+    def update(self, state: TrainState, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
+        moments = [losses["latent_mean"], losses["latent_square"]]
+        self.ranks.average_(moments)  # over the global batch, however it is split
+        norm = state.optimizer.step(lr)
+        skip = state.optimizer.skip
+        self.skips.record(skip, position)
+        metrics = {name: value for name, value in losses.items() if value.ndim == 0}
+        metrics["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
+        metrics |= {"grad_norm": norm, "lr": lr}
         metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
         return metrics | {SKIPPED: skip.to(norm.dtype)}
 
@@ -110,8 +135,8 @@ class TrainStep:
                 torch.cuda.empty_cache()
 
     def _accumulate(self, state: TrainState, batch: Batch, number: int) -> dict[str, Tensor]:
-        config, model = self.config, state.model
         parts = len(batch.labels) // self.micro_batch
+        micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
         assert self.averager is not None
         micro_batches = zip(*(part.split(self.micro_batch) for part in batch), strict=True)
@@ -119,22 +144,83 @@ class TrainStep:
             self.averager.begin(number, last=i == parts - 1)
             images = to_float(images)
             faults.strike("fwd", number, [images])
-            draws = self.draws(model, samples)
-            losses = objective.backward(
-                model,
-                images,
-                labels,
-                draws,
-                config.objective,
-                self.perceptual,
-                1 / parts,
-                config.efficiency.flow_mini_batch,
-            )
-            z = losses.pop("latents").double()
-            losses |= {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
+            losses = micro_step(state, images, labels, samples, 1 / parts)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}
+
+    def micro_step(
+        self,
+        state: TrainState,
+        images: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        scale: float,
+        flow_pass: objective.FlowPass | None = None,
+    ) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch: adds the gradients of scale x the mean loss; the losses and moments.
+
+        images (B, Q, S, S) in [0, 1], labels and samples int64 (B,).
+        """
+        config, model = self.config, state.model
+        draws = self.draws(model, samples)
+        losses = objective.backward(
+            model,
+            images,
+            labels,
+            draws,
+            config.objective,
+            self.perceptual,
+            scale,
+            config.efficiency.flow_mini_batch,
+            flow_pass,
+        )
+        z = losses.pop("latents").double()
+        return losses | {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
+
+
+class Graphs:
+    """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``; for one state."""
+
+    def __init__(self, step: TrainStep, state: TrainState) -> None:
+        self.step, self.state = step, state
+        self.mode = step.config.efficiency.cuda_graph
+        self.gradients = graph.Gradients(state.optimizer.parameters)
+        place = graph.Place.on(step.ranks.device)
+        self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
+        self.flow = graph.Captured("the flow mini-batch", self._flow, place)
+        self.micro = graph.Captured("the micro-batch", self._micro, place)
+        self.last = graph.Captured("the update", self._update, place)
+
+    def micro_step(
+        self, state: TrainState, images: Tensor, labels: Tensor, samples: Tensor, scale: float
+    ) -> dict[str, Tensor]:
+        """As ``TrainStep.micro_step``, from one graph or with graphs of its flow mini-batches."""
+        if state is not self.state or scale != self.scale:
+            raise RuntimeError("a captured step goes on with the state and the micro-batch that it began with")
+        if self.mode == "flow":
+            flow_pass = lambda z, zt, t, y: self.flow(z=z, zt=zt, t=t, labels=y)["loss"]  # noqa: E731
+            return self.step.micro_step(state, images, labels, samples, scale, flow_pass)
+        return self.micro(images=images, labels=labels, samples=samples)
+
+    def update(self, state: TrainState, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As ``TrainStep.update``; it communicates where there are several ranks, and is not captured then."""
+        if self.mode == "flow" or self.step.ranks.world_size > 1:
+            return self.step.update(state, lr, position, losses)
+        return self.last(lr=lr, position=position, **losses)
+
+    def _flow(self, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        o = self.step.config.objective
+        with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
+            loss = objective.flow_backward(self.state.model, z, zt, t, labels, o, o.flow_steps, self.scale)
+        return {"loss": loss}
+
+    def _micro(self, images: Tensor, labels: Tensor, samples: Tensor) -> dict[str, Tensor]:
+        with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
+            return self.step.micro_step(self.state, images, labels, samples, self.scale)
+
+    def _update(self, lr: Tensor, position: Tensor, **losses: Tensor) -> dict[str, Tensor]:
+        return self.step.update(self.state, lr, position, losses)
 
 
 def sampling_model(state: TrainState, weights: Mapping[str, Tensor] | None = None) -> Callable[[], None]:

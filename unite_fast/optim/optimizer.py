@@ -72,15 +72,17 @@ class Optimizer:
         return torch.float32 if choice == "fp32" else torch.bfloat16
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float | Tensor) -> Tensor:
         """Updates parameters, state and EMA from ``.grad`` and clears it; returns the gradient norm before the clip.
+
+        lr: a number, or a 0-d float32 tensor on the device, which a CUDA graph reads anew at every replay.
 
         Parameters without a gradient keep their value. When the norm is not finite nothing changes and ``skip`` is
         true, without the host knowing; gradients averaged over ranks make all of them skip together.
         """
         live = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm, coefficient = self._clip(list(live.values()))
-        rate = torch.full_like(norm, lr)
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(norm, lr)
         matrices = {n: g for n, g in live.items() if n in self.muon}
         work = self._start_muon(matrices, coefficient)
         self._adamw({n: g for n, g in live.items() if n in self.adamw}, rate, coefficient)

@@ -24,10 +24,10 @@ class SkipCounter:
         self.positions = torch.zeros(REMEMBERED, dtype=torch.int64, device=device)
         self.history: list[int] = []  # positions of the run's skipped steps, as far as drained
 
-    def record(self, skip: Tensor, position: int) -> None:
-        """skip: 0-d bool. position: the number of images seen before the step."""
-        self.run = torch.where(skip, self.run + 1, 0)
-        self.longest = torch.maximum(self.longest, self.run)
+    def record(self, skip: Tensor, position: Tensor) -> None:
+        """skip: 0-d bool. position: the number of images seen before the step, 0-d int64. Changes tensors in place."""
+        self.run.copy_(torch.where(skip, self.run + 1, 0))
+        self.longest.copy_(torch.maximum(self.longest, self.run))
         slot = (self.total % REMEMBERED)[None]
         self.positions.index_copy_(0, slot, torch.where(skip, position, self.positions[slot]))
         self.total += skip

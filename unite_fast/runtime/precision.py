@@ -48,6 +48,11 @@ def autocast(recipe: str, device: torch.device) -> AbstractContextManager[object
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe != "fp32")
 
 
+def uncached(recipe: str, device: torch.device) -> AbstractContextManager[object]:
+    """As ``autocast``, within it as well, but every use casts anew: a CUDA graph has no earlier cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe != "fp32", cache_enabled=False)
+
+
 class Half:
     """Products in bfloat16, from copies of the parameters."""
 

@@ -59,6 +59,7 @@ def check(config: Config, world_size: int) -> None:
     refused = {
         "train.on_oom=halve": t.on_oom == "halve",  # a rank that starts its micro-step again would gather alone
         f"efficiency.compile={e.compile}": e.compile != "none",  # compiled layers are called past FSDP's hooks
+        f"efficiency.cuda_graph={e.cuda_graph}": e.cuda_graph != "none",
         "efficiency.shard_muon=false": not e.shard_muon,
         "efficiency.overlap_gradients=false": not e.overlap_gradients,
         "train.replica_check_every": t.strategy == "fsdp2" and bool(t.replica_check_every),
