@@ -14,7 +14,6 @@ benchmarks/results/<device>/step.jsonl; with --plot the ladder is drawn beside t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ import torch
 from harness import ROOT, interleaved, launches, quantiles, ratio, record
 
 from unite_fast import config_io, data, run
-from unite_fast.config import Config, EfficiencyConfig, RunError, UserError
+from unite_fast.config import Config, RunError, UserError
 from unite_fast.losses import Perceptual
-from unite_fast.runtime import precision
+from unite_fast.runtime import compiling, graph, precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import peak_flops, training_flops
 from unite_fast.step import TrainStep
@@ -44,10 +43,7 @@ MODELS = {
     "b": "imagenet_b.yaml", "l": "imagenet_l.yaml", "xl": "imagenet_xl.yaml", "digits": "digits.yaml",
 }  # fmt: skip
 # Eager is eager: what the configurations switch on is taken off first.
-PLAIN = {
-    "kernels": "eager", "compile": "none", "compile_decoder": "false", "cuda_graph": "none", "recompute": "none",
-    "checkpoint_blocks": "false",
-}  # fmt: skip
+PLAIN = {"kernels": "eager", "compile": "none", "cuda_graph": "none", "recompute": "none"}
 FIXED = ("data.source=synthetic", "data.flip=false", "optim.schedule=constant", "optim.warmup_epochs=1")
 TINY = (
     "model.image_size=32", "model.patch_size=8", "model.num_latents=16", "model.latent_dim=8", "model.num_classes=10",
@@ -70,8 +66,7 @@ def configuration(model: str, flow_steps: int, batch: int, device: torch.device,
     """Raises UserError where an option is unknown or does not go with others."""
     tiny = model == "tiny"
     path = ROOT / "configs" / ("imagenet_b.yaml" if tiny else MODELS[model])
-    keys = {f.name for f in dataclasses.fields(EfficiencyConfig)}
-    plain = [f"efficiency.{key}={value}" for key, value in PLAIN.items() if key in keys]
+    plain = [f"efficiency.{key}={value}" for key, value in PLAIN.items()]
     sizes = (f"objective.flow_steps={flow_steps}", f"train.global_batch={batch}", f"train.micro_batch={batch}",
              f"efficiency.precision={'fp32' if device.type == 'cpu' else 'bf16'}")  # fmt: skip
     return config_io.load(path, [*(TINY if tiny else ()), *plain, *FIXED, *sizes, *overrides])
@@ -79,12 +74,15 @@ def configuration(model: str, flow_steps: int, batch: int, device: torch.device,
 
 def build(config: Config, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
     """A function that does one optimizer step; every variant has the same weights, images and draws."""
+    graph.check(config, device)
     ranks = Ranks(0, 1, device)
     state = run.fresh_state(config, ranks)
     perceptual = None
     if config.objective.perceptual_weight > 0:
         torch.manual_seed(0)
         perceptual = Perceptual(None, config.objective.perceptual_range, backend=config.efficiency.kernels).to(device)
+        if config.efficiency.compile == "all":
+            perceptual.compile_trunk(compiling.region)
     source = data.open_source(config.data, config.model)
     batch = next(data.stream(source, 0, global_batch=config.train.global_batch, device=device))
     step = TrainStep(config, ranks, (config.train.micro_batch, 1), len(source), perceptual)

@@ -205,6 +205,15 @@ def test_format_1_is_read(single):
     assert all(torch.equal(t, expected[n]) for n, t in tensors_of(state).items())
 
 
+def test_options_of_speed_that_are_gone_are_ignored(single):
+    saved = json.loads((single / "state.json").read_text())["config"]
+    saved["efficiency"]["compile_decoder"] = True
+    path = rewrite(single, config=saved)
+    assert checkpoint.load_model(path)[1] == CONFIG
+    assert checkpoint.changes(path, CONFIG) == []
+    checkpoint.resume(path, made(False), CONFIG)
+
+
 def refuses(path: Path, words: str) -> None:
     before, state = tensors_of(made(False)), made(False)
     with pytest.raises(UserError, match=words) as caught:

@@ -146,11 +146,12 @@ def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):
 
 def test_doctor_times_the_configured_source(tiny, tmp_path):
     said = command_of(unite_fast.doctor.main, "--config", tiny)
-    assert re.search(r"^OK +data rate +measured [\d,]+ images/s", said.stdout, re.M), said.stdout
+    assert re.search(r"^OK +data digits +.*measured [\d,]+ images/s", said.stdout, re.M), said.stdout
     missing = f"data.path={tmp_path / 'none'}"
     said = command_of(unite_fast.doctor.main, "--config", tiny, "data.source=folder", missing)
     assert said.returncode == 1
-    assert "data rate" not in said.stdout
+    assert re.search(r"^FAIL +data folder +", said.stdout, re.M)
+    assert "measured" not in said.stdout
 
 
 def test_expected_rate_of_a_source():

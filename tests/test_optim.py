@@ -182,3 +182,14 @@ def test_power_average_has_the_width_it_is_named_after(std):
     mean = (weights * times).sum()
     assert float(weights.sum()) == pytest.approx(1, abs=1e-9)
     assert float((weights * (times - mean) ** 2).sum().sqrt()) == pytest.approx(std, rel=5e-3)
+
+
+@pytest.mark.parametrize(("tiles", "short_side", "dtype"), [
+    (True, 256, torch.bfloat16), (True, 255, torch.float32), (False, 768, torch.float32),
+])  # fmt: skip
+def test_newton_schulz_takes_the_fast_dtype_of_the_cpu(monkeypatch, tiles, short_side, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+    model = nn.Sequential(nn.Linear(short_side, 2 * short_side, device="meta"), nn.Linear(16, 16, device="meta"))
+    optimizer = Optimizer(model, OptimConfig())
+    assert optimizer.newton_schulz_dtype(torch.device("cpu")) == dtype
+    assert optimizer.newton_schulz_dtype(torch.device("cuda")) == torch.bfloat16

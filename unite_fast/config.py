@@ -115,7 +115,7 @@ class OptimConfig:
     muon_momentum: float = 0.95
     muon_weight_decay: float = 0.0
     newton_schulz_steps: int = 5
-    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on GPUs and CPUs with AMX
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     weight_decay: float = 0.0

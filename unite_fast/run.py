@@ -286,6 +286,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
+    orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
     stay = memory.persistent_parts(config, ranks.world_size)
     kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
     recompute = memory.recompute(config, ranks)
@@ -293,7 +294,8 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     return "\n".join(
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
-            f"optimizers     Muon {moments} tensors, AdamW {len(state.optimizer.adamw)} tensors",
+            f"optimizers     Muon {moments} tensors (Newton-Schulz in {orthogonal}), "
+            f"AdamW {len(state.optimizer.adamw)} tensors",
             f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",

@@ -18,6 +18,7 @@ from unite_fast.optim import ema, muon
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.parts import local, locals_of, part_of, shard_group
 from unite_kernels import multi_tensor
+from unite_kernels.newton_schulz import fastest_dtype
 
 
 class Optimizer:
@@ -68,7 +69,7 @@ class Optimizer:
     def newton_schulz_dtype(self, device: torch.device) -> torch.dtype:
         choice = self.config.newton_schulz_dtype
         if choice == "auto":
-            choice = "fp32" if device.type == "cpu" else "bf16"
+            return fastest_dtype(device, max((min(p.shape) for p in self.muon.values()), default=0))
         return torch.float32 if choice == "fp32" else torch.bfloat16
 
     @torch.no_grad()
