@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from harness import ROOT, interleaved, launches, quantiles, ratio, record
+from official import wake
 
 from unite_fast import config_io, data, run
 from unite_fast.config import Config, RunError, UserError
@@ -35,6 +36,7 @@ RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
     "eager": ((), 0.0),
     "+fused": (("efficiency.kernels=fused",), 2e-2),
     "+compile": (("efficiency.compile=all",), 2e-2),
+    "+flow batch": (("efficiency.flow_mini_batch=3",), 2e-2),
     "+graph": (("efficiency.cuda_graph=step",), 2e-2),
     "+fp8": (("efficiency.precision=fp8",), 1e-1),
 }
@@ -43,7 +45,7 @@ MODELS = {
     "b": "imagenet_b.yaml", "l": "imagenet_l.yaml", "xl": "imagenet_xl.yaml", "digits": "digits.yaml",
 }  # fmt: skip
 # Eager is eager: what the configurations switch on is taken off first.
-PLAIN = {"kernels": "eager", "compile": "none", "cuda_graph": "none", "recompute": "none"}
+PLAIN = {"kernels": "eager", "compile": "none", "cuda_graph": "none", "recompute": "none", "flow_mini_batch": "1"}
 FIXED = ("data.source=synthetic", "data.flip=false", "optim.schedule=constant", "optim.warmup_epochs=1")
 TINY = (
     "model.image_size=32", "model.patch_size=8", "model.num_latents=16", "model.latent_dim=8", "model.num_classes=10",
@@ -86,6 +88,7 @@ def build(config: Config, device: torch.device) -> Callable[[], dict[str, torch.
     source = data.open_source(config.data, config.model)
     batch = next(data.stream(source, 0, global_batch=config.train.global_batch, device=device))
     step = TrainStep(config, ranks, (config.train.micro_batch, 1), len(source), perceptual)
+    wake(state.model)  # else the first losses say nothing of the blocks, whose gates begin at 0
     state.model.train()
     return lambda: step(state, batch)
 
@@ -100,7 +103,10 @@ def attempt(name: str, overrides: tuple[str, ...], model: str, flow_steps: int, 
         config = configuration(model, flow_steps, batch, device, overrides)
         call = build(config, device)
         first = float(call()["total"])
-        call()
+        for _ in range(graph.WARM_UP + 1):  # captures included
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except (UserError, RunError, RuntimeError, NotImplementedError, ImportError) as error:
         gc.collect()
         if device.type == "cuda":
@@ -113,8 +119,9 @@ def attempt(name: str, overrides: tuple[str, ...], model: str, flow_steps: int, 
 
 
 def ladder(model: str, flow_steps: int, batch: int, device: torch.device, wanted: list[str], rounds: int) -> list[dict]:
-    """Times and prints all rungs that this device takes; their rows."""
-    variants: list[Variant] = []
+    """Times and prints all rungs that this device takes; their rows. Each is timed beside eager and then let go."""
+    eager: Variant | None = None
+    rows: list[dict] = []
     overrides: tuple[str, ...] = ()
     expected = None
     print(f"{model}, N = {flow_steps}, micro-batch {batch}")
@@ -123,15 +130,20 @@ def ladder(model: str, flow_steps: int, batch: int, device: torch.device, wanted
             continue
         variant, first, why = attempt(name, overrides + more, model, flow_steps, batch, device, expected, tolerance)
         if variant is None:
-            print(f"  {name:10} skipped: {why}", flush=True)
+            print(f"  {name:12} skipped: {why}", flush=True)
             if name == "eager":
                 return []
             continue
         overrides += more
         expected = first if expected is None else expected
-        variants.append(variant)
-    times = interleaved({v.name: v.call for v in variants}, device, rounds)
-    return [row(v, times, model, flow_steps, batch, device, rounds) for v in variants]
+        eager = eager or variant
+        times = interleaved({v.name: v.call for v in (eager, variant)}, device, rounds)
+        rows.append(row(variant, times, model, flow_steps, batch, device, rounds))
+        del variant
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
 
 
 def row(v: Variant, times: dict[str, list[float]], model: str, flow_steps: int, batch: int, device: torch.device,
@@ -140,7 +152,7 @@ def row(v: Variant, times: dict[str, list[float]], model: str, flow_steps: int, 
     faster = ratio(times, "eager", v.name)
     found = {"model": model, "flow_steps": flow_steps, "rung": v.name, "overrides": v.overrides, "batch": batch,
              "n": rounds, "faster_than_eager": faster}  # fmt: skip
-    text = f"  {v.name:10}{faster['median']:6.2f}x eager ({faster['p20']:.2f}..{faster['p80']:.2f})"
+    text = f"  {v.name:12}{faster['median']:6.2f}x eager ({faster['p20']:.2f}..{faster['p80']:.2f})"
     if device.type == "cuda":
         config = configuration(model, flow_steps, batch, device, v.overrides)
         ms = quantiles(times[v.name])
@@ -180,17 +192,17 @@ def main() -> None:
     rows = []
     for model in models:
         for n in flow_steps:
-            rows += ladder(model, n, arguments.batch or (64 if on_gpu else 8), device, wanted, arguments.rounds)
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
-    if arguments.plot and rows:
+            found = ladder(model, n, arguments.batch or (64 if on_gpu else 8), device, wanted, arguments.rounds)
+            rows += found
+            if found and not arguments.no_record:  # at once: what follows may run out of time
+                path = record("step", device, found)
+                print(f"{len(found)} rows in {path.relative_to(ROOT)}", flush=True)
+    if not rows:
+        raise SystemExit("no rung ran: nothing was measured")
+    if arguments.plot:
         from plots import step_ladder
 
         print(f"drawn: {step_ladder(rows, device.type)}")
-    if not arguments.no_record and rows:
-        path = record("step", device, rows)
-        print(f"{len(rows)} rows in {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -153,13 +153,16 @@ def compiled(official: Official, arguments: argparse.Namespace, device: torch.de
     return expert
 
 
-def report(what: str, times: dict[str, list[float]], rows: list[dict], **facts: object) -> None:
-    """Prints and keeps one comparison; times in milliseconds."""
+def report(what: str, times: dict[str, list[float]], device: torch.device | None, **facts: object) -> None:
+    """Prints one comparison and, with a device, adds it to the recorded rows; times in milliseconds."""
     medians = {name: quantiles(values)["median"] for name, values in times.items()}
     ratios = {name: ratio(times, name, "ours") for name in times if name != "ours"}
     listed = "  ".join(f"{n} {r['median']:.2f}x ({r['p20']:.2f} to {r['p80']:.2f})" for n, r in ratios.items())
     print(f"{what:18} ours {medians['ours'] / 1e3:8.3f} s; slower: {listed}", flush=True)
-    rows.append({"component": what, "ms": medians, "faster_than": ratios, "n": len(times["ours"])} | facts)
+    if device is not None:
+        record("official", device, [
+            {"component": what, "ms": medians, "faster_than": ratios, "n": len(times["ours"])} | facts
+        ])  # fmt: skip
 
 
 def main() -> int:
@@ -195,7 +198,7 @@ def main() -> int:
     differences = check_losses(official, ours, batch, recipe)
     flops = training_flops(ours.model.config, arguments.flow_steps, True)["total"] * size
     facts = {"batch": size, "flow_steps": arguments.flow_steps, "precision": recipe, "overrides": arguments.overrides}
-    rows: list[dict] = []
+    recorded = None if arguments.no_record else device
     passes: dict[str, Callable[[], object]] = {
         "ours": lambda: ours.gradients(batch), "official": backward_of(official, batch, recipe),
     }  # fmt: skip
@@ -203,27 +206,24 @@ def main() -> int:
     if expert is not None:
         passes["compiled"] = backward_of(expert, batch, recipe)
     times = interleaved(passes, device, arguments.rounds, sample_ms=1.0, warmup=1)
-    report("forward + backward", times, rows, flops=flops, differences=differences, **facts)
+    report("forward + backward", times, recorded, flops=flops, differences=differences, **facts)
     times = interleaved(update_variants(official, ours), device, arguments.rounds, sample_ms=1.0, warmup=1)
-    report("optimizer step", times, rows, **facts)
+    report("optimizer step", times, recorded, **facts)
+    steps: dict[str, Callable[[], object]] = {"ours": lambda: ours.step(ours.state, batch)}
     if device.type == "cuda":
-        steps: dict[str, Callable[[], object]] = {"ours": lambda: ours.step(ours.state, batch)}
         for name, code in {"official": official, "compiled": expert}.items():
             if code is not None:
                 steps[name] = lambda c=code, p=passes[name]: (p(), c.update())
         times = interleaved(steps, device, arguments.rounds)
-        report("whole step", times, rows, flops=flops, **facts)
+        report("whole step", times, recorded, flops=flops, **facts)
     if arguments.sample_steps:
-        del expert, passes
+        del expert, passes, steps
         variants = sampling_variants(official, ours, labels, arguments.sample_steps, recipe)
         mine, theirs = (variants[name]() for name in ("ours", "official"))
         apart = (mine - theirs.clamp(0, 1)).abs().max().item()
         print(f"  samples differ by at most {apart:.1e} of the gray range")
         times = interleaved(variants, device, max(1, arguments.rounds // 2), sample_ms=1.0, warmup=0)
-        report("sampling", times, rows, steps=arguments.sample_steps, difference=apart, **facts)
-    if not arguments.no_record:
-        path = record("official", device, rows)
-        print(f"{len(rows)} rows in {path.relative_to(path.parents[3])}")
+        report("sampling", times, recorded, steps=arguments.sample_steps, difference=apart, **facts)
     return 0
 
 

@@ -6,11 +6,12 @@
 1. builds the compiled operations (setup.py build_ext --inplace); nothing is installed
 2. runs tests/ops on the GPU; when one fails, their output is printed and nothing is timed
 3. runs bench_kernels.py, each component in a process of its own: rows in benchmarks/results/<device>/kernels.jsonl
-4. within a second limit, the programs of STEPS: the ladder of efficiency options, the official code where OFFICIAL_DIR
-   names it, Muon, LPIPS, the roofline
+4. within a second limit, the tests of the training step on the GPU, then the programs of STEPS: the ladder of
+   efficiency options, the official code where OFFICIAL_DIR names it, attention, Muon, LPIPS, the roofline
 
-When the variable OUT names a folder, the device's rows are copied there. Exit status: 0; 1 when something failed or
-time ran out; 2 without a GPU.
+PARTS=kernels or PARTS=steps runs one half: 1 to 3, or the build and 4. The package lpips is needed for 4.
+When the variable OUT names a folder, the device's rows are copied there after every program. Exit status: 0; 1 when
+something failed or time ran out; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ COMPONENTS = (
 # The most telling first.
 STEPS = {
     "step ladder, N = 3": ("bench_step.py", "--models", "b", "--flow-steps", "3"),
-    "official code": ("compare_official.py", "--batch", "64", "--flow-steps", "3", "--rounds", "5"),
+    "official code": (
+        *("compare_official.py", "--precision", "bf16", "--batch", "64", "--flow-steps", "3", "--rounds", "5"),
+        *("--sample-steps", "10", "efficiency.compile=all", "efficiency.cuda_graph=step"),
+    ),
     "step ladder, N = 14": ("bench_step.py", "--models", "b", "--flow-steps", "14", "--rounds", "5"),
+    "attention": ("bench_attention.py",),
     "lpips": ("bench_lpips.py",),
     "muon": ("bench_muon.py",),
     "roofline": ("roofline.py",),
@@ -49,6 +54,12 @@ STEPS = {
 def test_command() -> list[str]:
     parallel = ["-n", str(WORKERS)] if find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "tests/ops", "-ra", *parallel]
+
+
+def step_test_command() -> list[str]:
+    """What of the training step only a GPU can show: graphs, no waiting, compiled layers, low precision, attention."""
+    files = [f"tests/test_{name}.py" for name in ("graph", "efficiency", "compile", "precision", "attention")]
+    return [*test_command()[:3], *files, *test_command()[4:]]
 
 
 def bench_command(component: str) -> list[str]:
@@ -98,27 +109,34 @@ def collect(target: Path, since: float) -> list[Path]:
     return [Path(shutil.copy(path, target / f"{path.parent.name}-{path.name}")) for path in fresh]
 
 
-def check(clock: Clock, out: str | None, official: str | None = None) -> int:
+def check(clock: Clock, out: str | None, official: str | None = None, parts: str = "kernels,steps") -> int:
     begun = time.time()
+    failed: list[str] = []
+
+    def time_all(commands: dict[str, list[str]], within: Clock) -> None:
+        for name, command in commands.items():
+            if not within.run(name, command):
+                failed.append(name)
+            if out:  # at once: what follows may outlive the machine's loan
+                collect(Path(out), begun - 1.0)
+
     if not clock.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"]):
         return 1
-    if not clock.run("tests of every operation", test_command()):
-        print("the operations are wrong on this GPU: nothing is timed", flush=True)
-        return 1
-    commands = {name: bench_command(name) for name in COMPONENTS}
-    failed = [name for name, command in commands.items() if not clock.run(name, command)]
-    print(f"{len(commands) - len(failed)} of {len(commands)} components timed in {clock.passed():.0f} s")
-    if out:  # already here: what follows may outlive the machine's loan
-        collect(Path(out), begun - 1.0)
-    steps, second = step_commands(official), Clock(STEP_LIMIT)
-    if not official:
-        print("== official code: left out; OFFICIAL_DIR names no clone of it")
-    failed += [name for name, command in steps.items() if not second.run(name, command)]
-    if out:
-        for path in collect(Path(out), begun - 1.0):
-            print(f"copied {path}")
+    if "kernels" in parts:
+        if not clock.run("tests of every operation", test_command()):
+            print("the operations are wrong on this GPU: nothing is timed", flush=True)
+            return 1
+        time_all({name: bench_command(name) for name in COMPONENTS}, clock)
+        print(f"{len(COMPONENTS) - len(failed)} of {len(COMPONENTS)} components timed in {clock.passed():.0f} s")
+    if "steps" in parts:
+        second = Clock(STEP_LIMIT)
+        if not second.run("tests of the training step", step_test_command()):
+            failed.append("tests of the training step")
+        if not official:
+            print("== official code: left out; OFFICIAL_DIR names no clone of it")
+        time_all(step_commands(official), second)
     if failed:
-        print(f"no rows of: {', '.join(failed)}")
+        print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -132,7 +150,9 @@ def main() -> int:
         print(f"gpu-check needs a CUDA device; torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    return check(Clock(LIMIT), os.environ.get("OUT"), os.environ.get("OFFICIAL_DIR"))
+    environment = os.environ
+    parts = environment.get("PARTS", "kernels,steps")
+    return check(Clock(LIMIT), environment.get("OUT"), environment.get("OFFICIAL_DIR"), parts)
 
 
 if __name__ == "__main__":

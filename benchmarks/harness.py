@@ -45,7 +45,8 @@ def device_name(device: torch.device) -> str:
 
 
 def _dirty() -> bool | None:
-    changed = _git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py", "setup.py")
+    sources = ("kernels", "csrc", "benchmarks/*.py", "unite_fast", "configs", "setup.py", "train.py")
+    changed = _git("status", "--porcelain", "--", *sources)
     return None if changed is None else bool(changed)
 
 

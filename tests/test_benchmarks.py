@@ -112,8 +112,8 @@ def test_a_rung_that_computes_something_else_is_not_timed(program, monkeypatch):
     }
     monkeypatch.setattr(ladder, "RUNGS", rungs)
     said = program("bench_step", "--no-record", "--rounds", "2", "--batch", "2", "--rungs", "wrong,fp9")
-    assert "wrong      skipped: its first loss is" in said
-    assert "fp9        skipped: CommonError: override efficiency.precision=fp9" in said
+    assert "wrong        skipped: its first loss is" in said
+    assert "fp9          skipped: CommonError: override efficiency.precision=fp9" in said
 
 
 def test_lpips_forms_agree(program):

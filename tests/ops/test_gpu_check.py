@@ -54,7 +54,7 @@ def test_every_component_is_timed_and_its_rows_are_copied(gpu_check, monkeypatch
     rows = (tmp_path / "out" / "some-gpu-kernels.jsonl").read_text().split()
     assert rows == list(gpu_check.COMPONENTS)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"some-gpu-{name}.jsonl" for name in ("kernels", "step", "lpips", "muon", "roofline")
+        f"some-gpu-{name}.jsonl" for name in ("kernels", "step", "attention", "lpips", "muon", "roofline")
     }
     assert not any("compare_official" in command for command in seen)
 
@@ -62,7 +62,7 @@ def test_every_component_is_timed_and_its_rows_are_copied(gpu_check, monkeypatch
 def test_the_official_code_is_compared_where_its_clone_is(gpu_check, monkeypatch):
     seen = commands_run(gpu_check, monkeypatch, None)
     assert gpu_check.check(gpu_check.Clock(9.0), None, "clones/official") == 0
-    assert len(seen) == 2 + len(gpu_check.COMPONENTS) + len(gpu_check.STEPS)
+    assert len(seen) == 3 + len(gpu_check.COMPONENTS) + len(gpu_check.STEPS)
     (command,) = (c for c in seen if "compare_official" in c)
     assert "--official-dir clones/official" in command
 
@@ -76,8 +76,15 @@ def test_the_steps_name_programs_and_options_that_exist(gpu_check):
 def test_a_component_that_fails_is_named_and_the_others_still_run(gpu_check, monkeypatch, capsys):
     seen = commands_run(gpu_check, monkeypatch, "swiglu")
     assert gpu_check.check(gpu_check.Clock(9.0), None) == 1
-    assert len(seen) == 2 + len(gpu_check.COMPONENTS) + len(gpu_check.step_commands(None))
-    assert "no rows of: swiglu" in capsys.readouterr().out
+    assert len(seen) == 3 + len(gpu_check.COMPONENTS) + len(gpu_check.step_commands(None))
+    assert "failed: swiglu" in capsys.readouterr().out
+
+
+def test_a_half_alone(gpu_check, monkeypatch):
+    seen = commands_run(gpu_check, monkeypatch, None)
+    assert gpu_check.check(gpu_check.Clock(9.0), None, None, "steps") == 0
+    assert "tests/test_graph.py" in seen[1]
+    assert len(seen) == 2 + len(gpu_check.step_commands(None))
 
 
 def test_a_command_ends_with_the_time_that_is_left(gpu_check, capsys):

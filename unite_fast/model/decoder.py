@@ -39,7 +39,8 @@ class DecoderLayer(nn.Module):
         self.ffn_down = Linear(hidden, width, large=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.layernorm_before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = self.qkv(self.layernorm_before(x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, E)
         x = x + self.attn_proj(attention(q, k, v, backend=self.attention).transpose(1, 2).flatten(2))
         return x + self.ffn_down(F.gelu(self.ffn_up(self.layernorm_after(x))))
 

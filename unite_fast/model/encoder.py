@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
             layout.prefix if layout.rotate else x.shape[1],
             backend=backend,
         )
-        q, k = qk.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, E)
+        q, k = (self._heads(half) for half in qk.chunk(2, dim=-1))  # (B, H, T, E)
         if kept:
             q = q[:, :, layout.prefix : layout.prefix + kept]
         return self._attend(q, k, self._heads(v), layout)

@@ -15,7 +15,7 @@ from unite_fast.config import ModelConfig
 # Dense bf16 peak in TFLOP/s from the vendor's data sheets (half of their figure with sparsity), the longer name first.
 PEAK_BF16 = {
     "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
-    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
 }  # fmt: skip
 
 # VGG16's convolutions: (channels in, channels out, pooling steps before).

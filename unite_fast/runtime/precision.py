@@ -38,7 +38,9 @@ SCALED = ("fp8", "fp8_rowwise")
 
 
 def setup(device: torch.device) -> None:
-    """Process-wide switches: denormals are flushed on CPUs, where they cost a factor in AdamW and EMA."""
+    """Process-wide switches: float32 is float32 in convolutions, too; denormals are flushed on CPUs, where they cost a
+    factor in AdamW and EMA."""
+    torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         torch.set_flush_denormal(True)
 
