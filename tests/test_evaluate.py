@@ -62,8 +62,26 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     again = run(trained, "fid", tmp_path / "b.json", "--protocol", tmp_path / "a.json")
     assert again["protocol"]["settings"] == first["protocol"]["settings"]
     assert again["result"]["fid"] == first["result"]["fid"]
+    assert again["protocol"]["kid_subset"] == 50
+    assert again["result"]["kid"] == first["result"]["kid"]
     other = run(trained, "fid", tmp_path / "c.json", "--protocol", tmp_path / "a.json", "--labels", "random")
     assert other["result"]["fid"] != first["result"]["fid"]
+
+
+def test_a_protocol_brings_its_weights(trained, tmp_path):
+    """All weights of a checkpoint share its manifest's hash."""
+    raw, protocol = run(trained, "fid", tmp_path / "a.json", "--weights", "model"), ("--protocol", tmp_path / "a.json")
+    again = run(trained, "fid", tmp_path / "b.json", *protocol)
+    assert again["protocol"]["checkpoint"] == raw["protocol"]["checkpoint"]
+    assert again["protocol"]["checkpoint"]["weights"] == "model"
+    assert again["result"]["fid"] == raw["result"]["fid"] != run(trained, "fid", tmp_path / "c.json")["result"]["fid"]
+    said = command_of(evaluate.main, "fid", *options(trained, tmp_path / "d.json", *protocol, "--weights", "ema"))
+    assert (said.returncode, said.stderr) == (2, "error: --weights is ema, the protocol was made with model\n")
+    raw["protocol"]["extractor"]["layers"] = ["768", "logits"]
+    (tmp_path / "a.json").write_text(json.dumps(raw))
+    said = command_of(evaluate.main, "fid", *options(trained, tmp_path / "d.json", *protocol))
+    assert said.returncode == 2
+    assert said.stderr.endswith("the protocol was made with 768,logits\n")
 
 
 def test_the_score_is_that_of_the_images(trained, tmp_path):

@@ -3,7 +3,7 @@
     python -m unite_fast.evaluate fid --checkpoint runs/imagenet_b --reference imagenet256.npz \\
         --inception weights-inception-2015-12-05-6726825d.pth
 
-    fid --protocol scores/fid.json ...    the same settings again; the files' hashes are compared
+    fid --protocol scores/fid.json ...    the same weights and settings again; the files' hashes are compared
     table ...                             the paper's protocols: Heun 50 balanced, dopri5 balanced, dopri5 random
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         one = commands.add_parser(name)
         add = one.add_argument
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
-        add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average it has")
+        add("--weights", metavar="NAME", help="ema (default, or the protocol's), model, or another average it has")
         add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
         add("--debug", action="store_true", help="show tracebacks")
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--reference", required=True, metavar="FILE.npz", help="statistics of the real images")
         add("--count", type=int, help="images (default: 50000, or the protocol's)")
         add("--pairs", action="store_true", help="also KID and precision/recall; needs a reference with features")
-        add("--kid-subset", type=int, default=1000, help="images of a KID subset (default: 1000)")
+        add("--kid-subset", type=int, help="images of a KID subset (default: 1000, or the protocol's)")
         add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
         add("--precision", choices=("fp32", "bf16"))
@@ -91,6 +91,7 @@ class Context:
     model: UNITE
     config: Config
     ranks: Ranks
+    earlier: dict[str, Any] | None  # the result that --protocol names
 
     def weights(self) -> dict[str, str]:
         return {"sha256": checkpoint.identity(self.located), "weights": self.arguments.weights}
@@ -105,10 +106,7 @@ class Context:
     def settings(self) -> Settings:
         """From the run's ``sample`` section, or the protocol's, with what the options change."""
         a = self.arguments
-        if getattr(a, "protocol", None):
-            base = protocol_settings(read_result(a.protocol))
-        else:
-            base = of_run(self.config.sample)
+        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config.sample)
         changes: dict[str, Any] = {
             "count": a.count,
             "cfg_scale": a.cfg,
@@ -139,13 +137,27 @@ class Context:
 def read_result(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
-        if isinstance(content["protocol"]["settings"], dict):
+        protocol = content["protocol"]
+        read = [protocol[part]["sha256"] for part in ("checkpoint", "extractor", "reference")]
+        read += [protocol["checkpoint"]["weights"], protocol["extractor"]["layers"], protocol["kid_subset"]]
+        if isinstance(protocol["settings"], dict):
             return content
     except OSError as error:
         raise UserError(f"--protocol {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
+
+
+def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None) -> None:
+    """Gives each of these options that was not on the command line its value of the protocol, or else its default."""
+    protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": "ema"}, "kid_subset": None}
+    if arguments.weights is None:
+        arguments.weights = protocol["checkpoint"]["weights"]
+    if arguments.command != "rfid":
+        arguments.pairs = arguments.pairs or protocol["kid_subset"] is not None
+        if arguments.kid_subset is None:
+            arguments.kid_subset = protocol["kid_subset"] or 1000
 
 
 def protocol_settings(content: dict[str, Any]) -> Settings:
@@ -206,17 +218,21 @@ class Scorer:
 
 
 def compare(protocol: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Raises UserError naming the first file that is not the protocol's."""
+    """Raises UserError naming the first file, set of weights or layers that is not the protocol's."""
     for part, name in (("checkpoint", "--checkpoint"), ("extractor", "the extractor"), ("reference", "--reference")):
         now, before = protocol[part]["sha256"], earlier["protocol"][part]["sha256"]
         if now != before:
             raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...")
+    for part, key in (("checkpoint", "weights"), ("extractor", "layers")):
+        now, before = protocol[part][key], earlier["protocol"][part][key]
+        if now != before:
+            now, before = (v if isinstance(v, str) else ",".join(v) for v in (now, before))
+            raise UserError(f"--{key} is {now}, the protocol was made with {before}")
 
 
 def fid_command(context: Context) -> None:
     scorer, settings = Scorer(context), context.settings()
-    protocol = scorer.protocol(settings)
-    earlier = read_result(context.arguments.protocol) if context.arguments.protocol else None
+    protocol, earlier = scorer.protocol(settings), context.earlier
     if earlier is not None:
         compare(protocol, earlier)
     result = scorer.score(settings)
@@ -288,12 +304,14 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+    earlier = read_result(arguments.protocol) if getattr(arguments, "protocol", None) else None
+    fill_in(arguments, earlier)
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
     ranks = distributed.start(arguments.device)
     try:
         precision.setup(ranks.device)
-        context = Context(arguments, located, model.to(ranks.device), config, ranks)
+        context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
         try:
             context.out().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
