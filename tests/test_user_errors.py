@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from support import TINY, command, process
+
+from unite_fast import config_io
+from unite_fast.config import EfficiencyConfig, UserError
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,23 @@ def test_overrides(tiny, tmp_path, case):
 
 def test_1e_4_is_a_number(tiny):
     assert "lr: 0.0001" in command("train.py", "--config", tiny, "--print-config", "optim.lr=1e-4").stdout
+
+
+def test_files_of_earlier_versions(tmp_path):
+    def said(efficiency: str, *overrides: str) -> EfficiencyConfig:
+        (tmp_path / "old.yaml").write_text(f"efficiency: {{{efficiency}}}")
+        return config_io.load(tmp_path / "old.yaml", overrides).efficiency
+
+    both = "compile_decoder: true, checkpoint_blocks: true"
+    assert said(both) == replace(EfficiencyConfig(), compile="decoder", recompute="blocks")
+    assert said("compile_decoder: false, checkpoint_blocks: false") == EfficiencyConfig()
+    assert said(f"{both}, compile: all, recompute: none").compile == "all"
+    assert said(f"recompute: auto, {both}").recompute == "auto"
+    assert said(both, "efficiency.compile=none").compile == "none"
+    with pytest.raises(UserError, match=r"unknown key 'efficiency\.compile_decoder'"):
+        said("compile_decoder: 3")
+    with pytest.raises(UserError, match=r"unknown key 'efficiency\.compile_decoder'"):
+        said("", "efficiency.compile_decoder=true")
 
 
 def test_as_a_process(tiny):

@@ -13,7 +13,6 @@ is loaded. Format 1, before files were written by several ranks, is read as well
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -27,8 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unite_fast import interop, shards
-from unite_fast.config import Config, EfficiencyConfig, UserError
-from unite_fast.config_io import from_dict, to_dict
+from unite_fast.config import Config, UserError
+from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
@@ -190,12 +189,7 @@ def _saved_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / "state.json").read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
-    if not isinstance(config, dict):
-        return {}
-    if isinstance(config.get("efficiency"), dict):  # its options come and go, and change no results
-        known = {f.name for f in dataclasses.fields(EfficiencyConfig)}
-        config["efficiency"] = {k: v for k, v in config["efficiency"].items() if k in known}
-    return config
+    return current(config) if isinstance(config, dict) else {}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:

@@ -18,6 +18,12 @@ from unite_fast.config import SIZES, CommonError, Config, UserError, validate
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
 
+# Keys of earlier versions: the key of the same section that took their place, and what their values mean there.
+RETIRED: dict[str, tuple[str, dict[bool, str]]] = {
+    "efficiency.compile_decoder": ("compile", {True: "decoder", False: "none"}),
+    "efficiency.checkpoint_blocks": ("recompute", {True: "blocks", False: "none"}),
+}
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number and refuses duplicate keys and extreme nesting."""
@@ -154,6 +160,17 @@ def from_dict(values: dict[str, Any], where: str = "config", base: Config | None
     return _merge(base or Config(), values, "", where)
 
 
+def current(values: Any) -> Any:
+    """What a file of an earlier version says, in today's keys. Of two keys for the same thing today's counts."""
+    for old, (new, meaning) in RETIRED.items():
+        section, key = old.split(".")
+        found = values.get(section) if isinstance(values, dict) else None
+        if isinstance(found, dict) and isinstance(found.get(key), bool):
+            kept = {k: v for k, v in found.items() if k != key}
+            values = values | {section: {new: meaning[found[key]]} | kept}
+    return values
+
+
 def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises CommonError."""
     try:
@@ -172,7 +189,7 @@ def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
         except UnicodeDecodeError:
             raise UserError(f"--config {path}: not a text file") from None
         values = parse_yaml(text, str(path))
-        config = from_dict({} if values is None else values, str(path))
+        config = from_dict({} if values is None else current(values), str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
