@@ -17,7 +17,7 @@ from unite_fast.runtime import distributed, precision
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
+    add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
     add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
     add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop, shards
-from unite_fast.config import Config, UserError
+from unite_fast.config import Config, UserError, validate
 from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
@@ -39,6 +39,7 @@ from unite_fast.shards import Stored
 FORMAT = 2
 READABLE = (1, 2)
 NO_PICKLE = "this program executes nothing while it loads"
+EXPORTED = "model.safetensors"  # what ``export`` writes: one set of weights, the configuration in its metadata
 NAME = re.compile(r"step-(\d{7,})$")
 TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
 
@@ -133,7 +134,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
 
 
 def locate(path: str | Path) -> Path:
-    """A checkpoint folder or official .pt from what a user names: either, or a run folder. Raises UserError."""
+    """A checkpoint folder, exported or official file from what a user names: one, or a folder of them.
+
+    Raises UserError.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -150,11 +154,13 @@ def locate(path: str | Path) -> Path:
             return found
         if rejected:
             raise UserError(f"no usable checkpoint in {folder}: {rejected[0]}")
-    raise UserError(f"no checkpoint at {path}; give a run folder, a step-N folder, or an official .pt file")
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
+    raise UserError(f"no checkpoint at {path}; give a run folder, a step-N folder, an export, or an official .pt file")
 
 
 def identity(located: Path) -> str:
-    """A sha256 that changes whenever the weights do: of an official .pt, or of a checkpoint folder's manifest."""
+    """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return str(_digest(located if located.is_file() else located / "manifest.json")["sha256"])
 
 
@@ -266,6 +272,8 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     Every rank calls it and reads what it holds. Raises UserError when the checkpoint belongs to another model or is
     not what this program writes; ``state`` is then unchanged, unless a number in it is not finite.
     """
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds weights without a training state; start from them with init_from={path}")
     if path.is_file():
         content = interop.read_official(path)
         interop.load_training(content, state.model, state.optimizer, str(path))
@@ -300,13 +308,37 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     return means
 
 
+def _exported(path: Path, weights: str) -> tuple[dict[str, Tensor], Config]:
+    """What ``load_weights`` returns, of a file that ``export`` wrote. Raises UserError."""
+    found = shards.index([path])
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        values, held = json.loads(metadata["config"]), metadata["weights"]
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(f"{path} does not say what it holds; python -m unite_fast.export makes files that do") from None
+    if weights != held:
+        raise UserError(f"{path} holds the weights '{held}' alone, not '{weights}'")
+    config = from_dict(current(values), str(path))
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors = shards.read(found)
+    if bad := first_nonfinite(tensors):
+        raise UserError(f"{path}: {bad} is not finite; export an older checkpoint")
+    return tensors, config
+
+
 def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
     """(state dict of the weights, the run's Config or None for an official .pt).
 
-    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), or "model", the raw ones. Raises
-    UserError.
+    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), or "model", the raw ones; an exported
+    file has one of them. Raises UserError.
     """
     path = locate(path)
+    if path.suffix == ".safetensors":
+        return _exported(path, weights)
     if path.is_file():
         return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
     _read_counters(path)
@@ -323,9 +355,9 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
 
 
 def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:
-    """A model in evaluation mode and its run's Config, from a run folder, a checkpoint folder, or an official .pt."""
+    """A model in evaluation mode and its run's Config, from whatever ``locate`` finds."""
     located = locate(path)
-    if located.is_file():
+    if located.is_file() and located.suffix != ".safetensors":
         model = interop.load_reference(located, weights)
         return model, from_dict({"model": to_dict(model.config)})
     state, config = load_weights(located, weights)

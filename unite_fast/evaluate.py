@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("fid", "table", "search", "rfid"):
         one = commands.add_parser(name)
         add = one.add_argument
-        add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, or official .pt")
+        add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
         add("--weights", metavar="NAME", help="ema (default, or the protocol's), model, or another average it has")
         add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")

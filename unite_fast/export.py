@@ -4,9 +4,10 @@
     config.json         the model's sizes and the sampling options
     README.md           a model card
 
-Nothing in them can execute code, and no path of this machine is in them. CHECKPOINT is a run folder, a step-N folder,
-or an official .pt. A .pt that holds pickled objects is refused; with --trust-pickle, for a file whose author you trust
-as you trust a program, it is loaded all the same and only its tensors are written.
+Nothing in them can execute code, and no path of this machine is in them. sample.py and unite_fast.evaluate take FOLDER
+as --checkpoint, train.py as init_from. CHECKPOINT is a run folder, a step-N folder, or an official .pt. A .pt that
+holds pickled objects is refused; with --trust-pickle, for a file whose author you trust as you trust a program, it is
+loaded all the same and only its tensors are written.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""What the export writes is read by everything here that reads weights, and what it is not is one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import TINY, command, command_of
+
+from unite_fast import checkpoint, evaluate, export
+from unite_fast.config import UserError
+from unite_fast.config_io import parse_yaml
+
+CONFIG = parse_yaml(TINY, "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run, and two exports of it: ``ema`` and ``raw``."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "tiny.yaml").write_text(TINY)
+    said = command("train.py", "--config", folder / "tiny.yaml", f"run_dir={folder / 'run'}", "train.max_steps=20")
+    assert said.returncode == 0, said.stderr
+    for weights, out in (("ema", "ema"), ("model", "raw")):
+        said = command_of(export.main, folder / "run", "--out", folder / out, "--weights", weights)
+        assert said.returncode == 0, said.stderr
+    return folder
+
+
+def test_an_export_is_the_checkpoint(folder):
+    for weights, out in (("ema", "ema"), ("model", "raw")):
+        expected, config = checkpoint.load_model(folder / "run", weights)
+        for path in (folder / out, folder / out / "model.safetensors"):
+            model, found = checkpoint.load_model(path, weights)
+            assert (found.model, found.sample, found.optim) == (config.model, config.sample, config.optim)
+            state = expected.state_dict()
+            assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    file = checkpoint.locate(folder / "ema")
+    assert file == folder / "ema" / "model.safetensors"
+    assert checkpoint.identity(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert checkpoint.identity(file) != checkpoint.identity(checkpoint.locate(folder / "raw"))
+
+
+def test_the_programs_take_an_export(folder, tmp_path):
+    for name in ("run", "ema"):
+        words = ("--seeds", "0-3", "--device", "cpu", "--out", tmp_path / name)
+        said = command("sample.py", "--checkpoint", folder / name, *words)
+        assert said.returncode == 0, said.stderr
+    images = sorted((tmp_path / "run").glob("*.png"))
+    assert len(images) == 4
+    assert all(image.read_bytes() == (tmp_path / "ema" / image.name).read_bytes() for image in images)
+
+    scores = []
+    for name in ("run", "ema"):
+        words = ("--checkpoint", folder / name, "--extractor", "digits", "--device", "cpu")
+        said = command_of(evaluate.main, "rfid", *words)
+        assert said.returncode == 0, said.stderr
+        scores.append(json.loads((folder / name / "scores" / "rfid.json").read_text()))
+    assert scores[0]["result"]["rfid"] == scores[1]["result"]["rfid"]
+    assert scores[1]["protocol"]["checkpoint"] == {
+        "sha256": checkpoint.identity(folder / "ema" / "model.safetensors"), "weights": "ema",
+    }  # fmt: skip
+
+    words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'next'}", "train.max_steps=1", "optim.lr=1e-30")
+    said = command("train.py", *words, f"init_from={folder / 'ema'}")
+    assert said.returncode == 0, said.stderr
+    name = "encoder.blocks.0.attn.proj.weight"
+    begun = checkpoint.load_weights(tmp_path / "next", "model")[0][name]
+    torch.testing.assert_close(begun, load_file(folder / "ema" / "model.safetensors")[name])
+
+
+def rewritten(folder: Path, out: Path, tensors: dict | None = None, **facts: str) -> Path:
+    source = folder / "ema" / "model.safetensors"
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata() | facts
+    save_file(load_file(source) | (tensors or {}), out, {k: v for k, v in metadata.items() if v})
+    return out
+
+
+def test_an_export_of_an_earlier_version(folder, tmp_path):
+    with safe_open(folder / "ema" / "model.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    del config["efficiency"]["compile"]
+    config["efficiency"]["compile_decoder"] = True
+    path = rewritten(folder, tmp_path / "old.safetensors", config=json.dumps(config))
+    assert checkpoint.load_model(path)[1].efficiency.compile == "decoder"
+
+
+def test_what_is_no_export_is_one_line(folder, tmp_path):
+    def refused(path: Path, words: str, weights: str = "ema") -> None:
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint.load_model(path, weights)
+        assert "\n" not in str(caught.value)
+
+    refused(folder / "raw", "holds the weights 'model' alone, not 'ema'")
+    refused(folder / "ema", "holds the weights 'ema' alone, not 'ema_0.9'", "ema_0.9")
+    refused(rewritten(folder, tmp_path / "a.safetensors", config=""), "does not say what it holds")
+    refused(rewritten(folder, tmp_path / "b.safetensors", config="{"), "does not say what it holds")
+    refused(rewritten(folder, tmp_path / "c.safetensors", config="[]"), "must be a section")
+    refused(rewritten(folder, tmp_path / "d.safetensors", config='{"model": {"patch_size": 0}}'), "must be positive")
+    config = CONFIG | {"model": CONFIG["model"] | {"num_latents": 9}}
+    refused(rewritten(folder, tmp_path / "e.safetensors", config=json.dumps(config)), "holds another model")
+    bad = {"latent_tokens": load_file(folder / "ema" / "model.safetensors")["latent_tokens"] * torch.nan}
+    refused(rewritten(folder, tmp_path / "f.safetensors", bad), "latent_tokens is not finite")
+    (tmp_path / "g.safetensors").write_text("no tensors")
+    refused(tmp_path / "g.safetensors", "cannot be read")
+    refused(tmp_path, "no checkpoint at")
+
+    words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'next'}", f"resume={folder / 'ema'}")
+    said = command("train.py", *words)
+    assert said.returncode == 2
+    assert said.stderr.count("\n") == 1
+    assert "start from them with init_from=" in said.stderr
