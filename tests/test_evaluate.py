@@ -190,11 +190,15 @@ def test_rfid(trained, tmp_path):
     common = ("--checkpoint", trained / "run", "--extractor", "digits", "--out", out)
     said = command_of(evaluate.main, "rfid", *common)
     assert said.returncode == 0, said.stderr
-    result = json.loads(out.read_text())["result"]
+    content = json.loads(out.read_text())
+    result = content["result"]
     assert result["images"] == 300
+    assert content["protocol"]["data"] == {
+        "source": "digits", "split": "heldout", "images": 300, "size": 8, "pipeline": "digits", "augment": False,
+    }  # fmt: skip
     model, config = checkpoint.load_model(trained / "run")
     with torch.no_grad():
-        ideal = reconstruction.score(Perfect(model), config, digits_network(config), ONE)  # pyright: ignore
+        ideal, _ = reconstruction.score(Perfect(model), config, digits_network(config), ONE)  # pyright: ignore
     assert ideal["rfid"] == pytest.approx(0, abs=1e-3)
     assert ideal["l1"] < 1e-6
     assert ideal["psnr"] > 100

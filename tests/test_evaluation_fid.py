@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from PIL import Image
 from support import ROOT, command_of, process
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from unite_fast.config import UserError
+from unite_fast.config_io import from_dict
 from unite_fast.evaluation import features, fid, statistics
 from unite_fast.runtime.distributed import Ranks
 
@@ -208,12 +211,35 @@ def test_statistics_of_a_source(digits_statistics, tmp_path):
     assert found.features is not None
     np.testing.assert_allclose(found.mean, found.features.mean(0, dtype=np.float64), rtol=1e-9)
     np.testing.assert_allclose(found.covariance, np.cov(found.features.astype(np.float64), rowvar=False), atol=1e-9)
-    assert about["protocol"]["data"] == {"source": "digits", "split": "train", "images": 1497, "size": 8, "crop": "adm"}
+    assert about["protocol"]["data"] == {
+        "source": "digits", "split": "train", "images": 1497, "size": 8, "pipeline": "digits", "augment": False,
+    }  # fmt: skip
     assert fid.frechet(found, found) == pytest.approx(0, abs=1e-4)
     np.savez(tmp_path / "jit.npz", mu=found.mean.astype(np.float32), sigma=found.covariance)  # as others write them
     plain, about = statistics.read(str(tmp_path / "jit.npz"))
     assert fid.frechet(plain, found) == pytest.approx(0, abs=1e-3)
     assert about["protocol"] is None
+
+
+@pytest.mark.parametrize("crop", ["adm", "fast"])
+def test_protocol_tells_crops_apart(tmp_path, crop):
+    """The fast crop's pixels are not those of the ADM crop, so a score must say which it saw."""
+    if crop == "fast":
+        pytest.importorskip("simplejpeg")
+    (tmp_path / "cat").mkdir()
+    for i in range(2):
+        Image.new("RGB", (20, 16), (60 * i, 9, 90)).save(tmp_path / "cat" / f"{i}.jpg")
+    config = from_dict({
+        "data": {"source": "folder", "heldout_path": str(tmp_path), "crop": crop, "workers": 0},
+        "model": {"image_size": 8, "patch_size": 4, "num_classes": 1},
+    })  # fmt: skip
+    look = features.Extractor(
+        "mean", "0" * 64, ("a", "b"), (3, 3), lambda x: (x.float().mean((2, 3)), x.float().std((2, 3)))
+    )
+    _, protocol = statistics.of_source(config, "heldout", look, ONE)
+    library = "simplejpeg-" if crop == "fast" else f"pillow-{PIL.__version__}/"
+    assert protocol["data"]["pipeline"].startswith(library)
+    assert protocol["data"]["pipeline"].endswith(f"/{crop}-8")
 
 
 def test_bad_statistics(digits_statistics, tmp_path):

@@ -100,6 +100,9 @@ def test_scores_are_those_of_the_commands(folder):
     assert search["result"]["fid"] == min(row["result"]["fid"] for row in search["rows"])
     assert search["epoch"] == pytest.approx(160 / 1497)
     assert {"checkpoint", "extractor", "reference", "seeds", "environment"} <= set(search["protocol"])
+    assert found["step_0000019_rfid.json"]["protocol"]["data"] == {
+        "source": "digits", "split": "heldout", "images": 300, "size": 8, "pipeline": "digits", "augment": False,
+    }  # fmt: skip
     out = folder / "fid.json"
     said = command_of(
         evaluate.main, "fid", "--checkpoint", folder / "scored" / "checkpoints" / "step-0000010", "--reference",

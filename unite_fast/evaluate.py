@@ -280,13 +280,13 @@ def rfid_command(context: Context) -> None:
         perceptual = losses.load_perceptual(objective, config.model.channels)
     perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
     extractor = statistics.open_extractor(a, config, context.ranks.device)
-    result = reconstruction.score(context.model, config, extractor, context.ranks, perceptual)
+    result, said = reconstruction.score(context.model, config, extractor, context.ranks, perceptual)
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))
     protocol = {
         "checkpoint": context.weights(),
         "extractor": extractor.identity(),
-        "data": {"source": config.data.source, "split": "heldout", "crop": "adm", "size": config.model.image_size},
+        "data": said,
         "lpips": None if perceptual is None else {"trunk": losses.TORCHVISION_VGG16, "range": perceptual.input_range},
         "uint8": "truncated",
         "environment": run.provenance(config, context.ranks),

@@ -209,15 +209,14 @@ class Monitor:
             perceptual.dropout = False
             perceptual.train(False)
         try:
-            result = reconstruction.score(
+            result, said = reconstruction.score(
                 state.model, self.config, self.files.extractor, self.ranks, perceptual, stopping=self.session.stopping
             )
         finally:
             if perceptual is not None:
                 perceptual.dropout = dropout
                 perceptual.train(False)
-        said = {"source": self.config.data.source, "split": "heldout", "crop": "adm", "uint8": "truncated"}
-        return {"protocol": {"data": said}, "result": result}
+        return {"protocol": {"data": said, "uint8": "truncated"}, "result": result}
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         if not self.ranks.is_main:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from unite_fast import data, pictures
 from unite_fast.config import Config, Stopped, UserError
-from unite_fast.evaluation import fid
+from unite_fast.evaluation import fid, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.losses import Perceptual
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
@@ -32,10 +33,11 @@ def score(
     split: str = "heldout",
     batch: int = 32,
     stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}; the last but one only with its network.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """({"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}, what a protocol says of the data).
 
-    Raises on all ranks what goes wrong on one, and Stopped once ``stopping()`` is true on one.
+    rfid and lpips only with their networks. Raises on all ranks what goes wrong on one, and Stopped once
+    ``stopping()`` is true on one.
     """
     source = data.open_source(config.data, config.model, split)
     real, made = (
@@ -84,4 +86,5 @@ def score(
         real.reduce(ranks)
         made.reduce(ranks)
         result["rfid"] = fid.frechet(made.statistics(), real.statistics())
-    return result | {"images_per_second": count / (time.perf_counter() - begun)}
+    result["images_per_second"] = count / (time.perf_counter() - begun)
+    return result, statistics.described(config, split, source, ranks.device)

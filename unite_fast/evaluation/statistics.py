@@ -23,6 +23,7 @@ import torch
 
 from unite_fast import command, config_io, data, pictures
 from unite_fast.config import Config, UserError
+from unite_fast.data import Source
 from unite_fast.evaluation import features
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Accumulator, Statistics
@@ -86,6 +87,14 @@ def write(path: str, statistics: Statistics, protocol: dict[str, Any]) -> None:
         raise UserError(f"--out {path}: {error.strerror}") from None
 
 
+def described(config: Config, split: str, source: Source, device: torch.device) -> dict[str, Any]:
+    """What a protocol says of a data source whose images are center-cropped, without random transforms."""
+    return {
+        "source": config.data.source, "split": split, "images": len(source), "size": config.model.image_size,
+        "pipeline": source.pipeline_id(device.type), "augment": False,
+    }  # fmt: skip
+
+
 @torch.no_grad()
 def of_source(
     config: Config, split: str, extractor: Extractor, ranks: Ranks, keep: bool = False, batch: int = 64
@@ -100,8 +109,7 @@ def of_source(
         images = found.images if found.images.dtype == torch.uint8 else pictures.to_uint8(found.images)
         accumulator.add(found.samples, *extractor.compute(images))
     accumulator.reduce(ranks)
-    size = config.model.image_size
-    said = {"source": config.data.source, "split": split, "images": len(source), "size": size, "crop": "adm"}
+    said = described(config, split, source, ranks.device)
     return accumulator.statistics(), {"extractor": extractor.identity(), "data": said}
 
 
