@@ -145,12 +145,15 @@ def test_open_files(monkeypatch, soft, state):
     assert state == "OK" or "ulimit -n 4096" in found.detail
 
 
-def test_disk_and_shared_memory(monkeypatch, tmp_path):
+@pytest.mark.parametrize("extra", [(), (0.9, "std0.1")])
+def test_disk_and_shared_memory(monkeypatch, tmp_path, extra):
     Usage = namedtuple("Usage", "total used free")
-    config = replace(CONFIG, run_dir=str(tmp_path / "not" / "yet"))
-    model = build(CONFIG.model)
-    optimizer = Optimizer(model, CONFIG.optim)
-    tensors = [*model.state_dict().values(), *optimizer.ema.values(), *optimizer.state_dict().values()]
+    config = replace(CONFIG, run_dir=str(tmp_path / "not" / "yet"), optim=replace(CONFIG.optim, ema_extra=extra))
+    model = build(config.model)
+    optimizer = Optimizer(model, config.optim)
+    tensors = [*model.state_dict().values(), *optimizer.state_dict().values()]
+    tensors += [tensor for average in optimizer.averages.values() for tensor in average.values()]
+    assert len(optimizer.averages) == 1 + len(extra)
     size = sum(t.numel() * t.element_size() for t in tensors)
     assert machine.checkpoint_bytes(config) == size
     for factor, state in ((5.01, "OK"), (4.9, "WARN")):

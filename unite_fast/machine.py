@@ -22,6 +22,7 @@ from unite_fast.config import Config, UserError
 from unite_fast.losses import load_perceptual
 from unite_fast.model import attention
 from unite_fast.model.unite import UNITE
+from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
 from unite_fast.session import folder
 from unite_fast.weights import KNOWN, file_sha256
@@ -160,12 +161,14 @@ def open_files() -> Finding:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of one checkpoint: weights, average, momentum or two moments, all float32."""
+    """Of one checkpoint: weights, averages, momentum or two moments, all float32."""
     with torch.device("meta"):
         model = UNITE(config.model)
     muon, adamw = split_parameters(model, config.optim.muon)
     numbers = sum(t.numel() for t in model.state_dict().values())
-    return 4 * (numbers + 2 * sum(p.numel() for p in muon.values()) + 3 * sum(p.numel() for p in adamw.values()))
+    matrices, others = (sum(p.numel() for p in part.values()) for part in (muon, adamw))
+    averages = len(ema.names(config.optim)) * (matrices + others)
+    return 4 * (numbers + averages + matrices + 2 * others)
 
 
 def disk(config: Config | None = None) -> Finding:
