@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import TINY, command, process
+from support import TINY, command, command_of, process
 
-from unite_fast import config_io
+from unite_fast import config_io, doctor, evaluate, export, weights
 from unite_fast.config import EfficiencyConfig, UserError
 
 
@@ -104,6 +104,13 @@ def test_files_of_earlier_versions(tmp_path):
         said("compile_decoder: 3")
     with pytest.raises(UserError, match=r"unknown key 'efficiency\.compile_decoder'"):
         said("", "efficiency.compile_decoder=true")
+
+
+@pytest.mark.parametrize("module", [doctor, evaluate, export, weights], ids=lambda module: module.__name__)
+def test_help_is_what_the_file_says(module):
+    said = command_of(module.main, "--help")
+    assert said.returncode == 0
+    assert module.__doc__.strip() in said.stdout
 
 
 def test_as_a_process(tiny):

@@ -121,7 +121,9 @@ def _data(config: Config) -> Finding:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m unite_fast.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--config", metavar="FILE", help="look at what this configuration needs, too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

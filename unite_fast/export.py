@@ -117,7 +117,9 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False) -> 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m unite_fast.export", description="A checkpoint as files to share.")
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="run folder, step-N folder, or official .pt")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average")
