@@ -138,9 +138,13 @@ def test_table_of_the_papers_protocols(trained, tmp_path):
     assert said.returncode == 0, said.stderr
     rows = {row["name"]: row["result"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]}
     assert rows["Heun 50, balanced"]["evaluations"] == 100
-    assert rows["exp3 32, balanced"]["evaluations"] == 32
+    assert rows["exp3 32, balanced (ours)"]["evaluations"] == 32
+    assert [name for name in rows if "(ours)" not in name] == [
+        "Heun 50, balanced", "dopri5, balanced", "dopri5, random",
+    ]  # fmt: skip
     assert rows["dopri5, random"]["evaluations"] > 10
     assert "dopri5, random" in said.stdout
+    assert "exp3 32, balanced (ours)  " in said.stdout
     assert abs(rows["Heun 50, balanced"]["fid"] / rows["dopri5, balanced"]["fid"] - 1) < 0.02
 
 
