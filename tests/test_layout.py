@@ -13,7 +13,7 @@ from support import ROOT
 
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (
-    {"config"},
+    {"config", "hashing"},
     {"config_io"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers", "field"},
@@ -88,6 +88,17 @@ def test_programs_are_short():
 def test_files_stay_readable():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 450, path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"file_digest\(|read_bytes\(\)\)\.hexdigest", "hashing.py"),
+        (r"splitlines\(\) or \[type\(error\)", "config.py"),
+    ],
+)
+def test_helpers_are_written_once(pattern, home):
+    assert [path.name for path in FILES if re.search(pattern, path.read_text())] == [home]
 
 
 def test_no_machine_in_the_tree():

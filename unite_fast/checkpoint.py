@@ -13,7 +13,6 @@ is loaded. Format 1, before files were written by several ranks, is read as well
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from torch import Tensor
 from unite_fast import interop, shards
 from unite_fast.config import Config, UserError, validate
 from unite_fast.config_io import current, from_dict, to_dict
+from unite_fast.hashing import file_sha256
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
@@ -54,11 +54,6 @@ class TrainState:
     images_seen: int = 0
     best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
     recipe: Recipe = field(default_factory=Recipe)  # how the model computes in training; not saved
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
@@ -108,7 +103,7 @@ def verify(path: Path, content: bool = True) -> str:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
-        if content and _digest(file)["sha256"] != sha256:
+        if content and file_sha256(file) != sha256:
             return f"{name} does not have the recorded sha256: its content changed"
     return "" if "state.json" in manifest and _is_complete(manifest) else "its manifest is incomplete"
 
@@ -161,7 +156,7 @@ def locate(path: str | Path) -> Path:
 
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
-    return str(_digest(located if located.is_file() else located / "manifest.json")["sha256"])
+    return file_sha256(located if located.is_file() else located / "manifest.json")
 
 
 def _read_counters(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from unite_fast.config import CommonError, RunError, UserError
+from unite_fast.config import CommonError, RunError, UserError, first_line
 from unite_fast.data import WorkerError
 from unite_fast.runtime.distributed import rank_of_environment
 
@@ -51,7 +51,3 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         print(f"error: {who}another rank is gone or stuck ({first_line(error)}); see logs/ in the run folder",
               file=sys.stderr)  # fmt: skip
         return 1
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

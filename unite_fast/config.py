@@ -28,6 +28,11 @@ class Stopped(Exception):
     """A stop was asked for while a long loop ran; raised on all ranks after the same round."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The Generative Encoder. YAML may name a size instead: small, base, medium, large, xl."""

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 
 from unite_fast import config_io, data, machine, throughput
-from unite_fast.command import first_line, run
-from unite_fast.config import Config, UserError
+from unite_fast.command import run
+from unite_fast.config import Config, UserError, first_line
 from unite_fast.machine import Finding, release
 
 REQUIRED = ("torchvision", "lpips", "torch_fidelity", "torchdiffeq", "einops", "safetensors", "sklearn", "PIL", "yaml")

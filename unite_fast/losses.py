@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import warnings
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import ObjectiveConfig, UserError
+from unite_fast.hashing import file_sha256
 from unite_kernels.lpips_head import lpips_head
 
 # The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
@@ -95,7 +95,7 @@ def check_heads() -> None:
     if package is None or package.origin is None:
         raise UserError("LPIPS needs the package lpips; pip install lpips")
     file = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
+    digest = file_sha256(file) if file.is_file() else "no such file"
     if digest != LPIPS_HEADS:
         raise UserError(f"the heads of the lpips package are not the published ones ({digest}); reinstall lpips")
 
@@ -113,7 +113,7 @@ def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eage
     path = Path(config.perceptual_trunk)
     if not path.is_file():
         raise UserError(f"objective.perceptual_trunk: no file {path}; {MEND}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     if not digest.startswith(config.perceptual_sha256 or TORCHVISION_VGG16):
         raise UserError(
             f"objective.perceptual_trunk {path} has sha256 {digest}, expected "

@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 
 from unite_fast.config import Config, UserError
+from unite_fast.hashing import file_sha256
 from unite_fast.losses import load_perceptual
 from unite_fast.model import attention
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
 from unite_fast.session import folder
-from unite_fast.weights import KNOWN, file_sha256
+from unite_fast.weights import KNOWN
 from unite_kernels import extension, probe
 
 GIB = 2**30

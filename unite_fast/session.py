@@ -24,8 +24,7 @@ import torch
 
 from unite_fast import checkpoint
 from unite_fast.checkpoint import TrainState
-from unite_fast.command import first_line
-from unite_fast.config import CommonError, Config, RunError, Stopped, UserError
+from unite_fast.config import CommonError, Config, RunError, Stopped, UserError, first_line
 from unite_fast.config_io import to_dict
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.rank_log import RankLog, redact

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from unite_fast.command import run
 from unite_fast.config import UserError
 from unite_fast.evaluation.features import INCEPTION, INCEPTION_FILE
+from unite_fast.hashing import file_sha256
 from unite_fast.losses import TORCHVISION_VGG16
 
 BLOCK = 1 << 20
@@ -54,11 +55,6 @@ KNOWN = {
 def is_offline() -> bool:
     """As huggingface_hub reads it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(weights: Weights, folder: Path, offline: bool = False, schemes: tuple[str, ...] = ("https",)) -> Path:

@@ -16,7 +16,8 @@ from support import command_of
 
 from unite_fast import weights
 from unite_fast.config import UserError
-from unite_fast.weights import KNOWN, Weights, fetch, file_sha256
+from unite_fast.hashing import file_sha256
+from unite_fast.weights import KNOWN, Weights, fetch
 
 fault = pytest.mark.fault
 CONTENT = bytes(range(256)) * 4000

@@ -42,7 +42,8 @@ from unite_fast.data.loader import skip_limit
 from unite_fast.data.packed import FORMATS, Format, Index, Shard, shard_name
 from unite_fast.data.program import run
 from unite_fast.data.source import BadImage, WorkerError
-from unite_fast.data.verify import file_sha256, verify, write_stats
+from unite_fast.data.verify import verify, write_stats
+from unite_fast.hashing import file_sha256
 
 PARTS = ".parts"  # of an unfinished pack: plan.json, and one .json per finished shard
 

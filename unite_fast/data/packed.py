@@ -15,7 +15,6 @@ opened; damage inside a shard is found by ``python -m unite_fast.data.pack verif
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from unite_fast.data.encoded import EncodedSource, check_bytes
 from unite_fast.data.folder import place
 from unite_fast.data.source import BadImage, Batch, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import is_mirrored
+from unite_fast.hashing import file_sha256
 from unite_kernels.gather import gather_rows
 
 VERSION = 1
@@ -104,7 +104,7 @@ def read_index(root: Path, field: str) -> Index:
 def _array(root: Path, name: str, sha256: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     path = root / name
     try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if file_sha256(path) != sha256:
             raise _bad(path, "its sha256 is not the one in index.json")
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -14,17 +14,7 @@ from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.packed import Index, open_packed, read_index, shard_name
 from unite_fast.data.source import BadImage
-
-BLOCK = 2**22
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+from unite_fast.hashing import file_sha256
 
 
 def _open(dest: Path, index: Index):

@@ -10,7 +10,6 @@ The file holds "mu", "sigma" (float64), "count", "protocol" (JSON: extractor, so
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from unite_fast.data import Source
 from unite_fast.evaluation import features
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Accumulator, Statistics
+from unite_fast.hashing import file_sha256
 from unite_fast.runtime import distributed
 from unite_fast.runtime.distributed import Ranks
 
@@ -51,9 +51,8 @@ def read(path: str) -> tuple[Statistics, dict[str, Any]]:
         raise UserError(f"{where}: mu is {mean.shape} and sigma {covariance.shape}; expected (F,) and (F, F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{where}: holds values that are not finite")
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return Statistics(mean, covariance, count, kept), {"sha256": digest, "count": count, "protocol": protocol}
+    about = {"sha256": file_sha256(file), "count": count, "protocol": protocol}
+    return Statistics(mean, covariance, count, kept), about
 
 
 def check_extractor(reference: dict[str, Any], size: int, extractor: Extractor, path: str) -> None:

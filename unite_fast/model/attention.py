@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unite_fast.config import ModelConfig, UserError
+from unite_fast.config import ModelConfig, UserError, first_line
 
 BACKENDS = ("sdpa", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
 HALF_ONLY = ("flash", "cudnn", "fa2", "fa3", "fa4")  # on CUDA devices
@@ -179,7 +179,7 @@ def _missing(backend: str) -> str:
         if error.name != module.split(".")[0]:  # the package is there and lacks another
             return f"{module} needs {error.name}, which is not installed; {mend}"
     except (ImportError, OSError) as error:
-        return f"{module} cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]}); {mend}"
+        return f"{module} cannot be imported ({first_line(error)}); {mend}"
     return "" if found else f"{module} is not installed; {mend}"
 
 
@@ -196,7 +196,7 @@ def trial(backend: str, device: torch.device, half: bool, keys: int, heads: int,
                 torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, AssertionError, ValueError) as error:
         reasons = [str(w.message).split(" (Triggered")[0] for w in caught if "not used because" not in str(w.message)]
-        return "; ".join([str(error).splitlines()[0] if str(error) else type(error).__name__, *reasons[:4]])
+        return "; ".join([first_line(error), *reasons[:4]])
     return ""
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unite_fast.config import EfficiencyConfig, UserError
+from unite_fast.config import EfficiencyConfig, UserError, first_line
 from unite_kernels import copied_linear
 
 E4M3 = torch.float8_e4m3fn
@@ -228,7 +228,7 @@ def check(name: str, device: torch.device) -> None:
         try:
             import transformer_engine.pytorch as te
         except (ImportError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{asked} needs Transformer Engine ({reason}); pip install 'unite-fast[fp8]', or use bf16 or fp8"
             ) from None

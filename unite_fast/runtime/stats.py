@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, TrainConfig, UserError
+from unite_fast.config import Config, TrainConfig, UserError, first_line
 from unite_fast.runtime.distributed import Ranks
 
 log = logging.getLogger("unite_fast.stats")
@@ -127,12 +127,8 @@ def open_services(folder: Path, config: Config, values: dict[str, Any]) -> list[
             try:
                 services.append(make())
             except Exception as error:  # whatever a service does, the run does not depend on it
-                log.warning("%s cannot be used (%s); training goes on without it", name, _first_line(error))
+                log.warning("%s cannot be used (%s); training goes on without it", name, first_line(error))
     return services
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Log:
@@ -162,7 +158,7 @@ class Log:
         """Once for the files and once for each service."""
         if who not in self.warned:
             where = "" if who is self else f" to {type(who).__name__}"
-            log.warning("metrics cannot be written%s (%s); training goes on", where, _first_line(error))
+            log.warning("metrics cannot be written%s (%s); training goes on", where, first_line(error))
         self.warned.add(who)
 
     def write(self, row: dict[str, float]) -> None:
