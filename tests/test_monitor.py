@@ -262,7 +262,13 @@ def test_a_score_that_fails_leaves_the_run_alone(folder, monkeypatch):
     assert "error: the guidance search at step 10 failed: no luck" in result.stderr
 
 
-def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # noqa: F811
+def test_one_process_is_scored_under_any_strategy(folder):
+    train(folder, "alone", *SCORED, "train.strategy=fsdp2", "train.max_steps=10")
+    name = "step_0000010_search.json"
+    assert figures(scores(folder, "alone")[name]) == figures(scores(folder, "scored")[name])
+
+
+def test_what_is_missing_is_said_before_training(folder, weights, tmp_path, monkeypatch):  # noqa: F811
     def error(*overrides: str) -> str:
         words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'run'}", *SCORED, *overrides)
         result = command("train.py", *words)
@@ -279,5 +285,6 @@ def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # 
     assert "expected 6726825d" in error(*wrong)
     assert "have 64 features" in error(*wrong, f"evaluation.inception_sha256={weights[1]}")
     assert "evaluation.weights=ema_0.5 is not among the run's: ema, model" in error(real, "evaluation.weights=ema_0.5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "needs train.strategy=ddp" in error(real, "train.strategy=fsdp2")
     assert not (tmp_path / "run").exists()
