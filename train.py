@@ -138,8 +138,10 @@ def loop(
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
+    first, scale = state.step + 1, state.best_cfg_scale
     ending = scores(state) if scores else ""  # what a stop left unfinished
-    first = state.step + 1
+    if state.step >= total and state.best_cfg_scale != scale:
+        session.save(state, means.sums())  # no step follows with which it would be
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
         began = time.perf_counter()

@@ -195,6 +195,29 @@ def test_the_best_scale_survives_a_kill_after_a_stop(folder, monkeypatch):
     assert sorted(asked[:2]) == pytest.approx([1.6, 1.8])
 
 
+def test_the_best_scale_of_a_finished_run_is_saved(folder, monkeypatch):
+    """The stop came in the score after the last step."""
+    from unite_fast.evaluation import generation
+
+    draw = generation.draw
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "draw", interrupted)
+        train(folder, "last", *SCORED, "train.max_steps=10")
+    before = tensors(folder, "last", 10)
+    said = train(folder, "last", *SCORED, "train.max_steps=10")
+    assert "nothing to do: step 10 of 10 is done" in said
+    best = scores(folder, "last")["step_0000010_search.json"]["best"]["cfg_scale"]
+    step = folder / "last" / "checkpoints" / "step-0000010"
+    assert checkpoint._read_counters(step)["best_cfg_scale"] == best
+    assert not checkpoint.verify(step)
+    assert same(tensors(folder, "last", 10), before)
+
+
 @pytest.mark.parametrize("same_weights", [True, False])
 def test_a_kill_during_a_score(folder, monkeypatch, same_weights):
     """Its step was not saved. What was scored counts when the run comes to the same weights again, and only then."""

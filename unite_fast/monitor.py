@@ -56,9 +56,8 @@ def open_files(config: Config) -> Files | None:
     known = [*ema.names(config.optim), "model"]
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
-    if (
-        config.train.strategy != "ddp" and world_of_environment() > 1
-    ):  # ranks with fewer tiles would leave the others waiting for their shards
+    # Ranks with fewer tiles would leave the others waiting for their shards.
+    if config.train.strategy != "ddp" and world_of_environment() > 1:
         raise UserError(
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"
