@@ -89,9 +89,10 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))
     check_agreement(settings, ranks)
-    choice = ranks.decide(lambda: run.choose(settings))
-    sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
     with Session(settings, ranks, inputs.started) as session:
+        # Under the lock: an earlier start that is ending may still save.
+        choice = ranks.decide(lambda: run.choose(settings))
+        sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
         if ranks.is_main:
             run.tidy(settings, choice, state.step)
             run.write_description(settings, ranks, inputs.source)
