@@ -89,9 +89,10 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))
     check_agreement(settings, ranks)
-    choice = ranks.decide(lambda: run.choose(settings))
-    sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
     with Session(settings, ranks, inputs.started) as session:
+        # Under the lock: an earlier start that is ending may still save.
+        choice = ranks.decide(lambda: run.choose(settings))
+        sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
         if ranks.is_main:
             run.tidy(settings, choice, state.step)
             run.write_description(settings, ranks, inputs.source)
@@ -138,8 +139,10 @@ def loop(
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
+    first, scale = state.step + 1, state.best_cfg_scale
     ending = scores(state) if scores else ""  # what a stop left unfinished
-    first = state.step + 1
+    if state.step >= total and state.best_cfg_scale != scale:
+        session.save(state, means.sums())  # no step follows with which it would be
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
         began = time.perf_counter()

@@ -196,7 +196,17 @@ def test_configuration(tmp_path, tiny):
     assert "no such folder" in found["data folder"]["detail"]
     assert {"driver", "collectives", "open files", "disk", "data workers", "LPIPS trunk"} <= set(found)
     assert outcome.returncode == 1
+    assert found["scores while training"]["detail"] == "none are asked for"
     assert command_of(doctor.main, "data.source=folder").returncode == 2
+
+
+def test_files_of_scores_while_training(tmp_path):
+    config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, rfid_epoch=1.0, extractor="digits"))
+    assert doctor._scores(config).state == "OK"
+    config = replace(CONFIG, evaluation=replace(config.evaluation, fid_epoch=1.0, count=40))
+    found = doctor._scores(config)
+    assert found.state == "FAIL"
+    assert "evaluation.reference names no statistics" in found.detail
 
 
 class StandIn(types.ModuleType):

@@ -144,6 +144,19 @@ def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):
     assert "nowhere" in missing.stderr
 
 
+def test_dry_run_refuses_what_training_would(tiny, monkeypatch):
+    def error(*overrides: str) -> str:
+        result = command("train.py", "--config", tiny, "--dry-run", *overrides)
+        assert result.returncode == 2, result.stdout
+        return result.stderr
+
+    assert "evaluation.reference names no statistics" in error("evaluation.fid_epoch=1", "evaluation.count=40")
+    no_inception = error("evaluation.rfid_epoch=1", "evaluation.extractor=inception")
+    assert "name it with --inception, or evaluation.inception" in no_inception
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "no flow to capture" in error("device=cuda", "efficiency.cuda_graph=flow", "objective.flow_steps=0")
+
+
 def test_doctor_times_the_configured_source(tiny, tmp_path):
     said = command_of(unite_fast.doctor.main, "--config", tiny)
     assert re.search(r"^OK +data digits +.*measured [\d,]+ images/s", said.stdout, re.M), said.stdout

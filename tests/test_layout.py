@@ -23,8 +23,8 @@ LAYERS = (
     {"generate", "reconstruct", "step", "command", "saving"},
     {"session"},
     {"run", "evaluation", "export"},
-    {"evaluate", "report", "monitor", "weights", "plan"},
-    {"machine"},
+    {"evaluate", "report", "monitor", "weights"},
+    {"machine", "plan"},
     {"doctor"},
 )
 DOORS = {

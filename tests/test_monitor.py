@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -149,9 +151,6 @@ def test_a_stop_during_a_score(folder, monkeypatch):
     def interrupted(*arguments):
         drawn.append(1)
         if len(drawn) == 3:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(*arguments)
 
@@ -168,6 +167,88 @@ def test_a_stop_during_a_score(folder, monkeypatch):
     assert same(tensors(folder, "stopped", 20), tensors(folder, "scored", 20))
     ours, expected = scores(folder, "stopped"), scores(folder, "scored")
     assert {k: figures(v) for k, v in ours.items()} == {k: figures(v) for k, v in expected.items()}
+
+
+def test_the_best_scale_survives_a_kill_after_a_stop(folder, monkeypatch):
+    """The checkpoint of the stop has the scale of before the search; the next start finishes it, but dies unsaved."""
+    from unite_fast.evaluation import generation
+
+    draw = generation.draw
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "draw", interrupted)
+        train(folder, "late", *SCORED)
+    step = folder / "late" / "checkpoints" / "step-0000010"
+    assert checkpoint._read_counters(step)["best_cfg_scale"] == 0  # none yet
+    with monkeypatch.context() as patch:
+        patch.setenv("UNITE_FAST_TESTING", "1")
+        patch.setenv("UNITE_FAST_FAULT", "raise@rank=0,step=11,phase=load")
+        words = ("--config", folder / "tiny.yaml", f"run_dir={folder / 'late'}")
+        with pytest.raises(RuntimeError, match="injected fault"):
+            command("train.py", *words, f"evaluation.reference={folder / 'real.npz'}", *SCORED)
+    ((name, content),) = scores(folder, "late").items()
+    content["best"]["cfg_scale"] = 1.8  # whatever this tiny model's is, one that no other file has
+    (folder / "late" / "scores" / "training" / name).write_text(json.dumps(content))
+    assert "the guidance search at step 10" not in train(folder, "late", *SCORED)
+    asked = [row["settings"]["cfg_scale"] for row in scores(folder, "late")["step_0000019_search.json"]["rows"]]
+    assert sorted(asked[:2]) == pytest.approx([1.6, 1.8])
+
+
+def test_the_best_scale_of_a_finished_run_is_saved(folder, monkeypatch):
+    """The stop came in the score after the last step."""
+    from unite_fast.evaluation import generation
+
+    draw = generation.draw
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "draw", interrupted)
+        train(folder, "last", *SCORED, "train.max_steps=10")
+    before = tensors(folder, "last", 10)
+    said = train(folder, "last", *SCORED, "train.max_steps=10")
+    assert "nothing to do: step 10 of 10 is done" in said
+    best = scores(folder, "last")["step_0000010_search.json"]["best"]["cfg_scale"]
+    step = folder / "last" / "checkpoints" / "step-0000010"
+    assert checkpoint._read_counters(step)["best_cfg_scale"] == best
+    assert not checkpoint.verify(step)
+    assert same(tensors(folder, "last", 10), before)
+
+
+@pytest.mark.parametrize("same_weights", [True, False])
+def test_a_kill_during_a_score(folder, monkeypatch, same_weights):
+    """Its step was not saved. What was scored counts when the run comes to the same weights again, and only then."""
+    from unite_fast.evaluation import generation
+
+    name, drawn, draw = f"killed_{same_weights}", [], generation.draw
+
+    def interrupted(*arguments):
+        drawn.append(1)
+        if len(drawn) == 4:  # two tiles make a score
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(generation, "draw", interrupted)
+    options = (*SCORED, "train.checkpoint_every=5")
+    words = ("--config", folder / "tiny.yaml", f"run_dir={folder / name}")
+    assert command("train.py", *words, f"evaluation.reference={folder / 'real.npz'}", *options).returncode == 130
+    assert checkpoint.newest_first(folder / name / "checkpoints")[0].name == "step-0000005"
+    progress = folder / name / "scores" / "training" / "step_0000010_search.jsonl"
+    (row,) = map(json.loads, progress.read_text().splitlines())
+    if not same_weights:
+        progress.write_text(json.dumps(row | {"identity": "others"}) + "\n")
+    train(folder, name, *options)
+    ours, expected = scores(folder, name), scores(folder, "scored")
+    assert {k: figures(v) for k, v in ours.items()} == {k: figures(v) for k, v in expected.items()}
+    tiles = 2 * sum(len(content.get("rows", [])) for content in ours.values())
+    assert len(drawn) == tiles + 1 + (0 if same_weights else 3)
 
 
 def test_two_ranks_give_the_same_scores(folder):
@@ -207,7 +288,13 @@ def test_a_score_that_fails_leaves_the_run_alone(folder, monkeypatch):
     assert "error: the guidance search at step 10 failed: no luck" in result.stderr
 
 
-def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # noqa: F811
+def test_one_process_is_scored_under_any_strategy(folder):
+    train(folder, "alone", *SCORED, "train.strategy=fsdp2", "train.max_steps=10")
+    name = "step_0000010_search.json"
+    assert figures(scores(folder, "alone")[name]) == figures(scores(folder, "scored")[name])
+
+
+def test_what_is_missing_is_said_before_training(folder, weights, tmp_path, monkeypatch):  # noqa: F811
     def error(*overrides: str) -> str:
         words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'run'}", *SCORED, *overrides)
         result = command("train.py", *words)
@@ -224,5 +311,6 @@ def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # 
     assert "expected 6726825d" in error(*wrong)
     assert "have 64 features" in error(*wrong, f"evaluation.inception_sha256={weights[1]}")
     assert "evaluation.weights=ema_0.5 is not among the run's: ema, model" in error(real, "evaluation.weights=ema_0.5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "needs train.strategy=ddp" in error(real, "train.strategy=fsdp2")
     assert not (tmp_path / "run").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from support import command, process
 
+from unite_fast import run
 from unite_fast.checkpoint import load_model, load_weights, read
 from unite_fast.config import UserError
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
@@ -145,6 +147,22 @@ def test_dry_run_writes_nothing(tiny, tmp_path):
     assert "parameters" in said
     assert "16 = 1 ranks x 2 accumulation x 8" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_is_locked_before_a_checkpoint_is_chosen(tiny, tmp_path, monkeypatch):
+    """Else an earlier start, which still saves, would have its last checkpoint put aside."""
+    path, choose = tmp_path / "run", run.choose
+
+    def locked(config):
+        assert (path / "run.lock").read_text().startswith(f"pid {os.getpid()} on ")
+        return choose(config)
+
+    monkeypatch.setattr(run, "choose", locked)
+    train(tiny, path, "train.max_steps=1")
+    refused = command("train.py", "--config", tiny, f"run_dir={path}", "resume=never")
+    assert refused.returncode == 2
+    assert "already holds checkpoints" in refused.stderr
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"  # the refusal is no part of the run
 
 
 def test_fast_dev_run(tiny, tmp_path):

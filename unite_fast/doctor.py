@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from unite_fast import config_io, data, machine, throughput
+from unite_fast import config_io, data, machine, monitor, throughput
 from unite_fast.command import run
 from unite_fast.config import Config, UserError, first_line
 from unite_fast.machine import Finding, release
@@ -105,7 +105,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
     if config:
-        findings += [machine.workers(config), _data(config), machine.perceptual(config)]
+        findings += [machine.workers(config), _data(config), machine.perceptual(config), _scores(config)]
     return findings
 
 
@@ -118,6 +118,16 @@ def _data(config: Config) -> Finding:
     except (UserError, data.WorkerError) as error:
         return Finding("FAIL", what, str(error))
     return Finding("OK", what, f"{len(source):,} images in {source.num_classes} classes; {rate}")
+
+
+def _scores(config: Config) -> Finding:
+    """What scores while training need, opened as training would."""
+    what = "scores while training"
+    try:
+        files = monitor.open_files(config)
+    except UserError as error:
+        return Finding("FAIL", what, str(error))
+    return Finding("OK", what, "none are asked for" if files is None else "the extractor and the references fit")
 
 
 def main(argv: list[str]) -> int:

@@ -32,7 +32,7 @@ from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.losses import Perceptual
 from unite_fast.optim import ema
 from unite_fast.runtime import faults
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.runtime.distributed import Ranks, world_of_environment
 from unite_fast.session import Session
 from unite_fast.step import sampling_model
 
@@ -56,9 +56,10 @@ def open_files(config: Config) -> Files | None:
     known = [*ema.names(config.optim), "model"]
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
-    if config.train.strategy != "ddp":  # ranks with fewer tiles would leave the others waiting for their shards
+    # Ranks with fewer tiles would leave the others waiting for their shards.
+    if config.train.strategy != "ddp" and world_of_environment() > 1:
         raise UserError(
-            f"evaluation while training needs train.strategy=ddp, this is {config.train.strategy}; "
+            f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"
         )
     try:
@@ -111,6 +112,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The content of a score; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 class Monitor:
     """Calls of ``monitor(state)`` after each step, on all ranks, score what is due."""
 
@@ -124,7 +133,7 @@ class Monitor:
         last_step: int,
         perceptual: Perceptual | None,
     ) -> None:
-        """Removes scores later than ``state``: they will come again."""
+        """Removes scores later than ``state``: they will come again. Unfinished ones are taken up then."""
         self.config, self.session, self.files, self.perceptual = config, session, files, perceptual
         self.ranks: Ranks = session.ranks
         self.images_per_epoch, self.last_step = images_per_epoch, last_step
@@ -135,7 +144,7 @@ class Monitor:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("step_*"):
-                if int(path.name.split("_")[1]) > step:
+                if int(path.name.split("_")[1]) > step and path.suffix == ".json":
                     path.unlink()
         except OSError as error:
             raise UserError(f"{self.folder}: {error.strerror}") from None
@@ -144,7 +153,10 @@ class Monitor:
         """Scores what is due and not done yet; an empty string, or the state in which a stop ends all ranks."""
         for kind in due(self.config, state.images_seen, self.images_per_epoch, state.step == self.last_step):
             path = self.folder / f"step_{state.step:07d}_{kind}.json"
-            if self.ranks.decide(path.is_file):
+            finished = self.ranks.decide(functools.partial(_finished, path))
+            if finished is not None:  # perhaps after the checkpoint was saved, which then has an older scale
+                if "best" in finished:
+                    state.best_cfg_scale = finished["best"]["cfg_scale"]
                 continue
             try:
                 self.session.guarded(NAMES[kind], functools.partial(self._score, kind, state, path))
@@ -187,7 +199,7 @@ class Monitor:
         def compute(chosen: Settings) -> dict[str, Any]:
             return generation.score(state.model, chosen, extractor, reference, self.ranks, identity, options=options)
 
-        scored = guidance_search.Scored(progress, identity, compute, self.ranks)
+        scored = guidance_search.Scored(progress, identity, compute, self.ranks, discard=True)
         start = state.best_cfg_scale or self.config.sample.cfg_scale
         best = guidance_search.search(scored, settings(self.config, start))
         overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
@@ -224,7 +236,8 @@ class Monitor:
         temporary = path.with_name(f"{path.name}.incomplete")
         temporary.write_text(json.dumps(content, indent=1))
         temporary.replace(path)
-        path.with_suffix(".jsonl").unlink(missing_ok=True)
+        for left in self.folder.glob(f"{path.stem}.jsonl*"):  # of other numbers of ranks, too
+            left.unlink(missing_ok=True)
         shown = {k: v for k, v in content["result"].items() if k in ("fid", "is", "rfid", "psnr", "lpips")}
         scale = f" at w = {content['best_overall']['cfg_scale']:g}" if "best_overall" in content else ""
         said = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())

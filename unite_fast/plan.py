@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from unite_fast import data, memory, run, throughput
+from unite_fast import data, memory, monitor, run, throughput
 from unite_fast.config import Config, batch_split
 from unite_fast.losses import load_perceptual
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import distributed, sharding
+from unite_fast.runtime import distributed, graph, sharding
 from unite_fast.runtime.distributed import Ranks
 
 
@@ -48,8 +48,11 @@ def dry_run(config: Config, mfu: float | None = None) -> str:
     world = distributed.world_of_environment()
     split = batch_split(config.train, world)
     sharding.check(config, world)
-    source, missing = open_inputs(config)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    if device.type == "cuda":  # a plan made on another machine is for one with a GPU
+        graph.check(config, device)
+    source, missing = open_inputs(config)
+    monitor.open_files(config)
     ranks = Ranks(0, world, device)
     with torch.device("meta"):
         model = UNITE(config.model)

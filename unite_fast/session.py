@@ -125,6 +125,7 @@ class Session:
         self.config, self.ranks, self.path = config, ranks, folder(config)
         self.stop = Stop(ranks, config.train.max_minutes, started)
         self.step = 0
+        self.begun = False
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
         self.writer = Writer(self.path / "checkpoints", config, ranks)
         self.descriptor: int | None = None
@@ -146,7 +147,7 @@ class Session:
             raise UserError(f"run folder {self.path}: {error.strerror}; choose another with run_dir=PATH") from None
 
     def begin(self, step: int) -> None:
-        self.step = step
+        self.step, self.begun = step, True
         if self.ranks.is_main:
             self.status("running")
 
@@ -236,7 +237,8 @@ class Session:
             self.writer.abandon()
         else:
             self.stop.close()
-        if self._is_first_failure() if error is not None else self.ranks.is_main:
+        refused = isinstance(error, UserError) and not self.begun  # the status stays that of the run so far
+        if not refused and (self._is_first_failure() if error is not None else self.ranks.is_main):
             self.status(state, reason)
         self.stop.remove()
         if self.log is not None:

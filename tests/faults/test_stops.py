@@ -9,6 +9,7 @@ import time
 
 import pytest
 from jobs import STRAIGHT, equal
+from test_images import folder_job, images  # noqa: F401  (a fixture)
 from test_resume import torchrun
 
 fault = pytest.mark.fault
@@ -57,8 +58,7 @@ def test_stopped_while_saving(job):
     assert job.status["state"] == "failed"
 
 
-@fault("F28", "SIGTERM to torchrun", "all ranks stop after the same step, save, status preempted, within the grace")
-def test_sigterm_to_torchrun(job, straight):
+def stops_under_torchrun(job, straight):
     process = torchrun(job, *STRAIGHT, restarts=0, fault=SLOW)
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -70,6 +70,21 @@ def test_sigterm_to_torchrun(job, straight):
     assert job.status["state"] == "preempted"
     assert "SIGTERM" in job.status["reason"]
     resumes_exactly(job, straight)
+
+
+@fault("F28", "SIGTERM to torchrun", "all ranks stop after the same step, save, status preempted, within the grace")
+def test_sigterm_to_torchrun(job, straight):
+    stops_under_torchrun(job, straight)
+
+
+@fault("F28", "SIGTERM to torchrun", "the same with decoding workers, which the signal to a rank's group must not end")
+def test_sigterm_to_torchrun_with_workers(jobs, images):  # noqa: F811
+    job, straight = folder_job(jobs, images), folder_job(jobs, images, "straight")
+    for one in (job, straight):
+        config = one.config.read_text().replace("workers: 0", "workers: 1").replace("epochs: 1,", "epochs: 2,")
+        one.config.write_text(config)
+    straight.train(*STRAIGHT)
+    stops_under_torchrun(job, straight)
 
 
 @fault("F29", "SIGUSR1 or SIGTERM to one rank", "all ranks stop after the same step, save, exit 0; resume is exact")

@@ -85,6 +85,7 @@ class _StartWorker:
         self.progress = progress
 
     def __call__(self, worker: int) -> None:
+        os.setpgid(0, 0)  # torchrun ends a rank by SIGTERM to its group: the rank still trains a step and needs batches
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the training process

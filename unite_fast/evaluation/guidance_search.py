@@ -24,9 +24,17 @@ LOWS = (0.0, 0.05, 0.15, 0.2)
 class Scored:
     """A cache of scores in a .jsonl file: one line per settings, with the ``identity`` of files."""
 
-    def __init__(self, path: Path, identity: str, compute: Callable[[Settings], dict[str, Any]], ranks: Ranks) -> None:
-        """All ranks must call it. Raises UserError for a file of another identity."""
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        compute: Callable[[Settings], dict[str, Any]],
+        ranks: Ranks,
+        discard: bool = False,
+    ) -> None:
+        """All ranks must call it. Raises UserError for a file of another identity, unless it is to be discarded."""
         self.path, self.identity, self.compute, self.ranks = path, identity, compute, ranks
+        self.discard = discard
         self.rows: list[dict[str, Any]] = ranks.decide(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -37,6 +45,8 @@ class Scored:
             except ValueError:  # a line cut short by an interruption
                 continue
             if row["identity"] != self.identity:
+                if self.discard:
+                    continue
                 raise UserError(
                     f"{self.path} holds scores of another checkpoint, network or reference; choose another --out"
                 )

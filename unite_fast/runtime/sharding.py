@@ -56,17 +56,32 @@ def check(config: Config, world_size: int) -> None:
     shard_size(config, world_size)
     if t.strategy == "ddp":
         return
-    refused = {
-        "train.on_oom=halve": t.on_oom == "halve",  # a rank that starts its micro-step again would gather alone
-        f"efficiency.compile={e.compile}": e.compile != "none",  # compiled layers are called past FSDP's hooks
-        f"efficiency.cuda_graph={e.cuda_graph}": e.cuda_graph != "none",
-        "efficiency.shard_muon=false": not e.shard_muon,
-        "efficiency.overlap_gradients=false": not e.overlap_gradients,
-        "train.replica_check_every": t.strategy == "fsdp2" and bool(t.replica_check_every),
-    }
-    for key, asked in refused.items():
+    # What is asked for, whether it is refused, and the neutral value.
+    refused = (
+        # a rank that starts its micro-step again would gather alone
+        ("train.on_oom=halve", t.on_oom == "halve", "train.on_oom=fail"),
+        # compiled layers are called past FSDP's hooks
+        (f"efficiency.compile={e.compile}", e.compile != "none", "efficiency.compile=none"),
+        (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
+        ("efficiency.shard_muon=false", not e.shard_muon, "efficiency.shard_muon=true"),
+        ("efficiency.overlap_gradients=false", not e.overlap_gradients, "efficiency.overlap_gradients=true"),
+        (
+            f"train.replica_check_every={t.replica_check_every}",
+            t.strategy == "fsdp2" and t.replica_check_every > 0,
+            "train.replica_check_every=0",
+        ),
+        # the other recipes keep whole weights
+        (
+            f"efficiency.precision={e.precision}",
+            world_size > 1 and e.precision not in ("fp32", "bf16"),
+            "efficiency.precision=bf16",
+        ),
+    )
+    for key, asked, neutral in refused:
         if asked:
-            raise UserError(f"train.strategy={t.strategy} does not work with {key}; use train.strategy=ddp or leave it")
+            raise UserError(
+                f"train.strategy={t.strategy} does not work with {key}; set {neutral}, or train.strategy=ddp"
+            )
 
 
 def apply(
