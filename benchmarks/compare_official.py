@@ -128,6 +128,8 @@ def sampling_variants(
     official: Official, ours: Ours, labels: Tensor, steps: int, recipe: str
 ) -> dict[str, Callable[[], Tensor]]:
     device = labels.device
+    # The updates that were timed followed gradients of different draws.
+    interop.load_weights(ours.model, interop.clean_keys(official.model.state_dict()), "the official model")
     noise = torch.randn(len(labels), *ours.model.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
     guidance = (3.4, (0.1, 1.0))
 
