@@ -28,7 +28,7 @@ from unite_fast.model.encoder import Block
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import copies_group, local
-from unite_fast.runtime import compiling, faults, graph, precision, sharding
+from unite_fast.runtime import compiling, faults, graph, overlap, precision, sharding
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
@@ -268,9 +268,8 @@ def strategy_line(config: Config, ranks: Ranks) -> str:
     if world == 1:
         return "one process"
     if t.strategy == "ddp":
-        overlapped = e.overlap_gradients and t.on_oom == "fail" and e.cuda_graph == "none"
         parts = f"divided over {world} ranks" if e.shard_muon else "whole on every rank"
-        return f"ddp, gradients averaged {'during' if overlapped else 'after'} the backward, Muon {parts}"
+        return f"ddp, gradients averaged {'during' if overlap.wanted(config) else 'after'} the backward, Muon {parts}"
     size = sharding.shard_size(config, world)
     return f"{t.strategy}, {world // size} x {size} shards, Muon divided over {size} ranks"
 

@@ -16,7 +16,7 @@ from unite_fast.losses import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.parts import local
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.runtime import faults, graph, precision
+from unite_fast.runtime import faults, graph, overlap, precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.runtime.guards import SkipCounter
 from unite_fast.runtime.overlap import Averager
@@ -84,8 +84,8 @@ class TrainStep:
     def prepare(self, state: TrainState) -> None:
         """Before the first step: what averages its gradients, and the graphs of its parts."""
         e, optimizer = self.config.efficiency, state.optimizer
-        overlap = e.overlap_gradients and self.config.train.on_oom == "fail" and e.cuda_graph == "none"
-        self.averager = Averager(list(optimizer.parameters.values()), self.ranks, overlap, optimizer.sharded)
+        early = overlap.wanted(self.config)
+        self.averager = Averager(list(optimizer.parameters.values()), self.ranks, early, optimizer.sharded)
         if e.cuda_graph != "none":
             self.graphs = Graphs(self, state)
 
