@@ -27,10 +27,11 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) fail(parts...);
-}
+// A macro, so that the text is made only where the check fails: these checks run for every tensor of every list.
+#define UNITE_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::unite::fail(__VA_ARGS__); \
+  } while (false)
 
 inline std::string shape_text(const int64_t* sizes, int64_t count) {
   std::ostringstream text;
@@ -48,15 +49,15 @@ inline bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == Scala
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool equal = tensor.dim() == int64_t(shape.size());
   for (int64_t i = 0; equal && i < tensor.dim(); ++i) equal = tensor.size(i) == shape.begin()[i];
-  require(equal, op, ": ", name, " must have shape ", shape_text(shape.begin(), shape.size()), ", not ",
-          shape_text(tensor));
+  UNITE_CHECK(equal, op, ": ", name, " must have shape ", shape_text(shape.begin(), shape.size()), ", not ",
+              shape_text(tensor));
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& tensor, const char* model_name,
                              const Tensor& model) {
   const auto sizes = tensor.sizes(), expected = model.sizes();  // each size(i) would be a call into libtorch
-  require(std::ranges::equal(sizes, expected), op, ": ", name, " has shape ", shape_text(tensor), " and ", model_name,
-          " ", shape_text(model));
+  UNITE_CHECK(std::ranges::equal(sizes, expected), op, ": ", name, " has shape ", shape_text(tensor), " and ",
+              model_name, " ", shape_text(model));
 }
 
 }  // namespace unite

@@ -6,8 +6,8 @@ namespace unite {
 namespace {
 
 Shape shape_of(const char* op, const Tensor& x) {
-  require(x.dim() == 3, op, ": x must have shape (batch, tokens, width), not ", shape_text(x));
-  require(x.size(2) > 0, op, ": x has width 0");
+  UNITE_CHECK(x.dim() == 3, op, ": x must have shape (batch, tokens, width), not ", shape_text(x));
+  UNITE_CHECK(x.size(2) > 0, op, ": x has width 0");
   return {x.size(0), x.size(1), x.size(2)};
 }
 
@@ -15,15 +15,15 @@ Shape shape_of(const char* op, const Tensor& x) {
 Types types_of(const char* op, const Tensor& x, const char* branch_name, const Tensor& branch) {
   const Types types{check_large(op, "x", x), check_large(op, branch_name, branch)};
   check_same_shape(op, branch_name, branch, "x", x);
-  require(!types.residual_bf16 || types.branch_bf16, op, ": ", branch_name, " is float32 and x bfloat16; ",
-          "supported are float32 and float32, float32 x and bfloat16 ", branch_name, ", bfloat16 and bfloat16");
+  UNITE_CHECK(!types.residual_bf16 || types.branch_bf16, op, ": ", branch_name, " is float32 and x bfloat16; ",
+              "supported are float32 and float32, float32 x and bfloat16 ", branch_name, ", bfloat16 and bfloat16");
   return types;
 }
 
 void check_residual_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   check_large(op, name, tensor);
   check_same_shape(op, name, tensor, "x", x);
-  require(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
+  UNITE_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
 }
 
 // Sums over the samples of weight(b) * sums(b): the gradient of a width-sized weight. `scale` adds the factor 1 +

@@ -13,17 +13,18 @@ struct QkInputs {
   QkInputs(const char* op, const Tensor& qk, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
            int64_t heads, int64_t prefix) {
     const bool bf16 = check_large(op, "qk", qk);
-    require(qk.dim() == 3, op, ": qk must have shape (batch, tokens, 2 width), not ", shape_text(qk));
-    require(heads > 0 && qk.size(2) > 0 && qk.size(2) % (2 * heads) == 0, op, ": the last dimension of qk, ",
-            qk.size(2), ", is not 2 * heads * head_dim with ", heads, " heads");
+    UNITE_CHECK(qk.dim() == 3, op, ": qk must have shape (batch, tokens, 2 width), not ", shape_text(qk));
+    UNITE_CHECK(heads > 0 && qk.size(2) > 0 && qk.size(2) % (2 * heads) == 0, op, ": the last dimension of qk, ",
+                qk.size(2), ", is not 2 * heads * head_dim with ", heads, " heads");
     const int64_t tokens = qk.size(1), head_dim = qk.size(2) / (2 * heads);
-    require(head_dim % 2 == 0, op, ": head_dim ", head_dim, " is odd, so it has no pairs to rotate");
-    require(prefix >= 0, op, ": prefix is negative: ", prefix);
+    UNITE_CHECK(head_dim % 2 == 0, op, ": head_dim ", head_dim, " is odd, so it has no pairs to rotate");
+    UNITE_CHECK(prefix >= 0, op, ": prefix is negative: ", prefix);
     q_weight = Small(op, "q_weight", q, {head_dim});
     k_weight = Small(op, "k_weight", k, {head_dim});
-    require(c.dim() == 2, op, ": cos must have shape (positions, head_dim / 2), not ", shape_text(c));
+    UNITE_CHECK(c.dim() == 2, op, ": cos must have shape (positions, head_dim / 2), not ", shape_text(c));
     const int64_t positions = c.size(0);
-    require(positions >= tokens - prefix, op, ": cos has ", positions, " positions for ", tokens - prefix, " tokens");
+    UNITE_CHECK(positions >= tokens - prefix, op, ": cos has ", positions, " positions for ", tokens - prefix,
+                " tokens");
     cos = Small(op, "cos", torch::stable::contiguous(c), {positions, head_dim / 2});
     sin = Small(op, "sin", torch::stable::contiguous(s), {positions, head_dim / 2});
     args.shape = {qk.size(0), tokens, qk.size(2)};
@@ -46,8 +47,8 @@ struct SwigluInputs {
 
   SwigluInputs(const char* op, const Tensor& x, const std::optional<Tensor>& b) {
     const bool bf16 = check_large(op, "x", x);
-    require(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && x.size(x.dim() - 1) % 2 == 0, op,
-            ": the last dimension of x must be even (two halves), but its shape is ", shape_text(x));
+    UNITE_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && x.size(x.dim() - 1) % 2 == 0, op,
+                ": the last dimension of x must be even (two halves), but its shape is ", shape_text(x));
     y_sizes.assign(x.sizes().begin(), x.sizes().end());
     y_sizes.back() /= 2;
     args.width = y_sizes.back();
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qk, Tens
   QkInputs in(op, qk, q_weight, k_weight, cos, sin, heads, prefix);
   check_large(op, "dout", dout);
   check_same_shape(op, "dout", dout, "qk", qk);
-  require(dout.scalar_type() == qk.scalar_type(), op, ": dout must have the dtype of qk");
+  UNITE_CHECK(dout.scalar_type() == qk.scalar_type(), op, ": dout must have the dtype of qk");
   check_float32(op, "rstd", rstd);
   check_shape(op, "rstd", rstd, {in.args.shape.samples, in.args.shape.rows, 2, heads});
   const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks();
@@ -112,10 +113,10 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy, Tensor x, std::optional<Tensor>
   const char* op = "swiglu_bwd";
   SwigluInputs in(op, x, bias);
   check_large(op, "dy", dy);
-  require(dy.scalar_type() == x.scalar_type(), op, ": dy must have the dtype of x");
+  UNITE_CHECK(dy.scalar_type() == x.scalar_type(), op, ": dy must have the dtype of x");
   bool equal = dy.dim() == x.dim();
   for (int64_t i = 0; equal && i < dy.dim(); ++i) equal = dy.size(i) == in.y_sizes[i];
-  require(equal, op, ": dy must have shape ", shape_text(in.y_sizes.data(), x.dim()), ", not ", shape_text(dy));
+  UNITE_CHECK(equal, op, ": dy must have shape ", shape_text(in.y_sizes.data(), x.dim()), ", not ", shape_text(dy));
   const int64_t columns = 2 * in.args.width, tasks = in.tasks();
   Tensor dx = torch::stable::empty_like(x), dbias = empty_float(x, {bias.has_value() ? columns : 0});
   const Scratch partial = scratch(bias.has_value() ? tasks * columns : 0);

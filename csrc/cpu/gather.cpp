@@ -33,15 +33,15 @@ void copy_rows(const Copy* begin, const Copy* end, size_t bytes) {
 
 void check_bytes_tensor(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
-  require(tensor.scalar_type() == ScalarType::Byte, op, ": ", name, " must be uint8");
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
-  require(tensor.dim() >= 1, op, ": ", name, " has no dimension");
+  UNITE_CHECK(tensor.scalar_type() == ScalarType::Byte, op, ": ", name, " must be uint8");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension");
 }
 
 const int64_t* integers(const char* op, const char* name, const Tensor& tensor, int64_t count) {
   check_cpu(op, name, tensor);
-  require(tensor.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(tensor.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
   check_shape(op, name, tensor, {count});
   return static_cast<const int64_t*>(tensor.data_ptr());
 }
@@ -57,17 +57,17 @@ int64_t row_bytes(const Tensor& tensor) {
 void gather_rows(std::vector<Tensor> parts, Tensor part, Tensor row, Tensor out, int64_t threads) {
   const char* op = "gather_rows";
   check_bytes_tensor(op, "out", out);
-  require(threads >= 1, op, ": threads must be positive, not ", threads);
+  UNITE_CHECK(threads >= 1, op, ": threads must be positive, not ", threads);
   const int64_t count = out.size(0), bytes = row_bytes(out);
   const int64_t *which = integers(op, "part", part, count), *index = integers(op, "row", row, count);
   std::vector<Copy> copies(static_cast<size_t>(count));
   uint8_t* target = static_cast<uint8_t*>(out.data_ptr());
   for (int64_t i = 0; i < count; ++i) {
-    require(which[i] >= 0 && which[i] < int64_t(parts.size()), op, ": part ", which[i], " of ", parts.size());
+    UNITE_CHECK(which[i] >= 0 && which[i] < int64_t(parts.size()), op, ": part ", which[i], " of ", parts.size());
     const Tensor& source = parts[static_cast<size_t>(which[i])];
     check_bytes_tensor(op, "parts", source);
-    require(row_bytes(source) == bytes, op, ": rows of parts have ", row_bytes(source), " bytes, of out ", bytes);
-    require(index[i] >= 0 && index[i] < source.size(0), op, ": row ", index[i], " of ", source.size(0));
+    UNITE_CHECK(row_bytes(source) == bytes, op, ": rows of parts have ", row_bytes(source), " bytes, of out ", bytes);
+    UNITE_CHECK(index[i] >= 0 && index[i] < source.size(0), op, ": row ", index[i], " of ", source.size(0));
     copies[static_cast<size_t>(i)] = {static_cast<const uint8_t*>(source.data_ptr()) + index[i] * bytes,
                                       target + i * bytes};
   }

@@ -25,7 +25,7 @@ std::vector<Chunk> chunks_of(const List& list) {
 }
 
 std::vector<float*> pointers_of(const char* op, const char* name, const List& list, const List& model) {
-  require(list.size() == model.size(), op, ": ", name, " has ", list.size(), " tensors, expected ", model.size());
+  UNITE_CHECK(list.size() == model.size(), op, ": ", name, " has ", list.size(), " tensors, expected ", model.size());
   std::vector<float*> pointers;
   for (size_t i = 0; i < list.size(); ++i) {
     check_float32(op, name, list[i]);
@@ -37,11 +37,11 @@ std::vector<float*> pointers_of(const char* op, const char* name, const List& li
 
 // Updates of Muon: float32 or bfloat16, one dtype for the list.
 std::vector<char*> updates_of(const char* op, const List& list, const List& model, bool& bf16) {
-  require(list.size() == model.size(), op, ": updates has ", list.size(), " tensors, expected ", model.size());
+  UNITE_CHECK(list.size() == model.size(), op, ": updates has ", list.size(), " tensors, expected ", model.size());
   std::vector<char*> pointers;
   for (size_t i = 0; i < list.size(); ++i) {
     const bool this_bf16 = check_large(op, "updates", list[i]);
-    require(i == 0 || this_bf16 == bf16, op, ": updates must have one dtype");
+    UNITE_CHECK(i == 0 || this_bf16 == bf16, op, ": updates must have one dtype");
     bf16 = this_bf16;
     check_same_shape(op, "updates", list[i], "its counterpart", model[i]);
     pointers.push_back(static_cast<char*>(list[i].data_ptr()));
@@ -52,14 +52,14 @@ std::vector<char*> updates_of(const char* op, const List& list, const List& mode
 float scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, float otherwise) {
   if (!tensor.has_value()) return otherwise;
   check_float32(op, name, *tensor);
-  require(tensor->numel() == 1, op, ": ", name, " must hold one value");
+  UNITE_CHECK(tensor->numel() == 1, op, ": ", name, " must hold one value");
   return *floats(*tensor);
 }
 
 bool skipped(const char* op, const std::optional<Tensor>& skip) {
   if (!skip.has_value()) return false;
   check_cpu(op, "skip", *skip);
-  require(skip->scalar_type() == ScalarType::Bool && skip->numel() == 1, op, ": skip must hold one bool");
+  UNITE_CHECK(skip->scalar_type() == ScalarType::Bool && skip->numel() == 1, op, ": skip must hold one bool");
   return *static_cast<const bool*>(skip->data_ptr());
 }
 
@@ -74,7 +74,7 @@ void for_chunks(const List& list, const F& f) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> clip(List tensors, double max_norm) {
-  require(!tensors.empty(), "clip: no tensors");
+  UNITE_CHECK(!tensors.empty(), "clip: no tensors");
   const std::vector<float*> x = pointers_of("clip", "tensors", tensors, tensors);
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<double> partial(chunks.size());
@@ -144,7 +144,7 @@ void muon_apply_(List params, List updates, Tensor lr, std::vector<double> scale
   const auto u = updates_of(op, updates, params, bf16);
   const bool with_ema = !ema.empty();
   const auto e = with_ema ? pointers_of(op, "ema", ema, params) : std::vector<float*>(params.size());
-  require(scales.size() == params.size(), op, ": ", params.size(), " params but ", scales.size(), " scales");
+  UNITE_CHECK(scales.size() == params.size(), op, ": ", params.size(), " params but ", scales.size(), " scales");
   const double rate = scalar(op, "lr", lr, 0.0f);
   const MuonFactors factors{1.0f, 0.0f, 0.0f, float(1.0 - rate * weight_decay), float(rate), float(1.0 - ema_decay)};
   if (skipped(op, skip)) return;
@@ -159,9 +159,7 @@ void ema_(List ema, List params, Tensor weight, std::optional<Tensor> skip) {
   const auto e = pointers_of("ema_", "ema", ema, ema), p = pointers_of("ema_", "params", params, ema);
   const float w = scalar("ema_", "weight", weight, 0.0f);
   if (skipped("ema_", skip)) return;
-  for_chunks(ema, [&](const Chunk& k) {
-    kernels().ema(w, e[k.tensor] + k.begin, p[k.tensor] + k.begin, k.count);
-  });
+  for_chunks(ema, [&](const Chunk& k) { kernels().ema(w, e[k.tensor] + k.begin, p[k.tensor] + k.begin, k.count); });
 }
 
 }  // namespace unite

@@ -10,28 +10,28 @@
 namespace unite {
 
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  require(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  UNITE_CHECK(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
 }
 
 // A large tensor: float32 or bfloat16, contiguous, on the CPU. Returns whether it is bfloat16.
 inline bool check_large(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
-  require(is_float(tensor) || is_bf16(tensor), op, ": ", name, " must be float32 or bfloat16");
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(is_float(tensor) || is_bf16(tensor), op, ": ", name, " must be float32 or bfloat16");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
   return is_bf16(tensor);
 }
 
 inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
-  require(is_float(tensor), op, ": ", name, " must be float32");
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(is_float(tensor), op, ": ", name, " must be float32");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
 inline void check_int64(const char* op, const char* name, const Tensor& tensor, int64_t count) {
   check_cpu(op, name, tensor);
-  require(tensor.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
+  UNITE_CHECK(tensor.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
   check_shape(op, name, tensor, {count});
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
 // A weight or a modulation, (D) or (B, D), read as float32: in place where its rows are float32 and dense (they may be
@@ -42,7 +42,7 @@ class Small {
   Small(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape)
       : tensor_(tensor) {
     check_cpu(op, name, tensor);
-    require(is_float(tensor) || is_bf16(tensor), op, ": ", name, " must be float32 or bfloat16");
+    UNITE_CHECK(is_float(tensor) || is_bf16(tensor), op, ": ", name, " must be float32 or bfloat16");
     check_shape(op, name, tensor, shape);
     const int64_t dim = tensor.dim(), width = tensor.size(dim - 1);
     if (!is_float(tensor)) tensor_ = torch::stable::to(tensor, ScalarType::Float);

@@ -38,8 +38,8 @@ void for_parts(int64_t rows, int64_t size, const F& f) {
 
 Tensor draw_matrix(const char* op, int64_t seed, int64_t stream, const Tensor& samples, int64_t count,
                    void (*draw)(Draw, int64_t, int64_t, int64_t, float*)) {
-  require(samples.dim() == 1, op, ": samples must have shape (batch,), not ", shape_text(samples));
-  require(count >= 0, op, ": count is negative: ", count);
+  UNITE_CHECK(samples.dim() == 1, op, ": samples must have shape (batch,), not ", shape_text(samples));
+  UNITE_CHECK(count >= 0, op, ": count is negative: ", count);
   const int64_t batch = samples.size(0);
   const int64_t* index = sample_indices(op, samples, batch);
   Tensor out = empty_float(samples, {batch, count});
@@ -58,7 +58,7 @@ struct Latents {
 
 Latents latents_of(const char* op, const Tensor& z) {
   const bool bf16 = check_large(op, "z", z);
-  require(z.dim() >= 1, op, ": z must have a batch dimension");
+  UNITE_CHECK(z.dim() >= 1, op, ": z must have a batch dimension");
   const int64_t batch = z.size(0);
   return {batch, batch > 0 ? z.numel() / batch : 0, bf16 ? 2 : 4, bf16, static_cast<const char*>(z.data_ptr())};
 }
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor z, Tensor labels, Tens
                                                    double shift, double label_drop, int64_t null_label) {
   const char* op = "flow_corruption";
   const Latents in = latents_of(op, z);
-  require(steps >= 0, op, ": steps is negative: ", steps);
+  UNITE_CHECK(steps >= 0, op, ": steps is negative: ", steps);
   const int64_t* index = sample_indices(op, samples, in.batch);
   check_int64(op, "labels", labels, in.batch);
   const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());

@@ -15,19 +15,19 @@ using List = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
 void check_cuda(const char* op, const char* name, const Tensor& tensor, const Tensor& model) {
-  require(tensor.is_cuda() && tensor.get_device_index() == model.get_device_index(), op, ": ", name,
-          " must be on the same CUDA device as the first tensor");
-  require(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  UNITE_CHECK(tensor.is_cuda() && tensor.get_device_index() == model.get_device_index(), op, ": ", name,
+              " must be on the same CUDA device as the first tensor");
+  UNITE_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
 void check_list(const char* op, const char* name, const List& list, const List& model, bool updates = false) {
-  require(!model.empty(), op, ": no tensors");
-  require(list.size() == model.size(), op, ": ", name, " has ", list.size(), " tensors, expected ", model.size());
+  UNITE_CHECK(!model.empty(), op, ": no tensors");
+  UNITE_CHECK(list.size() == model.size(), op, ": ", name, " has ", list.size(), " tensors, expected ", model.size());
   for (size_t i = 0; i < list.size(); ++i) {
     check_cuda(op, name, list[i], model[0]);
-    require(is_float(list[i]) || (updates && is_bf16(list[i])), op, ": ", name, " must be float32",
-            updates ? " or bfloat16" : "");
-    require(list[i].scalar_type() == list[0].scalar_type(), op, ": ", name, " must have one dtype");
+    UNITE_CHECK(is_float(list[i]) || (updates && is_bf16(list[i])), op, ": ", name, " must be float32",
+                updates ? " or bfloat16" : "");
+    UNITE_CHECK(list[i].scalar_type() == list[0].scalar_type(), op, ": ", name, " must have one dtype");
     check_same_shape(op, name, list[i], "its counterpart", model[i]);
   }
 }
@@ -38,7 +38,7 @@ T* scalar(const char* op, const char* name, const Maybe& tensor, const Tensor& m
   check_cuda(op, name, *tensor, model);
   constexpr bool flag = std::is_same_v<std::remove_const_t<T>, bool>;
   const bool right = flag ? tensor->scalar_type() == ScalarType::Bool : is_float(*tensor);
-  require(right && tensor->numel() == 1, op, ": ", name, " must hold one value of the right dtype");
+  UNITE_CHECK(right && tensor->numel() == 1, op, ": ", name, " must hold one value of the right dtype");
   return static_cast<T*>(tensor->data_ptr());
 }
 
@@ -68,7 +68,7 @@ void for_tables(const List* const (&lists)[N], const std::vector<double>* scales
       chunks += chunks_of(first);
     }
     table.first_chunk[table.count] = int(chunks);
-    require(chunks < (int64_t(1) << 31), "more than 2^31 chunks in one multi-tensor launch");
+    UNITE_CHECK(chunks < (int64_t(1) << 31), "more than 2^31 chunks in one multi-tensor launch");
     if (chunks > 0) {
       launch(table, unsigned(chunks), before);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -180,7 +180,7 @@ void muon_apply_(List params, List updates, Tensor lr, std::vector<double> scale
   check_list(op, "params", params, params);
   check_list(op, "updates", updates, params, true);
   if (!ema.empty()) check_list(op, "ema", ema, params);
-  require(scales.size() == params.size(), op, ": ", params.size(), " params but ", scales.size(), " scales");
+  UNITE_CHECK(scales.size() == params.size(), op, ": ", params.size(), " params but ", scales.size(), " scales");
   const Muon args{scalar<const float>(op, "lr", lr, params[0]),
                   nullptr,
                   scalar<const bool>(op, "skip", skip, params[0]),
