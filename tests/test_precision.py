@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import TINY, command
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -28,199 +26,11 @@ from unite_fast.runtime import precision
 from unite_fast.runtime.distributed import Ranks
 from unite_fast.step import TrainStep
 from unite_kernels import copied_linear
-from unite_kernels.copied_linear import half_linear, quantise, scaled_linear, with_weight_gradient, write_scaled_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 OLD_CPU = DEVICE.type == "cpu" and tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 13)
 ROWWISE = pytest.param(True, marks=pytest.mark.skipif(OLD_CPU, reason="a scale per row on CPUs needs torch 2.13"))
 FP8 = ["fp8", pytest.param("fp8_rowwise", marks=ROWWISE.marks)]
-
-
-# --- products --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e8])
-def test_quantised_values_come_back(dtype, per_row, magnitude):
-    x = torch.randn(9, 33, generator=torch.Generator().manual_seed(0)) * magnitude
-    x[4] *= 1e-3
-    values, factors = quantise(x, dtype, per_row)
-    assert values.dtype == dtype
-    assert factors.shape == ((9, 1) if per_row else ())
-    step = 2.0 ** -(4 if dtype == E4M3 else 3)  # half the distance of neighbours, relative
-    floor = torch.finfo(dtype).smallest_normal * factors  # below it the distance is absolute
-    assert ((values.float() * factors - x).abs() <= step * x.abs() + floor).all()
-    largest = x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()
-    torch.testing.assert_close(factors * torch.finfo(dtype).max, largest, rtol=1e-6, atol=0)
-
-
-def test_quantising_nothing_and_what_is_not_finite():
-    values, factors = quantise(torch.zeros(4, 4), E4M3)
-    assert (values.float() * factors == 0).all()
-    for bad in (torch.inf, torch.nan):
-        x = torch.ones(4, 4)
-        x[1, 2] = bad
-        values, factors = quantise(x, E4M3)
-        assert (values.float() * factors).isnan().all()
-        values, factors = quantise(x, E5M2, per_row=True)
-        assert (values.float() * factors).isnan().any(1).tolist() == [False, True, False, False]
-
-
-def layer(k: int, n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(k + n)
-    weight = torch.randn(n, k, generator=generator) / k**0.5
-    return weight.to(DEVICE).requires_grad_(), torch.randn(n, generator=generator).to(DEVICE).requires_grad_()
-
-
-def copies_of(weight: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, k = weight.shape
-    made = (
-        torch.empty(n, k, dtype=E4M3, device=DEVICE),
-        torch.full((n, 1) if per_row else (), torch.nan, device=DEVICE),
-        torch.empty(k, n, dtype=E4M3, device=DEVICE),
-        torch.full((k, 1) if per_row else (), torch.nan, device=DEVICE),
-    )
-    write_scaled_(weight.detach(), *made)
-    return made
-
-
-def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Relative distances."""
-    return [float((a.double() - b).norm().detach() / b.norm().detach()) for a, b in zip(found, exact, strict=True)]
-
-
-def with_gradients(y: Tensor, dy: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-
-def setting(k: int, n: int, rows: tuple[int, ...], split: int | None):
-    """x, weight, bias, and the float64 output and gradients for dy."""
-    weight, bias = layer(k, n)
-    x = torch.randn(*rows, k, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
-    dy = torch.randn(*rows, n, generator=torch.Generator().manual_seed(3)).to(DEVICE) * 1e-6
-    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    return x, weight, bias, dy, with_gradients(F.linear(*exact), dy.double(), *exact)
-
-
-def bounds(n: int, split: int | None) -> tuple[int, ...]:
-    return (0, n) if split is None else (0, split, n)
-
-
-@pytest.mark.parametrize("split", [None, 32])
-@pytest.mark.parametrize(("k", "n", "rows"), [(32, 96, (3, 5)), (48, 64, (17,)), (64, 80, (2, 3, 7))])
-def test_half_linear(k, n, rows, split):
-    """At most the error of autocast's linear layer, and a weight gradient in float32."""
-    x, weight, bias, dy, exact = setting(k, n, rows, split)
-    copy, bias_copy = weight.detach().bfloat16(), bias.detach().bfloat16()
-    y = torch.cat(half_linear(x, weight, bias, copy, bias_copy, bounds(n, split)), -1)
-    ours = with_gradients(y, dy, x, weight, bias)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        theirs = with_gradients(F.linear(x, weight, bias), dy, x, weight, bias)
-    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    for a, b in zip(errors(ours, exact), errors(theirs, exact), strict=True):
-        assert a <= 1.2 * b
-    (y,) = half_linear(x, weight, None, copy, None, (0, n))
-    torch.testing.assert_close(y, F.linear(x.bfloat16(), copy))
-
-
-@pytest.mark.parametrize("per_row", [False, ROWWISE])
-@pytest.mark.parametrize("split", [None, 32])
-@pytest.mark.parametrize(("k", "n", "rows"), [(32, 96, (3, 5)), (48, 64, (17,)), (128, 256, (2, 3, 7))])
-def test_scaled_linear(k, n, rows, split, per_row):
-    x, weight, bias, dy, exact = setting(k, n, rows, split)
-    copies, bias_copy = copies_of(weight, per_row), bias.detach().bfloat16()
-    parts = scaled_linear(x, weight, bias, copies, bias_copy, bounds(n, split))
-    assert all(part.is_contiguous() for part in parts)
-    ours = with_gradients(torch.cat(parts, -1), dy, x, weight, bias)
-    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    y, dx, dweight, dbias = errors(ours, exact)
-    assert y < 0.05  # two operands of 4 bits
-    assert 0.005 < dx < (0.05 if per_row else 0.08)  # in float8: 3 bits of dy with one scale
-    assert dweight < 0.006  # in bfloat16
-    assert dbias < 0.006
-    (y,) = scaled_linear(x, weight, None, copies, None, (0, n))
-    assert errors([y], [F.linear(x, weight).double()])[0] < 0.05
-
-
-@pytest.mark.parametrize("kind", ["plain", "half", "tensor", pytest.param("row", marks=ROWWISE.marks)])
-def test_some_of_the_columns(kind):
-    """As the last block asks for them: queries of a few rows, then keys and values of all. The rest of dW is zero."""
-    x, weight, bias, dy, _ = setting(32, 96, (3, 5), None)
-    ours = Linear(32, 96, large=True).to(DEVICE)
-    with torch.no_grad():
-        ours.weight.copy_(weight)
-        ours.bias.copy_(bias)
-    if kind != "plain":
-        name = {"half": "bf16", "tensor": "fp8", "row": "fp8_rowwise"}[kind]
-        precision.apply(ours, EfficiencyConfig(precision=name), DEVICE).refresh()
-    for wanted in ((0, 32), (32, 64, 96), (16, 48)):
-        where = slice(wanted[0], wanted[-1])
-        parts = ours.parts(x, *wanted)
-        assert [part.shape[-1] for part in parts] == [b - a for a, b in itertools.pairwise(wanted)]
-        assert all(part.is_contiguous() for part in parts)
-        found = with_gradients(torch.cat(parts, -1), dy[..., where], x, ours.weight, ours.bias)
-        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-        expected = with_gradients(F.linear(*exact)[..., where], dy[..., where].double(), *exact)
-        assert max(errors(found, expected)) < {"plain": 1e-5, "half": 0.01}.get(kind, 0.08)
-        others = torch.ones(96, dtype=torch.bool, device=DEVICE)
-        others[where] = False
-        assert (found[2][others] == 0).all()
-        assert (found[3][others] == 0).all()
-
-
-def test_scaled_gradients_below_the_range_of_half_precision():
-    """A gradient of 1e-12, as a mean over many pixels gives, is not lost: its scale comes from its own values."""
-    x, weight, bias, dy, exact = setting(64, 64, (5,), None)
-    (y,) = scaled_linear(x, weight, bias, copies_of(weight, False), bias.detach().bfloat16(), (0, 64))
-    _, dx, dweight, _ = with_gradients(y, dy * 1e-12, x, weight, bias)
-    scaled = [exact[1] * 1e-12, exact[2] * 1e-12]
-    assert max(errors([dx, dweight], scaled)) < 0.08
-
-
-@pytest.mark.parametrize("kind", ["half", "tensor", pytest.param("row", marks=ROWWISE.marks)])
-def test_compiled_in_one_graph(kind):
-    x, weight, bias, dy, _ = setting(32, 96, (3, 5), 32)
-    bias_copy = bias.detach().bfloat16()
-    copies = copies_of(weight, kind == "row")
-
-    def call(x: Tensor) -> Tensor:
-        if kind == "half":
-            return torch.cat(half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, (0, 32, 96)), -1)
-        return torch.cat(scaled_linear(x, weight, bias, copies, bias_copy, (0, 32, 96)), -1)
-
-    eager = with_gradients(call(x), dy, x, weight, bias)
-    torch._dynamo.reset()
-    compiled = with_gradients(torch.compile(call, backend="aot_eager", fullgraph=True)(x), dy, x, weight, bias)
-    for a, b in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * float(b.detach().abs().max()))
-
-
-@pytest.mark.parametrize("name", ["bf16", "fp8"])
-def test_layers_share_compiled_code(name):
-    """Blocks compiled one by one give two graphs, the last block's modulation being strided otherwise; none later."""
-    config = from_dict(parse_yaml(TINY, "tiny")).model
-    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, depth=5, in_context_len=0))
-    model = build(config)
-    recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    for block in model.encoder.blocks:
-        block.compile(backend=counter, fullgraph=True)
-    for _ in range(2):
-        with recipe.step():
-            model.tokenize(torch.rand(2, 1, 8, 8)).square().sum().backward()
-    assert counter.frame_count == 2
-
-
-def test_weight_gradient_beside_another_product():
-    """What Transformer Engine's layers get: their own output and input gradient, our weight gradient."""
-    x, weight, bias, dy, exact = setting(32, 48, (3, 5), None)
-    half = x.bfloat16()
-    y = F.linear(half, weight.detach().bfloat16(), bias.detach().bfloat16())
-    ours = with_gradients(with_weight_gradient(y, half, weight, bias), dy, x, weight, bias)
-    assert max(errors(ours, exact)) < 0.01
 
 
 # --- which layers ----------------------------------------------------------------------------------------------------
@@ -239,21 +49,36 @@ def test_all_large_layers_of_base_and_xl_are_in_float8():
 
 
 def test_layers_whose_sizes_float8_does_not_allow_are_named():
-    recipe = prepared("fp8", "large")  # its SwiGLU is 2,730 wide
-    assert len(recipe.scaled) == 24 * 2 + 12 * 4
-    assert str(recipe) == (
-        "fp8 (96 layers in float8; in bfloat16, sizes no multiples of 16: "
-        "encoder.blocks.*.mlp.w12 1024 -> 5460, encoder.blocks.*.mlp.w3 2730 -> 1024)"
-    )
+    narrow = dataclasses.replace(ENCODER_SIZES["base"], width=744, heads=6)  # 46.5 * 16
+    with torch.device("meta"):
+        model = UNITE(dataclasses.replace(ModelConfig(), encoder=narrow))
+    recipe = precision.apply(model, EfficiencyConfig(precision="fp8"), torch.device("meta"))
+    assert len(recipe.scaled) == 12 * 4  # the decoder's
+    left = "qkv 744 -> 2232", "proj 744 -> 744", "w12 744 -> 3968", "w3 1984 -> 744"
+    assert all(layer in str(recipe) for layer in left)
+    assert "in bfloat16, sizes no multiples of 16: encoder.blocks.*.attn.qkv 744 -> 2232, " in str(recipe)
+
+
+def test_the_published_large_models_mlp_is_padded():
+    """Its SwiGLU is 2,730 wide, whose rows are not aligned to 16 bytes."""
+    for name in ("bf16", "fp8"):
+        with torch.device("meta"):
+            model = UNITE(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES["large"]))
+        recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("meta"))
+        mlp = model.encoder.blocks[0].mlp
+        assert (mlp.w12.products.outputs, mlp.w3.products.outputs) == (2 * 2736, 1024)
+        assert not recipe.left
+    assert len(recipe.scaled) == 24 * 4 + 12 * 4
 
 
 def test_only_large_layers_are_in_float8():
     model = build(from_dict(parse_yaml(TINY, "tiny")).model)
     precision.apply(model, EfficiencyConfig(precision="fp8"), torch.device("cpu"))
     scaled = {n for n, m in model.named_modules() if isinstance(getattr(m, "products", None), precision.Scaled)}
-    blocks = {f"encoder.blocks.{i}.attn.{n}" for i in range(3) for n in ("qkv", "proj")}
+    layers = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+    blocks = {f"encoder.blocks.{i}.{n}" for i in range(3) for n in layers}  # the SwiGLU, 85 wide, is padded
     decoder = {f"decoder.decoder_layers.0.{n}" for n in ("qkv", "attn_proj", "ffn_up", "ffn_down")}
-    assert scaled == blocks | decoder  # the tiny SwiGLU is 85 wide
+    assert scaled == blocks | decoder
     others = {n for n, m in model.named_modules() if isinstance(getattr(m, "products", None), precision.Half)}
     assert {"encoder.up_sample", "encoder.final_layer.linear", "encoder.blocks.0.adaLN_modulation.1"} <= others
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -272,6 +97,37 @@ def test_residual():
         with recipe.step():
             model.decode(model.tokenize(torch.rand(1, 1, 8, 8)))
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_some_columns_of_a_layer():
+    """As the last block asks for them: queries of a few rows, then keys and values of all. The rest of dW is zero."""
+    layer, x = Linear(32, 96), torch.randn(3, 5, 32)
+    whole = layer(x)
+    for wanted in ((0, 32), (32, 64, 96), (16, 48)):
+        where = slice(wanted[0], wanted[-1])
+        parts = layer.parts(x, *wanted)
+        assert all(part.is_contiguous() for part in parts)
+        torch.testing.assert_close(torch.cat(parts, -1), whole[..., where])
+        found, expected = (torch.autograd.grad(y.sum(), layer.weight, retain_graph=True)[0] for y in (
+            torch.cat(parts, -1), whole[..., where]))  # fmt: skip
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_layers_share_compiled_code(name):
+    """Blocks compiled one by one give two graphs, the last block's modulation being strided otherwise; none later."""
+    config = from_dict(parse_yaml(TINY, "tiny")).model
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, depth=5, in_context_len=0))
+    model = build(config)
+    recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model.encoder.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        with recipe.step():
+            model.tokenize(torch.rand(2, 1, 8, 8)).square().sum().backward()
+    assert counter.frame_count == 2
 
 
 # --- what is cast, and how often -------------------------------------------------------------------------------------
@@ -385,6 +241,29 @@ def test_losses_and_gradients_stay_close_to_float32(name, residual):
         assert float(gradient.norm()) == pytest.approx(float(exact_gradients[key].norm()), rel=0.15), key
 
 
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_padding_changes_nothing(kernels, monkeypatch):
+    """The tiny SwiGLU is 85 wide, so that padding reaches both halves of its input and the columns of its output."""
+    results = []
+    for multiple in (16, 1):
+        monkeypatch.setattr(copied_linear, "MULTIPLE", multiple)
+        model = build(from_dict(parse_yaml(TINY, "tiny")).model)
+        model.use_kernels(kernels)
+        recipe = precision.apply(model, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
+        assert model.encoder.blocks[0].mlp.w12.products.outputs == {16: 192, 1: 170}[multiple]
+        o = ObjectiveConfig(perceptual_weight=0)
+        images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        for p in model.parameters():
+            p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
+        with recipe.step():
+            draws = objective.Draws.make(model, o, 0, torch.arange(4))
+            losses = objective.backward(model, images, torch.arange(4), draws, o)
+        results.append(losses | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-2, atol=1e-2 * float(value.abs().max()), msg=name)
+
+
 # --- training, checkpoints, errors -----------------------------------------------------------------------------------
 
 
@@ -433,7 +312,7 @@ def test_a_run_goes_on_under_another_recipe(tiny, tmp_path, before, after):
 def test_the_recipe_is_printed(tiny):
     result = command("train.py", "--config", tiny, "--dry-run", "efficiency.precision=fp8", "efficiency.residual=bf16")
     assert result.returncode == 0, result.stderr
-    assert "precision fp8 with a bf16 residual (10 layers in float8; in bfloat16" in result.stdout
+    assert "precision fp8 with a bf16 residual (16 layers in float8)" in result.stdout
 
 
 @pytest.mark.parametrize(

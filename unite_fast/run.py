@@ -293,6 +293,8 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
     recompute = memory.recompute(config, ranks)
     total = last_step(config, state, images)
+    unfused = e.precision in precision.SCALED and e.compile != "all" and ranks.device.type == "cuda"
+    compiled = f"{e.compile} (every cast to float8 is a pass of its own; all fuses them)" if unfused else e.compile
     return "\n".join(
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
@@ -305,7 +307,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"recompute      {'blocks' if recompute.blocks else 'none'} ({recompute.reason})",
             f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {ranks.device}, precision {state.recipe}, attention {attention.describe(model)}, "
-            f"kernels {e.kernels}, compile {e.compile}, CUDA graph {graph.describe(e.cuda_graph, ranks.world_size)}",
+            f"kernels {e.kernels}, compile {compiled}, CUDA graph {graph.describe(e.cuda_graph, ranks.world_size)}",
             f"strategy       {strategy_line(config, ranks)}",
         )
     )

@@ -12,11 +12,15 @@ dW and db reach the float32 weight in float32; on CPUs, which have no such produ
 Shapes: x (..., K), W (N, K), b (N,), y (..., N). ``bounds`` (rising, from 0 to N) asks for columns of y: those from
 each bound to the next are one contiguous tensor (why: see split_linear.py). N, K and the bounds of a scaled layer are
 multiples of 16 (cuBLAS).
+
+Copies may be larger than W, for sizes that products are fast at: W's rows in ``groups`` equal groups, each followed by
+zero rows, and zero columns behind its own. Then x has the copy's columns and y as many columns as the copy has rows.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +42,37 @@ def quantise(x: Tensor, dtype: torch.dtype, per_row: bool = False) -> tuple[Tens
     return scaled.clamp(-limit, limit).to(dtype), largest / limit
 
 
-def write_scaled_(weight: Tensor, copy: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor) -> None:
+def padded_shape(shape: Sequence[int], groups: int, columns: bool) -> tuple[int, int]:
+    """(N, K) -> that of a copy: each of ``groups`` groups of rows, and with ``columns`` the columns, in multiples of
+    16. No group (0): as many rows as there are."""
+    rows, inputs = shape
+    if groups:
+        rows = groups * _rounded_up(rows // groups)
+    return rows, _rounded_up(inputs) if columns else inputs
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // MULTIPLE) * MULTIPLE
+
+
+def own_part(padded: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """Of a padded copy or gradient, what belongs to the weight (N, K) or bias (N,): a view (groups, N / groups, K)."""
+    groups = groups or 1
+    rows = padded.unflatten(0, (groups, -1))[:, : shape[0] // groups]
+    return rows[..., : shape[1]] if len(shape) > 1 else rows
+
+
+def write_scaled_(
+    weight: Tensor, copy: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor, groups: int = 0
+) -> None:
     """Quantises ``weight`` (N, K) into ``copy`` (N, K) and ``transposed`` (K, N), e4m3, with their factors.
 
     Factors of shape () mean one scale per tensor; (N, 1) and (K, 1) one per row of each copy.
     """
+    if copy.shape != weight.shape:
+        padded = weight.new_zeros(copy.shape)
+        own_part(padded, weight.shape, groups).copy_(weight.unflatten(0, (groups or 1, -1)))
+        weight = padded
     per_row = scale.ndim == 2
     values, factors = quantise(weight, copy.dtype, per_row)
     copy.copy_(values)
@@ -67,9 +97,12 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _parameter_gradients(
-    parts: list[Tensor], x: Tensor, bounds: tuple[int, ...], outputs: int
+    parts: list[Tensor], x: Tensor, bounds: tuple[int, ...], outputs: int, shape: Sequence[int], groups: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """float32 dW (N, K) and db (N,) from the parts of dy (R, n) and x (..., K), all bfloat16."""
+    """float32 dW of ``shape`` (N, K) and db (N,) from the parts of dy (R, n) and x (..., K), all bfloat16.
+
+    outputs: N, or the rows of a padded copy.
+    """
     rows = x.flatten(0, -2)
     dweights = [_weight_gradient(part, rows) for part in parts]
     dbiases = [part.sum(0, dtype=torch.float32) for part in parts]
@@ -77,14 +110,26 @@ def _parameter_gradients(
     before, behind = bounds[0], outputs - bounds[-1]
     if before or behind:
         dweight, dbias = F.pad(dweight, (0, 0, before, behind)), F.pad(dbias, (before, behind))
+    if dweight.shape != shape:
+        dweight = own_part(dweight, shape, groups).flatten(0, 1)
+        dbias = own_part(dbias, shape[:1], groups).flatten()
     return dweight, dbias
 
 
 class _Half(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor, bias_copy: Tensor | None, bounds):
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        copy: Tensor,
+        bias_copy: Tensor | None,
+        bounds: tuple[int, ...],
+        groups: int,
+    ):
         ctx.save_for_backward(x, copy)
-        ctx.bounds = bounds
+        ctx.bounds, ctx.shape, ctx.groups = bounds, weight.shape, groups
         slices = _slices(bounds)
         return tuple(F.linear(x, copy[where], None if bias_copy is None else bias_copy[where]) for where in slices)
 
@@ -99,8 +144,8 @@ class _Half(torch.autograd.Function):
             for part, where in zip(parts[1:], slices[1:], strict=True):
                 dx = torch.addmm(dx, part, copy[where])
             dx = dx.view(x.shape)
-        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, len(copy))
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None
+        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, len(copy), ctx.shape, ctx.groups)
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *(None,) * 4
 
 
 class _Scaled(torch.autograd.Function):
@@ -116,11 +161,12 @@ class _Scaled(torch.autograd.Function):
         transposed_scale: Tensor,
         bias_copy: Tensor | None,
         bounds: tuple[int, ...],
+        groups: int,
     ):
         per_row = scale.ndim == 2
         values, factors = quantise(x.flatten(0, -2), copy.dtype, per_row)
         ctx.save_for_backward(x, transposed, transposed_scale)
-        ctx.bounds = bounds
+        ctx.bounds, ctx.shape, ctx.groups = bounds, weight.shape, groups
         outputs = []
         for where in _slices(bounds):
             y = torch._scaled_mm(
@@ -156,21 +202,21 @@ class _Scaled(torch.autograd.Function):
                 # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
                 use_fast_accum=per_row,
             ).view(x.shape)
-        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, outputs)
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *(None,) * 6
+        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, outputs, ctx.shape, ctx.groups)
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *(None,) * 7
 
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: int):
         ctx.save_for_backward(x)
-        ctx.bounds, ctx.outputs = (start, start + y.shape[-1]), len(weight)
+        ctx.bounds, ctx.shape = (start, start + y.shape[-1]), weight.shape
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
-        dweight, dbias = _parameter_gradients([dy.flatten(0, -2)], x, ctx.bounds, ctx.outputs)
+        dweight, dbias = _parameter_gradients([dy.flatten(0, -2)], x, ctx.bounds, ctx.shape[0], ctx.shape)
         return dy, None, dweight, dbias if ctx.needs_input_grad[3] else None, None
 
 
@@ -184,13 +230,19 @@ def with_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def half_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor, bias_copy: Tensor | None, bounds: tuple[int, ...]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    copy: Tensor,
+    bias_copy: Tensor | None,
+    bounds: tuple[int, ...],
+    groups: int = 0,
 ) -> tuple[Tensor, ...]:
     """The parts of y in bfloat16, which x is cast to; gradients go to ``weight`` and ``bias``.
 
-    copy (N, K) and bias_copy (N,): their current values in bfloat16. Without a bias both of it are None.
+    copy (N, K) and bias_copy (N,): their current values in bfloat16, padded or not. Without a bias both of it are None.
     """
-    return _Half.apply(x.to(copy.dtype), weight, bias, copy, bias_copy, bounds)
+    return _Half.apply(x.to(copy.dtype), weight, bias, copy, bias_copy, bounds, groups)
 
 
 def scaled_linear(
@@ -200,9 +252,10 @@ def scaled_linear(
     copies: tuple[Tensor, Tensor, Tensor, Tensor],
     bias_copy: Tensor | None,
     bounds: tuple[int, ...],
+    groups: int = 0,
 ) -> tuple[Tensor, ...]:
     """As ``half_linear`` with products in float8. copies: what ``write_scaled_`` wrote, in its order.
 
     Needs sm_89 or later, or a CPU (with one scale per row: torch 2.13 or later there).
     """
-    return _Scaled.apply(x.to(torch.bfloat16), weight, bias, *copies, bias_copy, bounds)
+    return _Scaled.apply(x.to(torch.bfloat16), weight, bias, *copies, bias_copy, bounds, groups)

@@ -114,12 +114,15 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = Linear(width, 2 * hidden, large=True)
-        self.w3 = Linear(hidden, width, large=True)
+        self.w12 = Linear(width, 2 * hidden, large=True, groups=2)
+        self.w3 = Linear(hidden, width, large=True, wide_inputs=True)
 
     def forward(self, x: Tensor, backend: str) -> Tensor:
         """The first Linear's bias is added inside the activation, which sums its gradient as well."""
-        return self.w3(swiglu(self.w12.without_bias(x), self.w12.bias, backend=backend))
+        halves, bias = self.w12.without_bias(x), self.w12.bias
+        if padding := (halves.shape[-1] - len(bias)) // 2:
+            bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
+        return self.w3(swiglu(halves, bias, backend=backend))
 
 
 class Layout(NamedTuple):

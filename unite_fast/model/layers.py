@@ -35,7 +35,10 @@ class Products(Protocol):
     """How a precision recipe computes a linear layer from x (..., K), weight (N, K) and bias (N,) or None.
 
     bounds: rising, from 0 to N; columns bounds[i] to bounds[i + 1] of the output are one tensor, contiguous.
+    outputs: N, or more where the recipe pads (``Linear``).
     """
+
+    outputs: int
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]
@@ -46,13 +49,17 @@ class Linear(nn.Linear):
     """A linear layer that a precision recipe (runtime/precision.py) may compute in its own way while training.
 
     ``large``: one of the layers that hold most of the FLOPs, which FP8 recipes take.
+    ``groups``, ``wide_inputs``: where a recipe may pad, so that products have sizes that GPUs are fast at: zero columns
+    behind each of that many equal groups of the output's columns, or behind the input's.
     """
 
     products: Products | None = None
 
-    def __init__(self, inputs: int, outputs: int, large: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, large: bool = False, groups: int = 0, wide_inputs: bool = False
+    ) -> None:
         super().__init__(inputs, outputs)
-        self.large = large
+        self.large, self.groups, self.wide_inputs = large, groups, wide_inputs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.products is not None and self.training:
@@ -60,9 +67,9 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
-        """The product alone, for a caller that adds the bias itself."""
+        """The product alone, padded or not, for a caller that adds the bias itself."""
         if self.products is not None and self.training:
-            return self.products(x, self.weight, None, (0, self.out_features))[0]
+            return self.products(x, self.weight, None, (0, self.products.outputs))[0]
         return F.linear(x, self.weight)
 
     def parts(self, x: Tensor, *bounds: int) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -56,21 +56,25 @@ def uncached(recipe: str, device: torch.device) -> AbstractContextManager[object
 
 
 class Half:
-    """Products in bfloat16, from copies of the parameters."""
+    """Products in bfloat16, from copies of the parameters, padded where the layer allows it."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.weight = torch.empty_like(layer.weight, dtype=torch.bfloat16, requires_grad=False)
-        self.bias = torch.empty_like(layer.bias, dtype=torch.bfloat16, requires_grad=False)
+    def __init__(self, layer: Any) -> None:
+        shape = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+        self.outputs, self.groups = shape[0], layer.groups
+        self.weight = layer.weight.new_zeros(shape, dtype=torch.bfloat16, requires_grad=False)
+        self.bias = layer.bias.new_zeros(shape[0], dtype=torch.bfloat16, requires_grad=False)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return copied_linear.half_linear(x, weight, bias, self.weight, None if bias is None else self.bias, bounds)
+        bias_copy = None if bias is None else self.bias
+        return copied_linear.half_linear(x, weight, bias, self.weight, bias_copy, bounds, self.groups)
 
 
 class Scaled:
-    """Output and input gradient in float8, from quantised copies of the weight."""
+    """Output and input gradient in float8, from quantised copies of the weight, padded where the layer allows it."""
 
-    def __init__(self, layer: nn.Linear, per_row: bool) -> None:
-        outputs, inputs = layer.weight.shape
+    def __init__(self, layer: Any, per_row: bool) -> None:
+        outputs, inputs = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+        self.outputs, self.groups = outputs, layer.groups
         device = layer.weight.device
 
         def factors(rows: int) -> Tensor:
@@ -82,10 +86,11 @@ class Scaled:
             torch.empty(inputs, outputs, dtype=E4M3, device=device),
             factors(inputs),
         )
-        self.bias = torch.empty_like(layer.bias, dtype=torch.bfloat16, requires_grad=False)
+        self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return copied_linear.scaled_linear(x, weight, bias, self.copies, None if bias is None else self.bias, bounds)
+        bias_copy = None if bias is None else self.bias
+        return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, bounds, self.groups)
 
 
 class TransformerEngine:
@@ -97,7 +102,7 @@ class TransformerEngine:
     """
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.ours = layer
+        self.ours, self.outputs = layer, layer.out_features
         # By first and last column, and whether the bias is added here. Made by the first pass that asks for them.
         self.theirs: dict[tuple[int, int, bool], nn.Module] = {}
         self.quantised: set[tuple[int, int, bool]] = set()  # in this step; the other passes use what was kept
@@ -137,13 +142,21 @@ class Recipe:
         self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16
         self.residual = "fp32"
 
+    def follow(self, copy: Tensor, parameter: Tensor, groups: int) -> None:
+        """``refresh`` will write the parameter into its copy."""
+        parameter = parameter.detach()
+        if copy.shape != parameter.shape:
+            copy = copied_linear.own_part(copy, parameter.shape, groups)
+            parameter = parameter.unflatten(0, copy.shape[:2])
+        self.halves.append((copy, parameter))
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies every weight anew, once per optimizer step."""
         if self.halves:
             torch._foreach_copy_([copy for copy, _ in self.halves], [parameter for _, parameter in self.halves])
         for products, weight in self.scaled:
-            copied_linear.write_scaled_(weight, *products.copies)
+            copied_linear.write_scaled_(weight, *products.copies, products.groups)
         for engine in self.engines:
             engine.quantised.clear()
 
@@ -196,21 +209,25 @@ def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, 
 
 
 def _prepare(recipe: Recipe, path: str, layer: Any) -> None:
-    fits = all(size % copied_linear.MULTIPLE == 0 for size in layer.weight.shape)
-    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits)):
+    def fits(shape: Iterable[int]) -> bool:
+        return all(size % copied_linear.MULTIPLE == 0 for size in shape)
+
+    shape = layer.weight.shape
+    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape))):
         layer.products = TransformerEngine(layer)
         recipe.engines.append(layer.products)
         return
-    if layer.large and recipe.name in SCALED and fits:
+    padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
+    if layer.large and recipe.name in SCALED and fits(padded):
         layer.products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
         recipe.scaled.append((layer.products, layer.weight))
     else:
         layer.products = Half(layer)
-        recipe.halves.append((layer.products.weight, layer.weight))
+        recipe.follow(layer.products.weight, layer.weight, layer.groups)
         pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
         if layer.large and recipe.name != "bf16" and pattern not in recipe.left:
             recipe.left.append(pattern)
-    recipe.halves.append((layer.products.bias, layer.bias))
+    recipe.follow(layer.products.bias, layer.bias, layer.groups)
 
 
 def check(name: str, device: torch.device) -> None:
