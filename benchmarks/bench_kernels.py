@@ -1,11 +1,11 @@
 """Kernels against eager torch and torch.compile, forward and backward, as ratios measured side by side in one run.
 
     python benchmarks/bench_kernels.py                     every component on this machine's CPU, float32
-    python benchmarks/bench_kernels.py --device cuda       the component table on the GPU, bfloat16, with GB/s
+    python benchmarks/bench_kernels.py --device cuda       all of them on the GPU, bfloat16, with GB/s
     python benchmarks/bench_kernels.py --only adaln_mid    one component
 
 Each kernel is compared with the eager result before it is timed; a component that is wrong prints no speed. Rows go to
-benchmarks/results/<device>/kernels.jsonl. GB/s counts the least traffic of the operation (performance budget: residual
+benchmarks/results/<device>/kernels.jsonl. GB/s counts the least traffic of the operation (docs/DESIGN.md: residual
 elements of 4 bytes, branch elements of 2 on the GPU and 4 on the CPU), not what a kernel happens to move.
 """
 

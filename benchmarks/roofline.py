@@ -29,7 +29,7 @@ from unite_fast.config import Config
 from unite_fast.throughput import IMAGENET, NODE
 
 PARTS = ("tokenize", "flow", "decode", "perceptual", "update")
-# What the performance budget predicts, images/s, by flow steps. It does not say how; its "ceiling per kernel class"
+# What an independent estimate predicted, images/s, by flow steps. It does not say how; its "ceiling per kernel class"
 # (515, 200) has no counterpart here, since it does not state those ceilings.
 BUDGET = {
     3: {"official code, eager encoder": 103, "everything compiled": 305, "ours, excellent": 406, "limit": 597},
@@ -70,7 +70,7 @@ class Scenario:
         return self.extra[work.backward] if work.part in ("tokenize", "flow") else 1.0
 
 
-# Stated figures of one H200 (performance budget): 790 TFLOP/s of an 8192^3 product, 4.3 TB/s of a copy.
+# Stated figures of one H200 (docs/DESIGN.md): 790 TFLOP/s of an 8192^3 product, 4.3 TB/s of a copy.
 LIMIT = Ceilings("stated H200", gemm=790, conv=790, bandwidth=4.3)
 EXCELLENT = Ceilings(
     "stated H200", gemm=640, conv=445, bandwidth=4.3,

@@ -1,4 +1,4 @@
-"""The collapse of the latents at the published flow weight, and the alarm that reports it (SPEC section 7).
+"""The collapse of the latents at the published flow weight, and the alarm that reports it.
 
 The demo's configuration with a smaller model. At the demo's flow weight the latents keep varying over samples; at the
 published weight 1, without LPIPS beside it, the denoiser's gradient on the shared weights makes the latents of all

@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter and the performance budget, peaks, projections, and the plan of --dry-run."""
+"""FLOPs against torch's counter and a count made on the official code, peaks, projections, and the plan of --dry-run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.runtime.flops import peak_flops, peak_of, training_flops
 
 CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
-# GFLOP per image of the performance budget's table.
+# GFLOP per image, counted on the official code.
 BUDGET = {"tokenize": 304.2, "decode": 140.1, "perceptual": 120.3}
 
 

@@ -1,4 +1,4 @@
-"""Equality with the official code's float32 results (SPEC section 6), at the tolerances that section states."""
+"""Equality with the official code's float32 results, to the digits that float32 sums leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: the official .pt format of SPEC section 5.
+"""Published checkpoints in and out: the official .pt format.
 
 Files are read with ``weights_only=True``: nothing in them is executed. Prefixes that wrappers leave in key names
 (``module.``, ``_orig_mod.``) are removed wherever they stand; tables that are derived from sizes are ignored.

@@ -23,7 +23,7 @@ FlowPass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z, zt, t, labe
 
 @dataclass(frozen=True)
 class Draws:
-    """All randomness of one step. Field names follow SPEC section 6 with underscores for dots."""
+    """All randomness of one step."""
 
     tokenize_noise: Tensor  # (B, K, C) the registers' input
     tokenize_t: Tensor  # (B,)
@@ -73,7 +73,7 @@ class Draws:
 
     @classmethod
     def from_mapping(cls, tensors: Mapping[str, Any]) -> Draws:
-        """From tensors named as in SPEC section 6 ("flow.class_dropped") or as the fields; other names are ignored."""
+        """From tensors named as the fields, or with dots ("flow.class_dropped"); other names are ignored."""
         named = {key.replace(".", "_"): value for key, value in tensors.items()}
         missing = [f.name for f in fields(cls) if f.name not in named]
         if missing:

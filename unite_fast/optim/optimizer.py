@@ -22,7 +22,7 @@ from unite_kernels.newton_schulz import fastest_dtype
 
 
 class Optimizer:
-    """Muon + AdamW + EMA of ``model`` (SPEC section 3).
+    """Muon + AdamW + EMA of ``model``, as the official code has them.
 
     Attributes: ``momentum`` (Muon), ``exp_avg`` and ``exp_avg_sq`` (AdamW), ``ema``: tensors by parameter name;
     ``averages``: every moving average by its name (``optim.ema``), ``ema`` among them;

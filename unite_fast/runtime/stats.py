@@ -256,7 +256,7 @@ def progress_line(row: dict[str, float], total_steps: int) -> str:
 
 
 class CollapseAlarm:
-    """Latents that stop varying over samples carry nothing to decode (SPEC section 7).
+    """Latents that stop varying over samples carry nothing to decode.
 
     Speaks once: when the standard deviation falls below the threshold after having been above it, or when it never
     rose above it in the first ``patience`` steps.
