@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter and a count made on the official code, peaks, projections, and the plan of --dry-run."""
+"""FLOPs against torch's counter and a count made on the official code, peaks, projections, --dry-run's plan."""
 
 from __future__ import annotations
 
