@@ -77,14 +77,15 @@ def _modulations(s: Sizes, randn: Callable, count: int) -> list[Tensor]:
 def _residual_inputs(s: Sizes, randn: Callable, dtype: torch.dtype, norms: int) -> list[Tensor]:
     gate, shift, scale = _modulations(s, randn, 3)
     rows = s.batch, s.tokens, s.width
-    return [randn(*rows), randn(*rows).to(dtype), gate, *[randn(s.width) * 0.1 + 1 for _ in range(norms)], shift, scale]
+    weights, bias = [randn(s.width) * 0.1 + 1 for _ in range(norms)], randn(s.width) * 0.1
+    return [randn(*rows), randn(*rows).to(dtype), gate, *weights, shift, scale, bias]
 
 
 def _qk_inputs(s: Sizes, randn: Callable, dtype: torch.dtype) -> list[Tensor]:
     head_dim = s.width // s.heads
     angle = randn(s.tokens, head_dim // 2)
-    weights = [randn(head_dim) * 0.1 + 1 for _ in range(2)]
-    return [randn(s.batch, s.tokens, 2 * s.width).to(dtype), *weights, angle.cos(), angle.sin()]
+    weights, bias = [randn(head_dim) * 0.1 + 1 for _ in range(2)], randn(2 * s.width) * 0.1
+    return [randn(s.batch, s.tokens, 2 * s.width).to(dtype), *weights, bias, angle.cos(), angle.sin()]
 
 
 COMPONENTS = {
@@ -107,7 +108,7 @@ COMPONENTS = {
         lambda s, r, b: (3 * r + 3 * b) * s.width,
     ),
     "qk_norm_rope": Component(
-        lambda i, backend, s: qk_norm_rope(*i, s.heads, backend=backend),
+        lambda i, backend, s: qk_norm_rope(*i[:3], *i[4:], s.heads, bias=i[3], backend=backend),
         _qk_inputs,
         lambda s, r, b: 4 * b * s.width,
         lambda s, r, b: 6 * b * s.width,

@@ -22,10 +22,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from unite_kernels import adaln_triton  # noqa: E402
-
 WIDTH = 768
-ROWS = {"qk_norm_rope": (8, 16)}  # samples, tokens: its programs take the same tokens of several samples
+ROWS = {"qk_norm_rope": (32, 16)}  # samples, tokens: its programs take the same tokens of several samples
 OTHER_ROWS = (1, 128)
 FORWARD_LIMIT, BACKWARD_LIMIT = 1.05, 1.15
 
@@ -81,15 +79,12 @@ def ratios(name: str) -> tuple[float, float]:
     case = cases.CASES[name]
     rows = ROWS.get(name, OTHER_ROWS)
     t = case.tensors(*rows, WIDTH, residual, branch)
-    before, adaln_triton.PROGRAMS = adaln_triton.PROGRAMS, 1
     moved = []
-    try:
+    with cases.training_programs():
         for step in cases.launches(name, t):
             with Counter() as counter:
                 step()
             moved.append(counter.moved)
-    finally:
-        adaln_triton.PROGRAMS = before
     least = case.minimum(*rows, WIDTH, residual.itemsize, branch.itemsize)
     return moved[0] / least[0], moved[1] / least[1]
 

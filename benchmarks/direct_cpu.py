@@ -22,15 +22,15 @@ FUNCTIONS = {
     ),
     "adaln_mid": (
         lambda i, h: _split(OPS.adaln_mid_fwd(*i, EPS), 2),
-        lambda g, i, o, s, h: OPS.adaln_mid_bwd(*g, o[0], i[1], i[2], i[3], i[5], *s),
+        lambda g, i, o, s, h: OPS.adaln_mid_bwd(*g, o[0], *i[1:4], *i[5:], *s),
     ),
     "adaln_tail": (
         lambda i, h: _split(OPS.adaln_tail_fwd(*i, EPS), 2),
-        lambda g, i, o, s, h: OPS.adaln_tail_bwd(*g, *i[:5], i[6], *s),
+        lambda g, i, o, s, h: OPS.adaln_tail_bwd(*g, *i[:5], *i[6:], *s),
     ),
     "qk_norm_rope": (
-        lambda i, h: _split(OPS.qk_norm_rope_fwd(*i, h, 0, EPS), 1),
-        lambda g, i, o, s, h: (*OPS.qk_norm_rope_bwd(*g, *i, *s, h, 0), None, None),
+        lambda i, h: _split(OPS.qk_norm_rope_fwd(*i[:3], *i[4:], i[3], h, 0, EPS), 1),
+        lambda g, i, o, s, h: (*OPS.qk_norm_rope_bwd(*g, *i[:3], *i[4:], i[3], *s, h, 0), None, None),
     ),
     "swiglu": (
         lambda i, h: ((OPS.swiglu_fwd(*i),), ()),

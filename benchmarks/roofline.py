@@ -55,6 +55,8 @@ class Scenario:
         c, back = self.ceilings, work.backward
         size, count = work.bytes, work.count
         bandwidth = c.bandwidth * 1e12
+        if work.kind == "reduction":
+            bandwidth *= self.stream[back]
         if work.kind == "elementwise" and work.part != "update":
             bandwidth *= self.stream[back]
             size *= self.perceptual_extra if work.part == "perceptual" else self._extra(work)

@@ -27,7 +27,7 @@ class Work:
     """``count`` equal kernels."""
 
     part: str  # tokenize, flow, decode, perceptual, update
-    kind: str  # gemm, attention, elementwise, conv
+    kind: str  # gemm, attention, elementwise, reduction, conv
     backward: bool
     flops: float  # of one
     bytes: float  # of one
@@ -47,6 +47,11 @@ def gemm(part: str, rows: int, columns: int, depth: int, count: float = 1, input
 def elementwise(part: str, forward: float, backward: float, count: float = 1) -> list[Work]:
     sizes = ((False, forward), (True, backward))
     return [Work(part, "elementwise", back, 0, size, (), count) for back, size in sizes]
+
+
+def bias_gradient(part: str, rows: int, columns: int, count: float) -> Work:
+    """A pass over the gradient of a linear layer's output, where the operation that made it does not sum it as well."""
+    return Work(part, "reduction", True, 0, float(BRANCH * rows * columns), (), count)
 
 
 def attention(part: str, images: int, heads: int, tokens: int, width: int, count: float) -> list[Work]:
@@ -70,6 +75,7 @@ def encoder_pass(part: str, model: ModelConfig, images: int, tokens: int, passes
         yield from elementwise(part, rows * mid_or_tail[0], rows * mid_or_tail[1], 2 * count)
         yield from elementwise(part, 4 * BRANCH * rows * d, 6 * BRANCH * rows * d, count)  # norms and rotation of q, k
         yield from elementwise(part, 3 * BRANCH * rows * f, 5 * BRANCH * rows * f, count)  # SwiGLU
+        yield bias_gradient(part, rows, d, count)  # of the values; the operations above sum all others
     yield from gemm(part, images * model.num_latents, d, model.latent_dim, passes, input_gradient=False)
     yield from gemm(part, images * model.num_latents, model.latent_dim, d, passes)
     yield from gemm(part, images, 2 * d, d, passes)
@@ -83,6 +89,7 @@ def decoder_pass(model: ModelConfig, images: int) -> Iterator[Work]:
     rows, w = images * tokens, d.width
     for columns, depth in ((3 * w, w), (w, w), (d.mlp_hidden, w), (w, d.mlp_hidden)):
         yield from gemm("decode", rows, columns, depth, d.depth)
+        yield bias_gradient("decode", rows, columns, d.depth)
     yield from attention("decode", images, d.heads, tokens, w, d.depth)
     yield from elementwise("decode", rows * 12 * w, rows * 18 * w, 2 * d.depth)  # residual sum and LayerNorm
     yield from elementwise("decode", 4 * rows * d.mlp_hidden, 6 * rows * d.mlp_hidden, d.depth)  # GELU

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import TINY, command
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -99,18 +101,50 @@ def test_residual():
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
-def test_some_columns_of_a_layer():
-    """As the last block asks for them: queries of a few rows, then keys and values of all. The rest of dW is zero."""
-    layer, x = Linear(32, 96), torch.randn(3, 5, 32)
-    whole = layer(x)
-    for wanted in ((0, 32), (32, 64, 96), (16, 48)):
-        where = slice(wanted[0], wanted[-1])
-        parts = layer.parts(x, *wanted)
-        assert all(part.is_contiguous() for part in parts)
-        torch.testing.assert_close(torch.cat(parts, -1), whole[..., where])
-        found, expected = (torch.autograd.grad(y.sum(), layer.weight, retain_graph=True)[0] for y in (
-            torch.cat(parts, -1), whole[..., where]))  # fmt: skip
-        torch.testing.assert_close(found, expected)
+class Theirs(torch.nn.Module):
+    """A product in bfloat16 with the call of Transformer Engine's layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+
+    def forward(self, x: Tensor, is_first_microbatch: bool) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def make_theirs(products: precision.TransformerEngine, start: int, stop: int, with_bias: bool) -> Theirs:
+    weight, bias = (p.detach()[start:stop] for p in (products.ours.weight, products.ours.bias))
+    return Theirs(weight, bias if with_bias else None)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "engine"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("wanted", [(0, 32), (0, 64, 96), (32, 64, 96), (16, 48)])
+def test_some_columns_of_a_layer(kind, biased, wanted, monkeypatch):
+    """As the attention asks for them: the bias on the last part alone. The rest of dW and db is zero."""
+    layer, x = Linear(32, 96, large=True), torch.randn(3, 5, 32)
+    torch.nn.init.normal_(layer.bias)
+    last = slice(wanted[-2], wanted[-1]) if biased else slice(0)
+    added = torch.zeros(96)
+    added[last] = 1
+    whole = F.linear(x, layer.weight, layer.bias * added)[..., wanted[0] : wanted[-1]]
+    if kind == "engine":
+        monkeypatch.setattr(precision.TransformerEngine, "_make", make_theirs)
+        layer.products = precision.TransformerEngine(layer)
+    elif kind == "bf16":
+        precision.apply(layer, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
+    parts = layer.parts(x, *wanted, bias=layer.bias[last] if biased else None)
+    assert [part.shape[-1] for part in parts] == [b - a for a, b in itertools.pairwise(wanted)]
+    assert all(part.is_contiguous() for part in parts)
+    found = torch.cat(parts, -1)
+    dy = torch.randn(found.shape)
+    gradients = [
+        torch.autograd.grad(y, (layer.weight, layer.bias), dy.to(y.dtype), allow_unused=True) for y in (found, whole)
+    ]
+    for a, b in zip((found, *gradients[0]), (whole, *gradients[1]), strict=True):
+        b = b.detach()
+        a = torch.zeros_like(b) if a is None else a.float()
+        torch.testing.assert_close(a, b, rtol=0, atol=(1e-6 if kind == "fp32" else 1e-2) * float(1 + b.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8"])
@@ -191,6 +225,39 @@ def test_no_cast_in_the_encoders_blocks(residual):
             model.tokenize(torch.rand(2, 1, 8, 8))
         counts.append(sum(len(shape) == 3 for shape in casts.shapes))
     assert counts[0] == counts[1] <= 4
+
+
+class Sums(TorchDispatchMode):
+    """The shapes of which sums over a dimension are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.sum.dim_IntList:
+            self.shapes.append(arguments[0].shape)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8"])
+def test_one_bias_gradient_of_a_block_is_a_pass_of_its_own(name):
+    """That of the values. The kernels that hold the gradients of all other large layers' outputs sum them as well."""
+    counts = []
+    for depth in (3, 6):
+        config = from_dict(parse_yaml(TINY, "tiny")).model
+        model = build(dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, depth=depth)))
+        model.encoder.backend = "fused"
+        recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
+        images = torch.rand(2, 1, 8, 8)
+        with recipe.step():
+            latents = model.tokenize(images)
+        with Sums() as sums:
+            latents.square().sum().backward()
+        counts.append(sum(len(shape) == 2 and shape[0] > len(images) for shape in sums.shapes))
+        biases = [p for n, p in model.named_parameters() if n.startswith("encoder.blocks") and n.endswith(".bias")]
+        assert all(p.grad is not None for p in biases)
+    assert counts[1] - counts[0] == 3
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ namespace {
 struct QkInputs {
   QkNormRope args{};
   Small q_weight, k_weight, cos, sin;
+  Bias bias;
 
   QkInputs(const char* op, const Tensor& qk, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
-           int64_t heads, int64_t prefix) {
+           const std::optional<Tensor>& b, int64_t heads, int64_t prefix) {
     const bool bf16 = check_large(op, "qk", qk);
     UNITE_CHECK(qk.dim() == 3, op, ": qk must have shape (batch, tokens, 2 width), not ", shape_text(qk));
     UNITE_CHECK(heads > 0 && qk.size(2) > 0 && qk.size(2) % (2 * heads) == 0, op, ": the last dimension of qk, ",
@@ -27,6 +28,7 @@ struct QkInputs {
                 " tokens");
     cos = Small(op, "cos", torch::stable::contiguous(c), {positions, head_dim / 2});
     sin = Small(op, "sin", torch::stable::contiguous(s), {positions, head_dim / 2});
+    bias = Bias(op, b, qk.size(2));
     args.shape = {qk.size(0), tokens, qk.size(2)};
     args.types = {bf16, bf16};
     args.heads = heads;
@@ -37,6 +39,7 @@ struct QkInputs {
     args.k_weight = k_weight.data();
     args.cos = cos.data();
     args.sin = sin.data();
+    args.bias = bias.data();
   }
 };
 
@@ -66,8 +69,8 @@ struct SwigluInputs {
 }  // namespace
 
 std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
-                                            int64_t heads, int64_t prefix, double eps) {
-  QkInputs in("qk_norm_rope_fwd", qk, q_weight, k_weight, cos, sin, heads, prefix);
+                                            std::optional<Tensor> bias, int64_t heads, int64_t prefix, double eps) {
+  QkInputs in("qk_norm_rope_fwd", qk, q_weight, k_weight, cos, sin, bias, heads, prefix);
   Tensor out = torch::stable::empty_like(qk);
   Tensor rstd = empty_float(qk, {in.args.shape.samples, in.args.shape.rows, 2, heads});
   in.args.eps = float(eps);
@@ -77,28 +80,34 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k
   return {out, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight,
-                                                    Tensor cos, Tensor sin, Tensor rstd, int64_t heads,
-                                                    int64_t prefix) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight,
+                                                            Tensor cos, Tensor sin, std::optional<Tensor> bias,
+                                                            Tensor rstd, int64_t heads, int64_t prefix) {
   const char* op = "qk_norm_rope_bwd";
-  QkInputs in(op, qk, q_weight, k_weight, cos, sin, heads, prefix);
+  QkInputs in(op, qk, q_weight, k_weight, cos, sin, bias, heads, prefix);
   check_large(op, "dout", dout);
   check_same_shape(op, "dout", dout, "qk", qk);
   UNITE_CHECK(dout.scalar_type() == qk.scalar_type(), op, ": dout must have the dtype of qk");
   check_float32(op, "rstd", rstd);
   check_shape(op, "rstd", rstd, {in.args.shape.samples, in.args.shape.rows, 2, heads});
-  const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks();
+  const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks(), width = in.args.shape.width;
+  const int64_t stride = 2 * hd + width;
   Tensor dqk = torch::stable::empty_like(qk);
   Tensor dq = empty_float(qk, {hd}), dk = empty_float(qk, {hd});
-  const Scratch partial = scratch(tasks * 2 * hd);
+  Tensor dbias = empty_float(qk, {bias.has_value() ? width : 0});
+  const Scratch partial = scratch(tasks * stride);
   in.args.dout = dout.data_ptr();
   in.args.out = dqk.data_ptr();
   in.args.rstd = floats(rstd);
   in.args.partial = partial.get();
   run(kernels().qk_norm_rope_backward, in.args, tasks);
-  kernels().sum_rows(partial.get(), tasks, 2 * hd, hd, floats(dq));
-  kernels().sum_rows(partial.get() + hd, tasks, 2 * hd, hd, floats(dk));
-  return {dqk, as_type_of(dq, q_weight), as_type_of(dk, k_weight)};
+  kernels().sum_rows(partial.get(), tasks, stride, hd, floats(dq));
+  kernels().sum_rows(partial.get() + hd, tasks, stride, hd, floats(dk));
+  if (bias.has_value()) {
+    kernels().sum_rows(partial.get() + 2 * hd, tasks, stride, width, floats(dbias));
+    dbias = as_type_of(dbias, *bias);
+  }
+  return {dqk, as_type_of(dq, q_weight), as_type_of(dk, k_weight), dbias};
 }
 
 Tensor swiglu_fwd(Tensor x, std::optional<Tensor> bias) {

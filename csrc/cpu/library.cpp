@@ -9,17 +9,18 @@ using Maybe = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> adaln_fwd(Tensor, Tensor, Tensor, Tensor, double);
 std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_bwd(Tensor, Tensor, Tensor, Tensor, Tensor);
-std::tuple<Tensor, Tensor, Tensor> adaln_mid_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                                         Tensor, Tensor);
-std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_tail_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+std::tuple<Tensor, Tensor, Tensor> adaln_mid_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe, double);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_mid_bwd(Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                                                 Tensor, Tensor, Maybe, Tensor);
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_tail_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe,
                                                           double);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(Tensor, Tensor, Tensor, Tensor,
-                                                                                  Tensor, Tensor, Tensor, Tensor,
-                                                                                  Tensor, Tensor);
-std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, double);
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t,
-                                                    int64_t);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_tail_bwd(Tensor, Tensor, Tensor,
+                                                                                          Tensor, Tensor, Tensor,
+                                                                                          Tensor, Tensor, Maybe, Tensor,
+                                                                                          Tensor);
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Maybe, int64_t, int64_t, double);
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe,
+                                                            Tensor, int64_t, int64_t);
 Tensor swiglu_fwd(Tensor, Maybe);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor, Tensor, Maybe);
 Tensor philox_uniform(int64_t, int64_t, Tensor, int64_t);
@@ -44,23 +45,24 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def("adaln_fwd(Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)");
   m.def("adaln_bwd(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "adaln_mid_fwd(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      "adaln_mid_fwd(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, Tensor? bias,"
+      " float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "adaln_mid_bwd(Tensor dx1, Tensor dy, Tensor x1, Tensor branch, Tensor gate, Tensor weight, Tensor scale,"
-      " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? bias, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaln_tail_fwd(Tensor x, Tensor branch, Tensor gate, Tensor weight3, Tensor weight1, Tensor shift, Tensor scale,"
-      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaln_tail_bwd(Tensor dx2, Tensor dy, Tensor x, Tensor branch, Tensor gate, Tensor weight3, Tensor weight1,"
-      " Tensor scale, Tensor rstd3, Tensor rstd1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor scale, Tensor? bias, Tensor rstd3, Tensor rstd1)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, int prefix,"
-      " float eps) -> (Tensor, Tensor)");
+      "qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? bias, int heads,"
+      " int prefix, float eps) -> (Tensor, Tensor)");
   m.def(
       "qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
-      " Tensor rstd, int heads, int prefix) -> (Tensor, Tensor, Tensor)");
+      " Tensor? bias, Tensor rstd, int heads, int prefix) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("swiglu_fwd(Tensor x, Tensor? bias) -> Tensor");
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("philox_uniform(int seed, int stream, Tensor samples, int count) -> Tensor");

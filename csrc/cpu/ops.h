@@ -57,6 +57,24 @@ class Small {
   Rows rows_;
 };
 
+// A bias that may be absent, (D), read as float32: then zeros, so that the row functions have one form.
+class Bias {
+ public:
+  Bias() = default;
+  Bias(const char* op, const std::optional<Tensor>& bias, int64_t width) {
+    if (bias.has_value()) {
+      given_ = Small(op, "bias", *bias, {width});
+    } else {
+      zeros_.assign(width, 0.0f);
+    }
+  }
+  const float* data() const { return zeros_.empty() ? given_.data() : zeros_.data(); }
+
+ private:
+  Small given_;
+  std::vector<float> zeros_;
+};
+
 inline Tensor empty_float(const Tensor& like, std::initializer_list<int64_t> shape) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Float);

@@ -49,6 +49,7 @@ struct AdalnForward {
   float eps;
   void *residual, *y;  // residual: x1 or x2
   float *rstd, *rstd3;
+  const float* bias = nullptr;  // (D), of the branch
 };
 
 struct AdalnBackward {
@@ -58,8 +59,10 @@ struct AdalnBackward {
   Rows gate, scale;
   const float *weight, *weight3, *rstd, *rstd3;
   void *dx, *dbranch;
-  float* partial;  // (tasks, sums, D): sum of dy, of dy * normalised, of branch * dx, of dx2 * normalised3
+  // (tasks, sums, D): sum of dy, of dy * normalised, of (branch + bias) * dx, of dbranch, of dx2 * normalised3
+  float* partial;
   int64_t sums;
+  const float* bias = nullptr;  // (D), of the branch
 };
 
 struct QkNormRope {
@@ -68,10 +71,11 @@ struct QkNormRope {
   int64_t heads, head_dim, prefix;
   const void *qk, *dout;
   const float *q_weight, *k_weight, *cos, *sin;
+  const float* bias;  // (2 D)
   float eps;
   void* out;  // forward: the rotated qk; backward: its gradient
   float* rstd;
-  float* partial;  // (tasks, 2, head_dim)
+  float* partial;  // (tasks, 2 head_dim + 2 D): sums for both weights, and of the gradient of qk
 };
 
 struct Swiglu {

@@ -1,9 +1,10 @@
 // adaLN on blocks of rows: plain (RMSNorm + modulate), mid (gate + residual before it) and tail (gate + residual +
 // norm3 before it). D = width; r = 1 / sqrt(mean x^2 + eps).
 //
-//     forward    h = x + gate branch;  tail: x2 = h r3 w3, else x2 = h;   y = x2 r w (1 + scale) + shift
+//     forward    h = x + gate (branch + bias);  tail: x2 = h r3 w3, else x2 = h;   y = x2 r w (1 + scale) + shift
 //     backward   n = x2 r,  g = dy w (1 + scale):   dx2 += r (g - n mean(g n));   tail: the same through norm3
-//                sums over rows: dy (dshift), dy n (dscale and dw), branch dh (dgate), dx2 h r3 (dw3)
+//                sums over rows: dy (dshift), dy n (dscale and dw), (branch + bias) dh (dgate), gate dh (dbias),
+//                dx2 h r3 (dw3)
 
 #include <cmath>
 #include <cstdlib>
@@ -22,6 +23,7 @@ void forward_row(const AdalnForward& a, int64_t sample, int64_t row, const float
   const B* __restrict branch = static_cast<const B*>(a.branch) + row * d;
   const float* __restrict gate = a.gate.data + sample * a.gate.stride;
   const float* __restrict shift = a.shift.data + sample * a.shift.stride;
+  const float* __restrict bias = a.bias;
   X* __restrict residual = static_cast<X*>(a.residual) + row * d;
   B* __restrict y = static_cast<B*>(a.y) + row * d;
   float square = 0.0f;
@@ -35,7 +37,7 @@ void forward_row(const AdalnForward& a, int64_t sample, int64_t row, const float
   } else if (a.weight3 == nullptr) {
     UNITE_SIMD_SUM(square)
     for (int64_t i = 0; i < d; ++i) {
-      const float value = load(x, i) + gate[i] * load(branch, i);
+      const float value = load(x, i) + gate[i] * (load(branch, i) + bias[i]);
       store(residual, i, value);
       h[i] = value;
       square += value * value;
@@ -43,7 +45,7 @@ void forward_row(const AdalnForward& a, int64_t sample, int64_t row, const float
   } else {
     UNITE_SIMD_SUM(square)
     for (int64_t i = 0; i < d; ++i) {
-      const float value = load(x, i) + gate[i] * load(branch, i);
+      const float value = load(x, i) + gate[i] * (load(branch, i) + bias[i]);
       h[i] = value;
       square += value * value;
     }
@@ -118,13 +120,16 @@ void backward_row(const AdalnBackward& a, int64_t sample, int64_t row, const flo
   const B* __restrict branch = static_cast<const B*>(a.branch) + row * d;
   const float* __restrict gate = a.gate.data + sample * a.gate.stride;
   B* __restrict dbranch = static_cast<B*>(a.dbranch) + row * d;
+  const float* __restrict bias = a.bias;
   float* __restrict sum_gate = sums + 2 * d;
+  float* __restrict sum_bias = sums + 3 * d;
   UNITE_SIMD
   for (int64_t i = 0; i < d; ++i) {
     const float g = load(dresidual, i) + (rstd * (load(dy, i) * modulation[i]) - factor * load(x, i));
     store(dx, i, g);
     store(dbranch, i, g * gate[i]);
-    sum_gate[i] += g * load(branch, i);
+    sum_gate[i] += g * (load(branch, i) + bias[i]);
+    sum_bias[i] += g * gate[i];
   }
 }
 
@@ -138,17 +143,19 @@ void backward_tail_row(const AdalnBackward& a, int64_t sample, int64_t row, cons
   const B* __restrict dy = static_cast<const B*>(a.dy) + row * d;
   X* __restrict dx = static_cast<X*>(a.dx) + row * d;
   B* __restrict dbranch = static_cast<B*>(a.dbranch) + row * d;
+  const float* __restrict bias = a.bias;
   const float* __restrict gate = a.gate.data + sample * a.gate.stride;
   const float* __restrict weight3 = a.weight3;
   float* __restrict sum_dy = sums;
   float* __restrict sum_dyn = sums + d;
   float* __restrict sum_gate = sums + 2 * d;
-  float* __restrict sum_w3 = sums + 3 * d;
+  float* __restrict sum_bias = sums + 3 * d;
+  float* __restrict sum_w3 = sums + 4 * d;
   const float rstd = a.rstd[row], rstd3 = a.rstd3[row];
   float dot = 0.0f;
   UNITE_SIMD_SUM(dot)
   for (int64_t i = 0; i < d; ++i) {
-    const float normalised = (load(x, i) + gate[i] * load(branch, i)) * rstd3;
+    const float normalised = (load(x, i) + gate[i] * (load(branch, i) + bias[i])) * rstd3;
     const float g = load(dy, i), gn = g * (normalised * weight3[i] * rstd);
     n3[i] = normalised;
     sum_dy[i] += g;
@@ -171,7 +178,8 @@ void backward_tail_row(const AdalnBackward& a, int64_t sample, int64_t row, cons
     const float g = rstd3 * (g3[i] - n3[i] * mean3);
     store(dx, i, g);
     store(dbranch, i, g * gate[i]);
-    sum_gate[i] += g * load(branch, i);
+    sum_gate[i] += g * (load(branch, i) + bias[i]);
+    sum_bias[i] += g * gate[i];
   }
 }
 

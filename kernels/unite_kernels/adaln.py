@@ -2,11 +2,13 @@
 
     norm(u) = u / sqrt(mean(u^2) + eps), mod(u) = u (1 + scale) + shift
     adaln        y  = mod(norm(x) weight)
-    adaln_mid    x1 = x + gate branch;                    y = mod(norm(x1) weight)
-    adaln_tail   x2 = norm(x + gate branch) weight3;      y = mod(norm(x2) weight1)
+    adaln_mid    x1 = x + gate (branch + bias);                    y = mod(norm(x1) weight)
+    adaln_tail   x2 = norm(x + gate (branch + bias)) weight3;      y = mod(norm(x2) weight1)
 
-Shapes: x, branch (B, T, D); gate, shift, scale (B, D), rows may be apart; weights (D,). The residual (x, x1, x2) may
-be float32 beside a bfloat16 branch; y has the branch's dtype (x's in adaln). Statistics and sums are float32.
+Shapes: x, branch (B, T, D); gate, shift, scale (B, D), rows may be apart; weights, bias (D,). The residual (x, x1, x2)
+may be float32 beside a bfloat16 branch; y has the branch's dtype (x's in adaln). Statistics and sums are float32. The
+bias, or none, is that of the linear layer which made the branch: its gradient is summed here, where the branch's passes
+through registers, and not in a pass over it.
 
 Bytes per token, r = bytes of a residual element, 2-byte branch: adaln forward (r + 2) D, backward (2 r + 2) D; mid and
 tail forward (2 r + 4) D, backward (3 r + 6) D: the tail recomputes x1 and x2 from its inputs. Gradients shared over
@@ -37,13 +39,18 @@ def adaln_eager(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: fl
     return _modulate(_norm(x, weight, eps), shift, scale, x.dtype)
 
 
-def adaln_mid_eager(x, branch, gate, weight, shift, scale, eps) -> tuple[Tensor, Tensor]:
-    x1 = (x.float() + gate.float()[:, None] * branch.float()).to(x.dtype)
+def _residual_sum(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    added = branch.float() if bias is None else branch.float() + bias.float()
+    return x.float() + gate.float()[:, None] * added
+
+
+def adaln_mid_eager(x, branch, gate, weight, shift, scale, bias, eps) -> tuple[Tensor, Tensor]:
+    x1 = _residual_sum(x, branch, gate, bias).to(x.dtype)
     return x1, _modulate(_norm(x1, weight, eps), shift, scale, branch.dtype)
 
 
-def adaln_tail_eager(x, branch, gate, weight3, weight1, shift, scale, eps) -> tuple[Tensor, Tensor]:
-    x2 = _norm(x.float() + gate.float()[:, None] * branch.float(), weight3, eps).to(x.dtype)
+def adaln_tail_eager(x, branch, gate, weight3, weight1, shift, scale, bias, eps) -> tuple[Tensor, Tensor]:
+    x2 = _norm(_residual_sum(x, branch, gate, bias), weight3, eps).to(x.dtype)
     return x2, _modulate(_norm(x2, weight1, eps), shift, scale, branch.dtype)
 
 
@@ -57,7 +64,7 @@ def _adaln_fwd(
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
         return _backend.cpu_op("adaln_fwd")(x, weight, shift, scale, eps)
-    _out, y, _rstd3, rstd = run_forward(PLAIN, x, None, None, None, weight, shift, scale, eps)
+    _out, y, _rstd3, rstd = run_forward(PLAIN, x, None, None, None, weight, shift, scale, None, eps)
     return y, rstd
 
 
@@ -73,8 +80,8 @@ def _adaln_bwd(
     dy = dy.contiguous()
     if backend == "cpp":
         return _backend.cpu_op("adaln_bwd")(dy, x, weight, scale, rstd)
-    grads = run_backward(PLAIN, None, dy, x, None, None, None, weight, scale, None, rstd)
-    return grads[0], *grads[4:]
+    grads = run_backward(PLAIN, None, dy, x, None, None, None, weight, scale, None, None, rstd)
+    return grads[0], *grads[4:7]
 
 
 @_adaln_bwd.register_fake
@@ -86,18 +93,30 @@ def _like(rows: Tensor) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
+def _like_bias(bias: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias)
+
+
 @torch.library.custom_op("unite_kernels::adaln_mid_fwd", mutates_args=())
 def _adaln_mid_fwd(
-    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: str
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "cpp":
-        return _backend.cpu_op("adaln_mid_fwd")(x, branch, gate, weight, shift, scale, eps)
-    x1, y, _rstd3, rstd = run_forward(MID, x, branch, gate, None, weight, shift, scale, eps)
+        return _backend.cpu_op("adaln_mid_fwd")(x, branch, gate, weight, shift, scale, bias, eps)
+    x1, y, _rstd3, rstd = run_forward(MID, x, branch, gate, None, weight, shift, scale, bias, eps)
     return x1, y, rstd
 
 
 @_adaln_mid_fwd.register_fake
-def _(x, branch, gate, weight, shift, scale, eps, backend):
+def _(x, branch, gate, weight, shift, scale, bias, eps, backend):
     return torch.empty_like(x), torch.empty_like(branch), _rstd(x)
 
 
@@ -110,20 +129,21 @@ def _adaln_mid_bwd(
     gate: Tensor,
     weight: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     rstd: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx1, dy = dx1.contiguous(), dy.contiguous()
     if backend == "cpp":
-        return _backend.cpu_op("adaln_mid_bwd")(dx1, dy, x1, branch, gate, weight, scale, rstd)
-    grads = run_backward(MID, dx1, dy, x1, branch, gate, None, weight, scale, None, rstd)
+        return _backend.cpu_op("adaln_mid_bwd")(dx1, dy, x1, branch, gate, weight, scale, bias, rstd)
+    grads = run_backward(MID, dx1, dy, x1, branch, gate, None, weight, scale, bias, None, rstd)
     return *grads[:3], *grads[4:]
 
 
 @_adaln_mid_bwd.register_fake
-def _(dx1, dy, x1, branch, gate, weight, scale, rstd, backend):
+def _(dx1, dy, x1, branch, gate, weight, scale, bias, rstd, backend):
     big = torch.empty_like(x1), torch.empty_like(branch)
-    return *big, _like(gate), torch.empty_like(weight), _like(scale), _like(scale)
+    return *big, _like(gate), torch.empty_like(weight), _like(scale), _like(scale), _like_bias(bias, x1)
 
 
 @torch.library.custom_op("unite_kernels::adaln_tail_fwd", mutates_args=())
@@ -135,16 +155,17 @@ def _adaln_tail_fwd(
     weight1: Tensor,
     shift: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend == "cpp":
-        return _backend.cpu_op("adaln_tail_fwd")(x, branch, gate, weight3, weight1, shift, scale, eps)
-    return run_forward(TAIL, x, branch, gate, weight3, weight1, shift, scale, eps)
+        return _backend.cpu_op("adaln_tail_fwd")(x, branch, gate, weight3, weight1, shift, scale, bias, eps)
+    return run_forward(TAIL, x, branch, gate, weight3, weight1, shift, scale, bias, eps)
 
 
 @_adaln_tail_fwd.register_fake
-def _(x, branch, gate, weight3, weight1, shift, scale, eps, backend):
+def _(x, branch, gate, weight3, weight1, shift, scale, bias, eps, backend):
     return torch.empty_like(x), torch.empty_like(branch), _rstd(x), _rstd(x)
 
 
@@ -158,20 +179,23 @@ def _adaln_tail_bwd(
     weight3: Tensor,
     weight1: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     rstd3: Tensor,
     rstd1: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx2, dy = dx2.contiguous(), dy.contiguous()
     if backend == "cpp":
-        return _backend.cpu_op("adaln_tail_bwd")(dx2, dy, x, branch, gate, weight3, weight1, scale, rstd3, rstd1)
-    return run_backward(TAIL, dx2, dy, x, branch, gate, weight3, weight1, scale, rstd3, rstd1)
+        inputs = x, branch, gate, weight3, weight1, scale, bias, rstd3, rstd1
+        return _backend.cpu_op("adaln_tail_bwd")(dx2, dy, *inputs)
+    return run_backward(TAIL, dx2, dy, x, branch, gate, weight3, weight1, scale, bias, rstd3, rstd1)
 
 
 @_adaln_tail_bwd.register_fake
-def _(dx2, dy, x, branch, gate, weight3, weight1, scale, rstd3, rstd1, backend):
+def _(dx2, dy, x, branch, gate, weight3, weight1, scale, bias, rstd3, rstd1, backend):
     big = torch.empty_like(x), torch.empty_like(branch)
-    return *big, _like(gate), torch.empty_like(weight3), torch.empty_like(weight1), _like(scale), _like(scale)
+    weights = torch.empty_like(weight3), torch.empty_like(weight1)
+    return *big, _like(gate), *weights, _like(scale), _like(scale), _like_bias(bias, x)
 
 
 def _adaln_setup(ctx, inputs, output):
@@ -193,26 +217,30 @@ def _adaln_backward(ctx, dy, _drstd):
 
 def _adaln_mid_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    _x, branch, gate, weight, _shift, scale, _eps, ctx.backend = inputs
-    ctx.save_for_backward(output[0], branch, gate, weight, scale, output[2])
+    _x, branch, gate, weight, _shift, scale, bias, _eps, ctx.backend = inputs
+    ctx.save_for_backward(output[0], branch, gate, weight, scale, bias, output[2])
+    ctx.biased = bias is not None
 
 
 def _adaln_mid_backward(ctx, dx1, dy, _drstd):
     saved = ctx.saved_tensors  # read once: recomputed activations are given out once
     dx1, dy = _gradients((dx1, saved[0]), (dy, saved[1]))
-    return *_adaln_mid_bwd(dx1, dy, *saved, ctx.backend), None, None
+    *grads, dbias = _adaln_mid_bwd(dx1, dy, *saved, ctx.backend)
+    return *grads, dbias if ctx.biased else None, None, None
 
 
 def _adaln_tail_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, branch, gate, weight3, weight1, _shift, scale, _eps, ctx.backend = inputs
-    ctx.save_for_backward(x, branch, gate, weight3, weight1, scale, *output[2:])
+    x, branch, gate, weight3, weight1, _shift, scale, bias, _eps, ctx.backend = inputs
+    ctx.save_for_backward(x, branch, gate, weight3, weight1, scale, bias, *output[2:])
+    ctx.biased = bias is not None
 
 
 def _adaln_tail_backward(ctx, dx2, dy, _drstd3, _drstd1):
     saved = ctx.saved_tensors
     dx2, dy = _gradients((dx2, saved[0]), (dy, saved[1]))
-    return *_adaln_tail_bwd(dx2, dy, *saved, ctx.backend), None, None
+    *grads, dbias = _adaln_tail_bwd(dx2, dy, *saved, ctx.backend)
+    return *grads, dbias if ctx.biased else None, None, None
 
 
 _adaln_fwd.register_autograd(_adaln_backward, setup_context=_adaln_setup)
@@ -220,7 +248,7 @@ _adaln_mid_fwd.register_autograd(_adaln_mid_backward, setup_context=_adaln_mid_s
 _adaln_tail_fwd.register_autograd(_adaln_tail_backward, setup_context=_adaln_tail_setup)
 
 
-def _check(x: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], shift, scale, gate=None) -> None:
+def _check(x: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], shift, scale, gate=None, bias=None) -> None:
     _backend.check_float("x", x)
     if x.ndim != 3 or not 0 < x.shape[2] <= WIDEST:
         raise ValueError(f"x must have shape (batch, tokens, width up to {WIDEST}), not {tuple(x.shape)}")
@@ -229,10 +257,11 @@ def _check(x: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], shift,
         _backend.check_float("branch", branch)
         _backend.check_shape("branch", branch, x.shape)
         _backend.check_contiguous("branch", branch)
-    for weight in weights:
-        _backend.check_float("weight", weight)
-        _backend.check_shape("weight", weight, x.shape[2:])
-        _backend.check_contiguous("weight", weight)
+    for name, weight in (*(("weight", weight) for weight in weights), ("bias", bias)):
+        if weight is not None:
+            _backend.check_float(name, weight)
+            _backend.check_shape(name, weight, x.shape[2:])
+            _backend.check_contiguous(name, weight)
     for name, rows in (("shift", shift), ("scale", scale), ("gate", gate)):
         if rows is not None:
             _backend.check_float(name, rows)
@@ -258,15 +287,16 @@ def adaln_mid(
     weight: Tensor,
     shift: Tensor,
     scale: Tensor,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "fused",
 ) -> tuple[Tensor, Tensor]:
-    """x1 = x + gate branch, y = norm(x1) weight (1 + scale) + shift; both (B, T, D)."""
-    backend = _backend.resolve(backend, x, branch, gate, weight, shift, scale)
-    _check(x, branch, (weight,), shift, scale, gate)
+    """x1 = x + gate (branch + bias), y = norm(x1) weight (1 + scale) + shift; both (B, T, D)."""
+    backend = _backend.resolve(backend, x, branch, gate, weight, shift, scale, bias)
+    _check(x, branch, (weight,), shift, scale, gate, bias)
     if backend == "eager":
-        return adaln_mid_eager(x, branch, gate, weight, shift, scale, eps)
-    return _adaln_mid_fwd(x, branch, gate, weight, shift, scale, eps, backend)[:2]
+        return adaln_mid_eager(x, branch, gate, weight, shift, scale, bias, eps)
+    return _adaln_mid_fwd(x, branch, gate, weight, shift, scale, bias, eps, backend)[:2]
 
 
 def adaln_tail(
@@ -277,12 +307,13 @@ def adaln_tail(
     weight1: Tensor,
     shift: Tensor,
     scale: Tensor,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "fused",
 ) -> tuple[Tensor, Tensor]:
-    """x2 = norm(x + gate branch) weight3, y = norm(x2) weight1 (1 + scale) + shift; both (B, T, D)."""
-    backend = _backend.resolve(backend, x, branch, gate, weight3, weight1, shift, scale)
-    _check(x, branch, (weight3, weight1), shift, scale, gate)
+    """x2 = norm(x + gate (branch + bias)) weight3, y = norm(x2) weight1 (1 + scale) + shift; both (B, T, D)."""
+    backend = _backend.resolve(backend, x, branch, gate, weight3, weight1, shift, scale, bias)
+    _check(x, branch, (weight3, weight1), shift, scale, gate, bias)
     if backend == "eager":
-        return adaln_tail_eager(x, branch, gate, weight3, weight1, shift, scale, eps)
-    return _adaln_tail_fwd(x, branch, gate, weight3, weight1, shift, scale, eps, backend)[:2]
+        return adaln_tail_eager(x, branch, gate, weight3, weight1, shift, scale, bias, eps)
+    return _adaln_tail_fwd(x, branch, gate, weight3, weight1, shift, scale, bias, eps, backend)[:2]

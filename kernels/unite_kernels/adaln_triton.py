@@ -56,6 +56,7 @@ def _forward_kernel(
     p_weight,
     p_shift,
     p_scale,
+    p_bias,
     p_out,
     p_y,
     p_rstd3,
@@ -69,6 +70,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
@@ -80,6 +82,8 @@ def _forward_kernel(
         gate = _row(p_gate, b, stride_gate, o_d, m_d)
     if KIND == 2:
         weight3 = _row(p_weight3, 0, 0, o_d, m_d)
+    if BIAS:
+        bias = _row(p_bias, 0, 0, o_d, m_d)
     for i in tl.range(0, STEPS):
         o_t = (tl.program_id(0) * STEPS + i) * ROWS + tl.arange(0, ROWS)
         m_t = o_t < tokens
@@ -88,7 +92,10 @@ def _forward_kernel(
         m = m_t[:, None] & m_d[None, :]
         u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
         if KIND != 0:
-            u += gate[None, :] * tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
+            branch = tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
+            if BIAS:
+                branch += bias[None, :]
+            u += gate[None, :] * branch
         if KIND == 2:
             rstd3 = tl.rsqrt(tl.sum(u * u, axis=1) / WIDTH + eps)
             tl.store(p_rstd3 + o_row, rstd3, mask=m_t)
@@ -113,6 +120,7 @@ def _backward_kernel(
     p_weight3,
     p_weight,
     p_scale,
+    p_bias,
     p_rstd3,
     p_rstd,
     p_dx,
@@ -125,9 +133,11 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 branch (dgate), dx2 xhat3 (dweight3).
+    # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 (branch + bias) (dgate), dx2 xhat3
+    # (dweight3), dbranch (dbias).
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     o_d = tl.arange(0, BLOCK)
@@ -141,6 +151,9 @@ def _backward_kernel(
     if KIND == 2:
         weight3 = _row(p_weight3, 0, 0, o_d, m_d)
         sum_weight3 = tl.zeros((BLOCK,), tl.float32)
+    if BIAS:
+        bias = _row(p_bias, 0, 0, o_d, m_d)
+        sum_bias = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, ROWS):
         m_t = first + i < tokens
         o_row = b * tokens + first + i
@@ -152,6 +165,8 @@ def _backward_kernel(
         if KIND != 0:
             branch = tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
             dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
+            if BIAS:
+                branch += bias
         if KIND == 2:
             rstd3 = tl.load(p_rstd3 + o_row, mask=m_t, other=0.0)
             xhat3 = (u + gate * branch) * rstd3
@@ -169,8 +184,11 @@ def _backward_kernel(
             du = rstd3 * (g - xhat3 * (tl.sum(g * xhat3, axis=0) / WIDTH))
         tl.store(p_dx + o, du.to(p_dx.dtype.element_ty), mask=m)
         if KIND != 0:
-            tl.store(p_dbranch + o, (gate * du).to(p_dbranch.dtype.element_ty), mask=m)
+            dbranch = gate * du
+            tl.store(p_dbranch + o, dbranch.to(p_dbranch.dtype.element_ty), mask=m)
             sum_gate += du * branch
+            if BIAS:
+                sum_bias += dbranch
     p = p_sums + (b * tl.num_programs(0) + tl.program_id(0)) * (SUMS * WIDTH) + o_d
     tl.store(p, sum_dy, mask=m_d)
     tl.store(p + WIDTH, sum_dy_xhat, mask=m_d)
@@ -178,6 +196,8 @@ def _backward_kernel(
         tl.store(p + 2 * WIDTH, sum_gate, mask=m_d)
     if KIND == 2:
         tl.store(p + 3 * WIDTH, sum_weight3, mask=m_d)
+    if BIAS:
+        tl.store(p + (SUMS - 1) * WIDTH, sum_bias, mask=m_d)
 
 
 @jit
@@ -195,7 +215,9 @@ def _reduce_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
     SUMS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -209,16 +231,19 @@ def _reduce_kernel(
     dy_xhat = tl.sum(tl.load(p + WIDTH, mask=m, other=0.0), axis=0)
     dscale = dy_xhat * _row(p_weight, 0, 0, o_d, m_d)
     tl.store(p_dscale + o, dscale.to(p_dscale.dtype.element_ty), mask=m_d)
-    o_weight = b * ((1 + KIND // 2) * WIDTH) + o_d
+    o_weight = b * (WEIGHTS * WIDTH) + o_d
     tl.store(p_dweights + o_weight, dy_xhat * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d)), mask=m_d)
     if KIND != 0:
         dgate = tl.sum(tl.load(p + 2 * WIDTH, mask=m, other=0.0), axis=0)
         tl.store(p_dgate + o, dgate.to(p_dgate.dtype.element_ty), mask=m_d)
     if KIND == 2:
         tl.store(p_dweights + o_weight + WIDTH, tl.sum(tl.load(p + 3 * WIDTH, mask=m, other=0.0), axis=0), mask=m_d)
+    if BIAS:
+        dbias = tl.sum(tl.load(p + (SUMS - 1) * WIDTH, mask=m, other=0.0), axis=0)
+        tl.store(p_dweights + o_weight + (WEIGHTS - 1) * WIDTH, dbias, mask=m_d)
 
 
-def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scale, eps):
+def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scale, bias, eps):
     """(out, y, rstd3, rstd), absent ones None."""
     batch, tokens, width = x.shape
     block, launch = _launch(width)
@@ -228,37 +253,39 @@ def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scal
     rows = _program_rows(batch, tokens)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(tokens, rows), batch)](
-            *(x, branch, gate, weight3, weight, shift, scale, out, y, rstd3, rstd, tokens),
+            *(x, branch, gate, weight3, weight, shift, scale, bias, out, y, rstd3, rstd, tokens),
             *(0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps),
-            *(width, block, launch.rows, kind, rows // launch.rows),
+            *(width, block, launch.rows, kind, bias is not None, rows // launch.rows),
             num_warps=launch.warps,
         )
     return out, y, rstd3, rstd
 
 
-def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, rstd3, rstd):
-    """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale), absent ones None."""
+def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd):
+    """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale, dbias), absent ones None; dbias is then empty."""
     batch, tokens, width = x.shape
     block, launch = _launch(width)
-    rows, sums = _program_rows(batch, tokens), 2 + kind
+    biased = bias is not None
+    rows, sums, weights = _program_rows(batch, tokens), 2 + kind + biased, 1 + kind // 2 + biased
     parts = triton.cdiv(tokens, rows)
     partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
-    dweights = x.new_empty(batch, 1 + kind // 2, width, dtype=torch.float32)
+    dweights = x.new_empty(batch, weights, width, dtype=torch.float32)
     dx, dbranch = torch.empty_like(x), None if kind == PLAIN else torch.empty_like(branch)
     dshift, dscale = scale.new_empty(batch, width), scale.new_empty(batch, width)
     dgate = None if kind == PLAIN else gate.new_empty(batch, width)
     reduce_block = min(block, 128)
     with torch.cuda.device_of(x):
         _backward_kernel[(parts, batch)](
-            *(dout, dy, x, branch, gate, weight3, weight, scale, rstd3, rstd, dx, dbranch, partial, tokens),
-            *(0 if gate is None else gate.stride(0), scale.stride(0), width, block, rows, kind, sums),
+            *(dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd, dx, dbranch, partial, tokens),
+            *(0 if gate is None else gate.stride(0), scale.stride(0), width, block, rows, kind, biased, sums),
             num_warps=launch.backward_warps,
         )
         _reduce_kernel[(triton.cdiv(width, reduce_block), batch)](
             *(partial, weight, scale, dshift, dscale, dgate, dweights, parts, scale.stride(0)),
-            *(width, reduce_block, next_power_of_2(parts), kind, sums),
+            *(width, reduce_block, next_power_of_2(parts), kind, biased, sums, weights),
             num_warps=4,
         )
     dweights = dweights.sum(0)
     dweight3 = dweights[1].to(weight3.dtype, copy=True) if kind == TAIL else None
-    return dx, dbranch, dgate, dweight3, dweights[0].to(weight.dtype, copy=True), dshift, dscale
+    dbias = dweights[-1].to(bias.dtype, copy=True) if biased else x.new_empty(0, dtype=torch.float32)
+    return dx, dbranch, dgate, dweight3, dweights[0].to(weight.dtype, copy=True), dshift, dscale, dbias

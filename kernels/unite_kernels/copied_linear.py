@@ -9,9 +9,9 @@ Scales are taken from the values at hand ("current scaling"), so there is no his
 and W in e4m3, dy in e5m2, whose range a gradient can use. One scale per row (of x, dy, W and W^T): all in e4m3.
 dW and db reach the float32 weight in float32; on CPUs, which have no such product, dW is rounded to bfloat16 before.
 
-Shapes: x (..., K), W (N, K), b (N,), y (..., N). ``bounds`` (rising, from 0 to N) asks for columns of y: those from
-each bound to the next are one contiguous tensor (why: see split_linear.py). N, K and the bounds of a scaled layer are
-multiples of 16 (cuBLAS).
+Shapes: x (..., K), W (N, K), y (..., N). ``bounds`` (rising, from 0 to N) asks for columns of y: those from each bound
+to the next are one contiguous tensor (why: see split_linear.py). b (n,) belongs to the last of these tensors; whoever
+takes the others adds their bias, if there is one. N, K and the bounds of a scaled layer are multiples of 16 (cuBLAS).
 
 Copies may be larger than W, for sizes that products are fast at: W's rows in ``groups`` equal groups, each followed by
 zero rows, and zero columns behind its own. Then x has the copy's columns and y as many columns as the copy has rows.
@@ -96,24 +96,33 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.t(), x).float()
 
 
-def _parameter_gradients(
+def _layer_weight_gradient(
     parts: list[Tensor], x: Tensor, bounds: tuple[int, ...], outputs: int, shape: Sequence[int], groups: int = 0
-) -> tuple[Tensor, Tensor]:
-    """float32 dW of ``shape`` (N, K) and db (N,) from the parts of dy (R, n) and x (..., K), all bfloat16.
+) -> Tensor:
+    """float32 dW of ``shape`` (N, K) from the parts of dy (R, n) and x (..., K), all bfloat16.
 
     outputs: N, or the rows of a padded copy.
     """
     rows = x.flatten(0, -2)
     dweights = [_weight_gradient(part, rows) for part in parts]
-    dbiases = [part.sum(0, dtype=torch.float32) for part in parts]
-    dweight, dbias = (t[0] if len(t) == 1 else torch.cat(t) for t in (dweights, dbiases))
+    dweight = dweights[0] if len(dweights) == 1 else torch.cat(dweights)
     before, behind = bounds[0], outputs - bounds[-1]
     if before or behind:
-        dweight, dbias = F.pad(dweight, (0, 0, before, behind)), F.pad(dbias, (before, behind))
-    if dweight.shape != shape:
-        dweight = own_part(dweight, shape, groups).flatten(0, 1)
-        dbias = own_part(dbias, shape[:1], groups).flatten()
-    return dweight, dbias
+        dweight = F.pad(dweight, (0, 0, before, behind))
+    return dweight if dweight.shape == shape else own_part(dweight, shape, groups).flatten(0, 1)
+
+
+def _bias_gradient(dy: Tensor, size: int, groups: int = 0) -> Tensor | None:
+    """float32 db (size,) from its part of dy (R, n): a pass over all of it, so only where there is a bias (not 0)."""
+    if not size:
+        return None
+    dbias = dy.sum(0, dtype=torch.float32)
+    return dbias if len(dbias) == size else own_part(dbias, (size,), groups).flatten()
+
+
+def _biases(bias: Tensor | None, bounds: tuple[int, ...]) -> list[Tensor | None]:
+    """What is added to each part."""
+    return [*[None] * (len(bounds) - 2), bias]
 
 
 class _Half(torch.autograd.Function):
@@ -129,9 +138,9 @@ class _Half(torch.autograd.Function):
         groups: int,
     ):
         ctx.save_for_backward(x, copy)
-        ctx.bounds, ctx.shape, ctx.groups = bounds, weight.shape, groups
-        slices = _slices(bounds)
-        return tuple(F.linear(x, copy[where], None if bias_copy is None else bias_copy[where]) for where in slices)
+        ctx.bounds, ctx.shape, ctx.groups, ctx.biased = bounds, weight.shape, groups, 0 if bias is None else len(bias)
+        parts = zip(_slices(bounds), _biases(bias_copy, bounds), strict=True)
+        return tuple(F.linear(x, copy[where], added) for where, added in parts)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
@@ -144,8 +153,8 @@ class _Half(torch.autograd.Function):
             for part, where in zip(parts[1:], slices[1:], strict=True):
                 dx = torch.addmm(dx, part, copy[where])
             dx = dx.view(x.shape)
-        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, len(copy), ctx.shape, ctx.groups)
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *(None,) * 4
+        dweight = _layer_weight_gradient(parts, x, ctx.bounds, len(copy), ctx.shape, ctx.groups)
+        return dx, dweight, _bias_gradient(parts[-1], ctx.biased, ctx.groups), *(None,) * 4
 
 
 class _Scaled(torch.autograd.Function):
@@ -166,15 +175,15 @@ class _Scaled(torch.autograd.Function):
         per_row = scale.ndim == 2
         values, factors = quantise(x.flatten(0, -2), copy.dtype, per_row)
         ctx.save_for_backward(x, transposed, transposed_scale)
-        ctx.bounds, ctx.shape, ctx.groups = bounds, weight.shape, groups
+        ctx.bounds, ctx.shape, ctx.groups, ctx.biased = bounds, weight.shape, groups, 0 if bias is None else len(bias)
         outputs = []
-        for where in _slices(bounds):
+        for where, added in zip(_slices(bounds), _biases(bias_copy, bounds), strict=True):
             y = torch._scaled_mm(
                 values,
                 copy[where].t(),
                 scale_a=factors,
                 scale_b=scale[where].t() if per_row else scale,
-                bias=None if bias_copy is None else bias_copy[where],
+                bias=added,
                 out_dtype=x.dtype,
                 use_fast_accum=True,
             )
@@ -202,29 +211,30 @@ class _Scaled(torch.autograd.Function):
                 # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
                 use_fast_accum=per_row,
             ).view(x.shape)
-        dweight, dbias = _parameter_gradients(parts, x, ctx.bounds, outputs, ctx.shape, ctx.groups)
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *(None,) * 7
+        dweight = _layer_weight_gradient(parts, x, ctx.bounds, outputs, ctx.shape, ctx.groups)
+        return dx, dweight, _bias_gradient(parts[-1], ctx.biased, ctx.groups), *(None,) * 7
 
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: int):
         ctx.save_for_backward(x)
-        ctx.bounds, ctx.shape = (start, start + y.shape[-1]), weight.shape
+        ctx.bounds, ctx.shape, ctx.biased = (start, start + y.shape[-1]), weight.shape, 0 if bias is None else len(bias)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
-        dweight, dbias = _parameter_gradients([dy.flatten(0, -2)], x, ctx.bounds, ctx.shape[0], ctx.shape)
-        return dy, None, dweight, dbias if ctx.needs_input_grad[3] else None, None
+        rows = dy.flatten(0, -2)
+        dweight = _layer_weight_gradient([rows], x, ctx.bounds, ctx.shape[0], ctx.shape)
+        return dy, None, dweight, _bias_gradient(rows[:, rows.shape[1] - ctx.biased :], ctx.biased), None
 
 
 def with_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: int = 0) -> Tensor:
     """y, computed elsewhere from x and constants equal to ``weight`` and ``bias``, with dW and db sent to these.
 
-    y (..., n) and x (..., K) in bfloat16; y are the layer's columns from ``start`` on. The gradient of x is the
-    business of whoever computed y.
+    y (..., n) and x (..., K) in bfloat16; y are the layer's columns from ``start`` on, the last ones with ``bias``. The
+    gradient of x is the business of whoever computed y.
     """
     return _WeightGradient.apply(y, x.detach(), weight, bias, start)
 
@@ -240,7 +250,7 @@ def half_linear(
 ) -> tuple[Tensor, ...]:
     """The parts of y in bfloat16, which x is cast to; gradients go to ``weight`` and ``bias``.
 
-    copy (N, K) and bias_copy (N,): their current values in bfloat16, padded or not. Without a bias both of it are None.
+    copy (N, K) and bias_copy (n,): their current values in bfloat16, padded or not. Without a bias both of it are None.
     """
     return _Half.apply(x.to(copy.dtype), weight, bias, copy, bias_copy, bounds, groups)
 

@@ -1,13 +1,15 @@
 """RMSNorm of each query and key head, then rotary position embedding, on packed queries and keys.
 
-    n = x / sqrt(mean(x^2) + eps) weight                           per head; own weight for q and k, (head_dim,)
+    x = qk + bias;  n = x / sqrt(mean(x^2) + eps) weight           per head; own weight for q and k, (head_dim,)
     out[2i], out[2i+1] = n[2i] c - n[2i+1] s, n[2i+1] c + n[2i] s  c, s = cos[p, i], sin[p, i], p = token - prefix
 
-The first ``prefix`` tokens are not rotated. Shapes: qk (B, T, 2 heads head_dim), rows q, then k, each head-major;
-cos, sin (P, head_dim / 2) float32 with P >= T - prefix; rstd (B, T, 2, heads) float32.
+The first ``prefix`` tokens are not rotated. Shapes: qk (B, T, 2 heads head_dim), rows q, then k, each head-major; bias
+(2 heads head_dim,), that of the linear layer before, or none; cos, sin (P, head_dim / 2) float32 with P >= T - prefix;
+rstd (B, T, 2, heads) float32.
 
 Bytes per token in bfloat16, D = heads head_dim: forward 8 D, backward 12 D, and 8 heads for rstd. A program takes the
-same tokens of several samples, so that it reads their rows of the tables once.
+same tokens of several samples, so that it reads the bias and their rows of the tables once, and writes one sum of the
+bias gradient for all of them: 24 D bytes in the backward.
 """
 
 from __future__ import annotations
@@ -22,10 +24,19 @@ from .jit import jit, next_power_of_2, tl, triton
 
 
 def qk_norm_rope_eager(
-    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, prefix: int, eps: float
+    qk: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    prefix: int,
+    eps: float,
 ) -> Tensor:
     batch, tokens, width = qk.shape
-    q, k = qk.reshape(batch, tokens, 2, heads, width // (2 * heads)).unbind(2)
+    biased = qk if bias is None else qk.float() + bias.float()
+    q, k = biased.reshape(batch, tokens, 2, heads, width // (2 * heads)).unbind(2)
     cos, sin = (table[: tokens - prefix, None].float() for table in (cos, sin))
 
     def rotate(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,12 +53,22 @@ def qk_norm_rope_eager(
 class Launch:
     tokens: int  # tokens of one tile
     warps: int
-    samples: int  # whose tiles one forward program takes, loading weights and tables once
-    backward_samples: int  # likewise; the program sums over them
+    samples: int = 32  # whose tiles one program takes, loading weights, tables and bias once
 
 
-# Unmeasured default: a tile of 16 heads of 64 gives a thread 16 elements.
-LAUNCH = Launch(tokens=2, warps=4, samples=4, backward_samples=16)
+# Unmeasured defaults, for heads up to 64 and wider ones: a tile of 16 heads gives a thread 16 elements of a tensor, and
+# the backward 128 registers, so that 16 warps of it fit on a multiprocessor.
+NARROW, WIDE = Launch(tokens=2, warps=4), Launch(tokens=2, warps=8)
+PROGRAMS = 528  # four per multiprocessor of an H200; samples are halved for small batches until they exist
+
+
+def _launch(batch: int, tokens: int, head_dim: int) -> tuple[Launch, tuple[int, int], int]:
+    """The launch, its grid, and the samples of one program."""
+    launch = NARROW if head_dim <= 64 else WIDE
+    tiles, samples = triton.cdiv(tokens, launch.tokens), launch.samples
+    while samples > 1 and tiles * triton.cdiv(batch, samples) < PROGRAMS:
+        samples //= 2
+    return launch, (tiles, triton.cdiv(batch, samples)), samples
 
 
 @jit
@@ -73,12 +94,32 @@ def _angles(p_cos, p_sin, o_token, m_token, prefix, DIM: tl.constexpr, HEAD_DIM:
 
 
 @jit
+def _bias_tile(
+    p_bias,
+    part,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    bias = tl.zeros((1, BLOCK_HEADS, DIM), tl.float32)
+    if BIAS:
+        o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
+        o = part * (HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
+        m = (o_head < HEADS)[None, :, None] & (o_d < HEAD_DIM)[None, None, :]
+        bias = tl.load(p_bias + o, mask=m, other=0.0).to(tl.float32)
+    return bias
+
+
+@jit
 def _forward_kernel(
     p_qk,
     p_q_weight,
     p_k_weight,
     p_cos,
     p_sin,
+    p_bias,
     p_out,
     p_rstd,
     batch,
@@ -91,33 +132,31 @@ def _forward_kernel(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     SAMPLES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
     o_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     m_token = o_token < tokens
-    q_even, q_odd = _weight_pairs(p_q_weight, DIM, HEAD_DIM)
-    k_even, k_odd = _weight_pairs(p_k_weight, DIM, HEAD_DIM)
     cos, sin = _angles(p_cos, p_sin, o_token, m_token, prefix, DIM, HEAD_DIM)
-    for i in tl.range(0, SAMPLES):
-        b = tl.program_id(1).to(tl.int64) * SAMPLES + i
-        m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
-        m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-        o_row = b * tokens + o_token
-        o = o_row[:, None, None] * (2 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM + o_d[None, None, :]
-        for part in tl.static_range(2):
-            p = o + part * (HEADS * HEAD_DIM)
-            x = tl.load(p_qk + p, mask=m, other=0.0).to(tl.float32)
+    for part in tl.static_range(2):
+        weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
+        bias = _bias_tile(p_bias, part, HEADS, HEAD_DIM, BLOCK_HEADS, DIM, BIAS)
+        for i in tl.range(0, SAMPLES):
+            b = tl.program_id(1).to(tl.int64) * SAMPLES + i
+            m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
+            m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
+            o_row = b * tokens + o_token
+            o = o_row[:, None, None] * (2 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM
+            o += part * (HEADS * HEAD_DIM) + o_d[None, None, :]
+            x = tl.load(p_qk + o, mask=m, other=0.0).to(tl.float32) + bias
             rstd = tl.rsqrt(tl.sum(x * x, axis=2) / HEAD_DIM + eps)
             o_rstd = (o_row[:, None] * 2 + part) * HEADS + o_head[None, :]
             tl.store(p_rstd + o_rstd, rstd, mask=m_rows)
             even, odd = _pairs(x * rstd[:, :, None], TOKENS, BLOCK_HEADS, DIM)
-            if part == 0:
-                even, odd = even * q_even, odd * q_odd
-            else:
-                even, odd = even * k_even, odd * k_odd
+            even, odd = even * weight_even, odd * weight_odd
             out = tl.join(even * cos - odd * sin, odd * cos + even * sin)
             out = tl.reshape(out, (TOKENS, BLOCK_HEADS, DIM))
-            tl.store(p_out + p, out.to(p_out.dtype.element_ty), mask=m)
+            tl.store(p_out + o, out.to(p_out.dtype.element_ty), mask=m)
 
 
 @jit
@@ -128,9 +167,11 @@ def _backward_kernel(
     p_k_weight,
     p_cos,
     p_sin,
+    p_bias,
     p_rstd,
     p_dqk,
     p_sums,
+    p_bias_sums,
     batch,
     tokens,
     prefix,
@@ -140,6 +181,7 @@ def _backward_kernel(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     SAMPLES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     o_head, o_d, o_i = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM), tl.arange(0, DIM // 2)
     o_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -149,6 +191,8 @@ def _backward_kernel(
         weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
         sum_even = tl.zeros((DIM // 2,), tl.float32)
         sum_odd = tl.zeros((DIM // 2,), tl.float32)
+        sum_dx = tl.zeros((BLOCK_HEADS, DIM), tl.float32)
+        bias = _bias_tile(p_bias, part, HEADS, HEAD_DIM, BLOCK_HEADS, DIM, BIAS)
         cos, sin = _angles(p_cos, p_sin, o_token, m_token, prefix, DIM, HEAD_DIM)
         for i in tl.range(0, SAMPLES):
             b = tl.program_id(1).to(tl.int64) * SAMPLES + i
@@ -158,7 +202,7 @@ def _backward_kernel(
             o = o_row[:, None, None] * (2 * HEADS * HEAD_DIM) + o_head[None, :, None] * HEAD_DIM
             o += part * (HEADS * HEAD_DIM) + o_d[None, None, :]
             dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
-            x = tl.load(p_qk + o, mask=m, other=0.0).to(tl.float32)
+            x = tl.load(p_qk + o, mask=m, other=0.0).to(tl.float32) + bias
             o_rstd = (o_row[:, None] * 2 + part) * HEADS + o_head[None, :]
             rstd = tl.load(p_rstd + o_rstd, mask=m_rows, other=0.0)[:, :, None]
             even, odd = _pairs(x * rstd, TOKENS, BLOCK_HEADS, DIM)
@@ -170,9 +214,15 @@ def _backward_kernel(
             mean = (tl.sum(g_even * even + g_odd * odd, axis=2) / HEAD_DIM)[:, :, None]
             dx = tl.reshape(tl.join(g_even - even * mean, g_odd - odd * mean), (TOKENS, BLOCK_HEADS, DIM)) * rstd
             tl.store(p_dqk + o, dx.to(p_dqk.dtype.element_ty), mask=m)
+            if BIAS:
+                sum_dx += tl.sum(dx, axis=0)
         p = p_sums + (program * 2 + part) * HEAD_DIM + 2 * o_i
         tl.store(p, sum_even, mask=o_i < HEAD_DIM // 2)
         tl.store(p + 1, sum_odd, mask=o_i < HEAD_DIM // 2)
+        if BIAS:
+            o_bias = (program * 2 + part) * (HEADS * HEAD_DIM) + o_head[:, None] * HEAD_DIM + o_d[None, :]
+            m_bias = (o_head < HEADS)[:, None] & (o_d < HEAD_DIM)[None, :]
+            tl.store(p_bias_sums + o_bias, sum_dx, mask=m_bias)
 
 
 def _sizes(qk: Tensor, heads: int) -> tuple[int, int, int, int]:
@@ -187,26 +237,28 @@ def _qk_norm_rope_fwd(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
+    bias: Tensor | None,
     heads: int,
     prefix: int,
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
-        return _backend.cpu_op("qk_norm_rope_fwd")(qk, q_weight, k_weight, cos, sin, heads, prefix, eps)
+        return _backend.cpu_op("qk_norm_rope_fwd")(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, eps)
     batch, tokens, _width = qk.shape
+    launch, grid, samples = _launch(batch, tokens, q_weight.numel())
     out, rstd = torch.empty_like(qk), qk.new_empty(batch, tokens, 2, heads, dtype=torch.float32)
     with torch.cuda.device_of(qk):
-        _forward_kernel[(triton.cdiv(tokens, LAUNCH.tokens), triton.cdiv(batch, LAUNCH.samples))](
-            *(qk, q_weight, k_weight, cos, sin, out, rstd, batch, tokens, prefix, eps),
-            *(*_sizes(qk, heads), LAUNCH.tokens, LAUNCH.samples),
-            num_warps=LAUNCH.warps,
+        _forward_kernel[grid](
+            *(qk, q_weight, k_weight, cos, sin, bias, out, rstd, batch, tokens, prefix, eps),
+            *(*_sizes(qk, heads), launch.tokens, samples, bias is not None),
+            num_warps=launch.warps,
         )
     return out, rstd
 
 
 @_qk_norm_rope_fwd.register_fake
-def _(qk, q_weight, k_weight, cos, sin, heads, prefix, eps, backend):
+def _(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, eps, backend):
     return torch.empty_like(qk), qk.new_empty(*qk.shape[:2], 2, heads, dtype=torch.float32)
 
 
@@ -218,42 +270,47 @@ def _qk_norm_rope_bwd(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
+    bias: Tensor | None,
     rstd: Tensor,
     heads: int,
     prefix: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout = dout.contiguous()
     if backend == "cpp":
-        return _backend.cpu_op("qk_norm_rope_bwd")(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix)
-    batch, tokens, _width = qk.shape
-    grid = triton.cdiv(tokens, LAUNCH.tokens), triton.cdiv(batch, LAUNCH.backward_samples)
+        return _backend.cpu_op("qk_norm_rope_bwd")(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, heads, prefix)
+    batch, tokens, width = qk.shape
+    launch, grid, samples = _launch(batch, tokens, q_weight.numel())
     dqk = torch.empty_like(qk)
     sums = qk.new_empty(grid[0] * grid[1], 2, q_weight.numel(), dtype=torch.float32)
+    bias_sums = None if bias is None else qk.new_empty(grid[0] * grid[1], width, dtype=torch.float32)
     with torch.cuda.device_of(qk):
         _backward_kernel[grid](
-            *(dout, qk, q_weight, k_weight, cos, sin, rstd, dqk, sums, batch, tokens, prefix),
-            *(*_sizes(qk, heads), LAUNCH.tokens, LAUNCH.backward_samples),
-            num_warps=LAUNCH.warps,
+            *(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, dqk, sums, bias_sums, batch, tokens, prefix),
+            *(*_sizes(qk, heads), launch.tokens, samples, bias is not None),
+            num_warps=launch.warps,
         )
     sums = sums.sum(0)
-    return dqk, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
+    dbias = qk.new_empty(0, dtype=torch.float32) if bias is None else bias_sums.sum(0).to(bias.dtype)
+    return dqk, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True), dbias
 
 
 @_qk_norm_rope_bwd.register_fake
-def _(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix, backend):
-    return torch.empty_like(qk), torch.empty_like(q_weight), torch.empty_like(k_weight)
+def _(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, heads, prefix, backend):
+    dbias = qk.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(qk), torch.empty_like(q_weight), torch.empty_like(k_weight), dbias
 
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for rstd, which has no gradient; the other output is always used
     *tensors, ctx.heads, ctx.prefix, _eps, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.biased = tensors[-1] is not None
 
 
 def _backward(ctx, dout, _drstd):
-    grads = _qk_norm_rope_bwd(dout, *ctx.saved_tensors, ctx.heads, ctx.prefix, ctx.backend)
-    return *grads, None, None, None, None, None, None
+    *grads, dbias = _qk_norm_rope_bwd(dout, *ctx.saved_tensors, ctx.heads, ctx.prefix, ctx.backend)
+    return *grads, None, None, dbias if ctx.biased else None, None, None, None, None
 
 
 _qk_norm_rope_fwd.register_autograd(_backward, setup_context=_setup)
@@ -267,11 +324,15 @@ def qk_norm_rope(
     sin: Tensor,
     heads: int,
     prefix: int = 0,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "fused",
 ) -> Tensor:
-    """Packed (B, T, 2 heads head_dim): q and k normalised per head and rotated; gradients of qk and weights."""
-    backend = _backend.resolve(backend, qk, q_weight, k_weight, cos, sin)
+    """Packed (B, T, 2 heads head_dim): q and k of qk + bias, normalised per head and rotated.
+
+    Gradients of qk, bias and the weights.
+    """
+    backend = _backend.resolve(backend, qk, q_weight, k_weight, cos, sin, bias)
     _backend.check_float("qk", qk)
     if qk.ndim != 3 or heads < 1 or qk.shape[2] == 0 or qk.shape[2] % (4 * heads):
         raise ValueError(f"qk must have shape (batch, tokens, 2 * {heads} heads * even), not {tuple(qk.shape)}")
@@ -281,6 +342,10 @@ def qk_norm_rope(
         _backend.check_float(name, weight)
         _backend.check_shape(name, weight, (head_dim,))
         _backend.check_contiguous(name, weight)
+    if bias is not None:
+        _backend.check_float("bias", bias)
+        _backend.check_shape("bias", bias, qk.shape[2:])
+        _backend.check_contiguous("bias", bias)
     if not 0 <= prefix <= qk.shape[1]:
         raise ValueError(f"prefix must be between 0 and the {qk.shape[1]} tokens, not {prefix}")
     positions = qk.shape[1] - prefix
@@ -291,5 +356,5 @@ def qk_norm_rope(
             raise ValueError(f"{name} must have shape (>= {positions}, {head_dim // 2}), not {tuple(table.shape)}")
         _backend.check_contiguous(name, table)
     if backend == "eager":
-        return qk_norm_rope_eager(qk, q_weight, k_weight, cos, sin, heads, prefix, eps)
-    return _qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, heads, prefix, eps, backend)[0]
+        return qk_norm_rope_eager(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, eps)
+    return _qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, eps, backend)[0]

@@ -1,12 +1,13 @@
 """One linear layer's output in two tensors: the first ``split`` columns, and the rest.
 
-    first = x W[:split]^T + b[:split],  rest = x W[split:]^T + b[split:]
-    dx = dfirst W[:split] + drest W[split:],  dW = [dfirst^T x; drest^T x],  db = [sum dfirst; sum drest]
+    first = x W[:split]^T,  rest = x W[split:]^T + b
+    dx = dfirst W[:split] + drest W[split:],  dW = [dfirst^T x; drest^T x],  db = sum drest
 
-For a layer whose outputs part ways (queries and keys are normalised, values are not): each part is contiguous, so
-neither has to be copied out of the other's rows. Shapes: x (..., D), W (N, D), b (N,), first (..., split), rest
-(..., N - split). The backward writes both parts into one gradient and adds the second product to dx in place; a slice
-of the weight outside would cost a zero-padded gradient of the whole weight per part, and their sum.
+For a layer whose outputs part ways (queries and keys are normalised, by an operation that adds their bias; values are
+not): each part is contiguous, so neither has to be copied out of the other's rows. Shapes: x (..., D), W (N, D), b
+(N - split,), first (..., split), rest (..., N - split). The backward writes both parts into one gradient and adds the
+second product to dx in place; a slice of the weight outside would cost a zero-padded gradient of the whole weight per
+part, and their sum.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 def split_linear_eager(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    return F.linear(x, weight[:split], bias[:split]), F.linear(x, weight[split:], bias[split:])
+    return F.linear(x, weight[:split]), F.linear(x, weight[split:], bias)
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -41,22 +42,22 @@ class _SplitLinear(torch.autograd.Function):
             for part, where in zip(parts, slices, strict=True):
                 torch.mm(part.T, rows, out=dweight[where])
         if ctx.needs_input_grad[2]:
-            dbias = weight.new_empty(len(weight))
-            for part, where in zip(parts, slices, strict=True):
-                torch.sum(part, 0, out=dbias[where])
+            dbias = parts[1].sum(0)
         return dx, dweight, dbias, None
 
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    """(x W^T + b)[..., :split] and [..., split:], each contiguous. x (..., D), weight (N, D), bias (N,), one dtype.
+    """(x W^T)[..., :split] and (x W^T)[..., split:] + bias, each contiguous.
 
-    Under autocast all three are cast to its dtype, as ``F.linear`` would. Any device; it has no kernels of its own.
+    x (..., D), weight (N, D), bias (N - split,), one dtype; under autocast all three are cast to its dtype, as
+    ``F.linear`` would. Any device; it has no kernels of its own.
     """
-    if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
-        shapes = tuple(x.shape), tuple(weight.shape), tuple(bias.shape)
-        raise ValueError("x, weight and bias must have shapes (..., D), (N, D), (N,), not {}, {}, {}".format(*shapes))
+    if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x and weight must have shapes (..., D), (N, D), not {tuple(x.shape)}, {tuple(weight.shape)}")
     if not 0 < split < weight.shape[0]:
         raise ValueError(f"split must be between 1 and {weight.shape[0] - 1}, not {split}")
+    if tuple(bias.shape) != (weight.shape[0] - split,):
+        raise ValueError(f"bias must have shape ({weight.shape[0] - split},), not {tuple(bias.shape)}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -5,13 +5,14 @@ A case makes the tensors of a public call. Shape letters: B samples, T tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unite_kernels import adaln, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
+from unite_kernels import adaln, adaln_triton, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def _adaln_tensors(batch, tokens, width, residual, branch):
 
 def _mid_tensors(batch, tokens, width, residual, branch):
     more = {"branch": _big(batch, tokens, width, branch, 4), "gate": _rows(batch, width, branch, 5)}
+    more["bias"] = _rows(1, width, torch.float32, 12)[0]
     return {**_adaln_tensors(batch, tokens, width, residual, branch), **more}
 
 
@@ -59,6 +61,7 @@ def _qk_tensors(batch, tokens, width, _residual, branch):
     head_dim = width // heads_of(width)
     angle = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     tensors = {"qk": _big(batch, tokens, 2 * width, branch, 7), "q_weight": _weight(head_dim, 8)}
+    tensors["bias"] = _rows(1, 2 * width, torch.float32, 13)[0]
     return {**tensors, "k_weight": _weight(head_dim, 9), "cos": angle.cos(), "sin": angle.sin()}
 
 
@@ -71,13 +74,14 @@ def _qk_call(t: dict[str, Tensor], backend: str):
     head_dim = t["q_weight"].numel()
     heads = t["qk"].shape[2] // (2 * head_dim)
     prefix = min(2, t["qk"].shape[1])
-    arguments = (t["qk"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], heads, prefix)
+    arguments = (t["qk"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], heads, prefix, t["bias"])
     return (qk_norm_rope.qk_norm_rope(*arguments, backend=backend),)
 
 
 ADALN = ("x", "weight", "shift", "scale")
-MID = ("x", "branch", "gate", "weight", "shift", "scale")
-TAIL = ("x", "branch", "gate", "weight3", "weight1", "shift", "scale")
+MID = ("x", "branch", "gate", "weight", "shift", "scale", "bias")
+TAIL = ("x", "branch", "gate", "weight3", "weight1", "shift", "scale", "bias")
+QK = ("qk", "q_weight", "k_weight", "cos", "sin", "bias")
 
 CASES = {
     "adaln": Case(
@@ -106,6 +110,20 @@ CASES = {
 COMPILED = (*CASES, "corruption", "symmetric_product", "lpips_head")
 
 
+@contextmanager
+def training_programs() -> Iterator[None]:
+    """Programs take the rows that they take at a training batch, however small the batch."""
+    modules = adaln_triton, qk_norm_rope
+    before = [module.PROGRAMS for module in modules]
+    try:
+        for module in modules:
+            module.PROGRAMS = 1
+        yield
+    finally:
+        for module, programs in zip(modules, before, strict=True):
+            module.PROGRAMS = programs
+
+
 def launch_model_shape(name: str, width: int) -> None:
     """Launches the Triton kernels of one operation, forward and backward, at the model's dtypes and a small batch."""
     if name == "corruption":
@@ -128,8 +146,9 @@ def launch_model_shape(name: str, width: int) -> None:
             lpips_head._lpips_head_bwd(torch.zeros(1), f, f, torch.zeros(channels), False, True)
         return
     residual = torch.bfloat16 if name == "adaln" else torch.float32
-    for step in launches(name, CASES[name].tensors(2, 32, width, residual, torch.bfloat16)):
-        step()
+    with training_programs():
+        for step in launches(name, CASES[name].tensors(32, 32, width, residual, torch.bfloat16)):
+            step()
 
 
 def launches(name: str, t: dict[str, Tensor]) -> tuple[Callable, Callable]:
@@ -142,10 +161,6 @@ def launches(name: str, t: dict[str, Tensor]) -> tuple[Callable, Callable]:
     return forward, lambda: BACKWARD[name](t, *saved)
 
 
-def _qk_arguments(t: dict[str, Tensor]) -> list[Tensor]:
-    return [t[n] for n in ("qk", "q_weight", "k_weight", "cos", "sin")]
-
-
 def _qk_heads(t: dict[str, Tensor]) -> int:
     return t["qk"].shape[2] // (2 * t["q_weight"].numel())
 
@@ -154,20 +169,20 @@ FORWARD = {
     "adaln": lambda t: adaln._adaln_fwd(*(t[n] for n in ADALN), 1e-6, "triton"),
     "adaln_mid": lambda t: adaln._adaln_mid_fwd(*(t[n] for n in MID), 1e-6, "triton"),
     "adaln_tail": lambda t: adaln._adaln_tail_fwd(*(t[n] for n in TAIL), 1e-6, "triton"),
-    "qk_norm_rope": lambda t: qk_norm_rope._qk_norm_rope_fwd(*_qk_arguments(t), _qk_heads(t), 2, 1e-6, "triton"),
+    "qk_norm_rope": lambda t: qk_norm_rope._qk_norm_rope_fwd(*(t[n] for n in QK), _qk_heads(t), 2, 1e-6, "triton"),
     "swiglu": lambda t: (swiglu._swiglu_fwd(t["x"], t["bias"], "triton"),),
 }
 # The outputs stand in for their gradients: they have the shapes and dtypes.
 BACKWARD = {
     "adaln": lambda t, y, rstd: adaln._adaln_bwd(y, t["x"], t["weight"], t["scale"], rstd, "triton"),
     "adaln_mid": lambda t, x1, y, rstd: adaln._adaln_mid_bwd(
-        x1, y, x1, *(t[n] for n in ("branch", "gate", "weight", "scale")), rstd, "triton"
+        x1, y, x1, *(t[n] for n in ("branch", "gate", "weight", "scale", "bias")), rstd, "triton"
     ),
     "adaln_tail": lambda t, x2, y, rstd3, rstd1: adaln._adaln_tail_bwd(
-        x2, y, *(t[n] for n in (*TAIL[:5], "scale")), rstd3, rstd1, "triton"
+        x2, y, *(t[n] for n in (*TAIL[:5], "scale", "bias")), rstd3, rstd1, "triton"
     ),
     "qk_norm_rope": lambda t, out, rstd: qk_norm_rope._qk_norm_rope_bwd(
-        out, *_qk_arguments(t), rstd, _qk_heads(t), 2, "triton"
+        out, *(t[n] for n in QK), rstd, _qk_heads(t), 2, "triton"
     ),
     "swiglu": lambda t, y: swiglu._swiglu_bwd(y, t["x"], t["bias"], "triton"),
 }

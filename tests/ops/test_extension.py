@@ -32,19 +32,19 @@ def adaln(x, weight, shift, scale):
     return rms(x, weight) * (1 + scale[:, None]) + shift[:, None]
 
 
-def mid(x, branch, gate, weight, shift, scale):
-    x1 = x + gate[:, None] * branch
+def mid(x, branch, gate, weight, shift, scale, bias):
+    x1 = x + gate[:, None] * (branch + bias)
     return x1, adaln(x1, weight, shift, scale)
 
 
-def tail(x, branch, gate, weight3, weight1, shift, scale):
-    x2 = rms(x + gate[:, None] * branch, weight3)
+def tail(x, branch, gate, weight3, weight1, shift, scale, bias):
+    x2 = rms(x + gate[:, None] * (branch + bias), weight3)
     return x2, adaln(x2, weight1, shift, scale)
 
 
-def qk_norm_rope(qk, q_weight, k_weight, cos, sin, heads, prefix):
+def qk_norm_rope(qk, q_weight, k_weight, bias, cos, sin, heads, prefix):
     batch, tokens, width = qk.shape
-    q, k = qk.reshape(batch, tokens, 2, heads, -1).unbind(2)
+    q, k = (qk + bias).reshape(batch, tokens, 2, heads, -1).unbind(2)
     cos, sin = (table[: tokens - prefix].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
 
     def rotate(x):
@@ -110,31 +110,31 @@ def test_adaln(ops, batch, tokens, width, dtype):
 @pytest.mark.parametrize(("batch", "tokens", "width"), WIDTHS)
 def test_adaln_mid(ops, batch, tokens, width, types):
     residual, side = types
-    x, branch, dx1, dy, weight = draws(*[(batch, tokens, width)] * 4, (width,))
+    x, branch, dx1, dy, weight, bias = draws(*[(batch, tokens, width)] * 4, (width,), (width,))
     x, dx1, branch, dy = x.to(residual), dx1.to(residual), branch.to(side), dy.to(side)
     gate, shift, scale = modulations(batch, width, 3)
-    x1, y, rstd = ops.adaln_mid_fwd(x, branch, gate, weight, shift, scale, EPS)
-    dx, dbranch, dgate, dweight, dshift, dscale = ops.adaln_mid_bwd(dx1, dy, x1, branch, gate, weight, scale, rstd)
-    inputs = (x, branch, gate, weight, shift, scale)
+    inputs = (x, branch, gate, weight, shift, scale, bias)
+    x1, y, rstd = ops.adaln_mid_fwd(*inputs, EPS)
+    grads = ops.adaln_mid_bwd(dx1, dy, x1, branch, gate, weight, scale, bias, rstd)
     eager, truth = (evaluate(mid, inputs, (dx1, dy), d) for d in (side, torch.float64))
-    names = ("x1", "y", "dx", "dbranch", "dgate", "dweight", "dshift", "dscale")
-    compare(names, (x1, y, dx, dbranch, dgate, dweight, dshift, dscale), eager, truth, tolerance(side))
-    assert (x1.dtype, y.dtype, dx.dtype, dbranch.dtype) == (residual, side, residual, side)
+    names = ("x1", "y", "dx", "dbranch", "dgate", "dweight", "dshift", "dscale", "dbias")
+    compare(names, (x1, y, *grads), eager, truth, tolerance(side))
+    assert (x1.dtype, y.dtype, grads[0].dtype, grads[1].dtype) == (residual, side, residual, side)
 
 
 @pytest.mark.parametrize("types", [(FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (BFLOAT16, BFLOAT16)])
 @pytest.mark.parametrize(("batch", "tokens", "width"), WIDTHS)
 def test_adaln_tail(ops, batch, tokens, width, types):
     residual, side = types
-    x, branch, dx2, dy, weight3, weight1 = draws(*[(batch, tokens, width)] * 4, (width,), (width,))
+    x, branch, dx2, dy, weight3, weight1, bias = draws(*[(batch, tokens, width)] * 4, *[(width,)] * 3)
     x, dx2, branch, dy = x.to(residual), dx2.to(residual), branch.to(side), dy.to(side)
     gate, shift, scale = modulations(batch, width, 3)
     weight3 = weight3 * 0.2 + 1  # a norm's weight; near zero the second norm would amplify any rounding
-    x2, y, rstd3, rstd1 = ops.adaln_tail_fwd(x, branch, gate, weight3, weight1, shift, scale, EPS)
-    grads = ops.adaln_tail_bwd(dx2, dy, x, branch, gate, weight3, weight1, scale, rstd3, rstd1)
-    inputs = (x, branch, gate, weight3, weight1, shift, scale)
+    inputs = (x, branch, gate, weight3, weight1, shift, scale, bias)
+    x2, y, rstd3, rstd1 = ops.adaln_tail_fwd(*inputs, EPS)
+    grads = ops.adaln_tail_bwd(dx2, dy, x, branch, gate, weight3, weight1, scale, bias, rstd3, rstd1)
     eager, truth = (evaluate(tail, inputs, (dx2, dy), d) for d in (side, torch.float64))
-    names = ("x2", "y", "dx", "dbranch", "dgate", "dweight3", "dweight1", "dshift", "dscale")
+    names = ("x2", "y", "dx", "dbranch", "dgate", "dweight3", "dweight1", "dshift", "dscale", "dbias")
     compare(names, (x2, y, *grads), eager, truth, tolerance(side))
     assert (x2.dtype, y.dtype, grads[0].dtype, grads[1].dtype) == (residual, side, residual, side)
 
@@ -145,18 +145,19 @@ def test_adaln_tail(ops, batch, tokens, width, types):
 )
 def test_qk_norm_rope(ops, batch, tokens, heads, head_dim, prefix, dtype):
     width = 2 * heads * head_dim
-    qk, dout, q_weight, k_weight = draws((batch, tokens, width), (batch, tokens, width), (head_dim,), (head_dim,))
+    rows = (batch, tokens, width)
+    qk, dout, q_weight, k_weight, bias = draws(rows, rows, (head_dim,), (head_dim,), (width,))
     qk, dout = qk.to(dtype), dout.to(dtype)
     angle = torch.arange(tokens + 3)[:, None] * 0.7 ** torch.arange(head_dim // 2)
     cos, sin = angle.cos(), angle.sin()
-    out, rstd = ops.qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, heads, prefix, EPS)
-    grads = ops.qk_norm_rope_bwd(dout, qk, q_weight, k_weight, cos, sin, rstd, heads, prefix)
+    out, rstd = ops.qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, EPS)
+    grads = ops.qk_norm_rope_bwd(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, heads, prefix)
 
     def run(d):
-        function = lambda x, q, k: qk_norm_rope(x, q, k, cos.to(d), sin.to(d), heads, prefix)  # noqa: E731
-        return evaluate(function, (qk, q_weight, k_weight), (dout,), d)
+        function = lambda x, q, k, b: qk_norm_rope(x, q, k, b, cos.to(d), sin.to(d), heads, prefix)  # noqa: E731
+        return evaluate(function, (qk, q_weight, k_weight, bias), (dout,), d)
 
-    compare(("qk", "dqk", "dq", "dk"), (out, *grads), run(dtype), run(torch.float64), tolerance(dtype))
+    compare(("qk", "dqk", "dq", "dk", "dbias"), (out, *grads), run(dtype), run(torch.float64), tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -227,17 +228,17 @@ def test_noise_injection(ops, dtype):
 
 
 def test_thread_count_does_not_change_a_bit(ops):
-    x, branch, dx, dy, w3, w1 = draws(*[(3, 100, 199)] * 4, (199,), (199,))
+    x, branch, dx, dy, w3, w1, bias = draws(*[(3, 100, 199)] * 4, *[(199,)] * 3)
     gate, shift, scale = modulations(3, 199, 3)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out = ops.adaln_tail_fwd(x, branch, gate, w3, w1, shift, scale, EPS)
-            back = ops.adaln_tail_bwd(dx, dy, x, branch, gate, w3, w1, scale, out[2], out[3])
-            bias = ops.swiglu_bwd(dy[..., :99].contiguous(), x[..., :198].contiguous(), w1[:198].contiguous())
-            results.append([*out, *back, *bias, *ops.clip([x, branch], 1.0)])
+            out = ops.adaln_tail_fwd(x, branch, gate, w3, w1, shift, scale, bias, EPS)
+            back = ops.adaln_tail_bwd(dx, dy, x, branch, gate, w3, w1, scale, bias, out[2], out[3])
+            mlp = ops.swiglu_bwd(dy[..., :99].contiguous(), x[..., :198].contiguous(), w1[:198].contiguous())
+            results.append([*out, *back, *mlp, *ops.clip([x, branch], 1.0)])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
@@ -262,6 +263,7 @@ GOOD = {
     "weight": torch.ones(8),
     "shift": torch.zeros(2, 8),
     "scale": torch.zeros(2, 8),
+    "bias": torch.zeros(8),
 }
 
 
@@ -278,6 +280,7 @@ GOOD = {
         ("weight", torch.ones(7), r"weight must have shape \(8\), not \(7\)"),
         ("weight", torch.ones(8, dtype=torch.int64), "weight must be float32 or bfloat16"),
         ("scale", torch.zeros(2, 8, 1), "scale must have shape"),
+        ("bias", torch.zeros(7), r"bias must have shape \(8\), not \(7\)"),
     ],
 )
 def test_bad_adaln_arguments_are_named(ops, name, value, message):
@@ -291,25 +294,25 @@ def test_bad_adaln_arguments_are_named(ops, name, value, message):
         (lambda o: o.adaln_bwd(GOOD["x"], GOOD["x"], GOOD["weight"], GOOD["scale"], torch.ones(6)), "rstd must have"),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 12), *[torch.ones(3)] * 2, *[torch.ones(4, 1)] * 2, 2, 0, EPS
+                torch.zeros(1, 4, 12), *[torch.ones(3)] * 2, *[torch.ones(4, 1)] * 2, None, 2, 0, EPS
             ),
             "odd",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(2, 2)] * 2, 2, 0, EPS
+                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(2, 2)] * 2, None, 2, 0, EPS
             ),
             "2 positions for 4",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 17), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, 2, 0, EPS
+                torch.zeros(1, 4, 17), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, None, 2, 0, EPS
             ),
             "heads",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, 2, -1, EPS
+                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, None, 2, -1, EPS
             ),
             "prefix is negative",
         ),

@@ -49,11 +49,11 @@ def in_double(name: str):
         return norm(u, weight) * (1 + t["scale"][:, None]) + t["shift"][:, None]
 
     def mid(t, _):
-        x1 = t["x"] + t["gate"][:, None] * t["branch"]
+        x1 = t["x"] + t["gate"][:, None] * (t["branch"] + t["bias"])
         return x1, modulated(x1, t, t["weight"])
 
     def tail(t, _):
-        x2 = norm(t["x"] + t["gate"][:, None] * t["branch"], t["weight3"])
+        x2 = norm(t["x"] + t["gate"][:, None] * (t["branch"] + t["bias"]), t["weight3"])
         return x2, modulated(x2, t, t["weight1"])
 
     def swiglu_(t, _):
@@ -62,7 +62,7 @@ def in_double(name: str):
 
     def qk(t, _):
         head_dim = t["q_weight"].numel()
-        q, k = t["qk"].unflatten(-1, (2, -1, head_dim)).unbind(2)
+        q, k = (t["qk"] + t["bias"]).unflatten(-1, (2, -1, head_dim)).unbind(2)
         prefix = min(2, q.shape[1])
         turn = torch.polar(torch.ones_like(t["cos"]), torch.atan2(t["sin"], t["cos"]))[: q.shape[1] - prefix]
 
@@ -96,6 +96,20 @@ def test_equal_runs_give_equal_bits(name, kernels):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("name", ["adaln_mid", "adaln_tail", "qk_norm_rope", "swiglu"])
+@pytest.mark.parametrize("kernels", [*BACKENDS, "eager"])
+def test_no_bias_is_a_bias_of_zero(name, kernels):
+    case = cases.CASES[name]
+    tensors = case.tensors(*shape_for(name, (2, 19, 64)), FP32, FP32)
+    tensors["bias"] = torch.zeros_like(tensors["bias"])
+    expected = values_and_gradients(case.call, tensors, kernels)
+    del expected["gradient of bias"], tensors["bias"]
+    found = values_and_gradients(lambda t, backend: case.call({**t, "bias": None}, backend), tensors, kernels)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_swiglu_without_bias(kernels):
     x = torch.randn(3, 5, 126, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -115,19 +129,21 @@ def test_compiles_without_graph_breaks(name, kernels):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(("name", "biased"), [(name, b) for name in cases.CASES for b in (True, False)][1:])
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_registered_op(name, kernels):
+def test_registered_op(name, biased, kernels):
     t = on_device(cases.CASES[name].tensors(*shape_for(name, (2, 3, 48)), FP32, FP32))
     for key in t:
         t[key].requires_grad_(key not in ("cos", "sin"))
+    if not biased:
+        t["bias"] = None
     op, arguments = {
         "adaln": lambda: (adaln._adaln_fwd, (*(t[n] for n in cases.ADALN), 1e-6)),
         "adaln_mid": lambda: (adaln._adaln_mid_fwd, (*(t[n] for n in cases.MID), 1e-6)),
         "adaln_tail": lambda: (adaln._adaln_tail_fwd, (*(t[n] for n in cases.TAIL), 1e-6)),
         "qk_norm_rope": lambda: (
             qk_norm_rope._qk_norm_rope_fwd,
-            (*(t[n] for n in ("qk", "q_weight", "k_weight", "cos", "sin")), 3, 2, 1e-6),
+            (*(t[n] for n in cases.QK), 3, 2, 1e-6),
         ),
         "swiglu": lambda: (swiglu._swiglu_fwd, (t["x"], t["bias"])),
     }[name]()
@@ -150,6 +166,10 @@ def test_bad_input_is_named():
         call(gate=t["gate"].T.contiguous().T)
     with pytest.raises(TypeError, match="one dtype"):
         call(shift=t["shift"].bfloat16())
+    with pytest.raises(ValueError, match=r"bias must have shape \(64,\), not \(63,\)"):
+        call(bias=t["bias"][:63])
+    with pytest.raises(TypeError, match="bias must be float32"):
+        call(bias=t["bias"].double())
     with pytest.raises(RuntimeError, match="different devices"):
         call(gate=t["gate"].to("meta"))
     with pytest.raises(ValueError, match="width up to 2048"):
@@ -159,6 +179,8 @@ def test_bad_input_is_named():
     q = on_device(cases.CASES["qk_norm_rope"].tensors(2, 4, 48, FP32, FP32))
     with pytest.raises(ValueError, match="cos must have shape"):
         qk_norm_rope.qk_norm_rope(q["qk"], q["q_weight"], q["k_weight"], q["cos"][:1], q["sin"], 3)
+    with pytest.raises(ValueError, match=r"bias must have shape \(96,\), not \(48,\)"):
+        cases.CASES["qk_norm_rope"].call({**q, "bias": q["bias"][:48]}, "triton")
 
 
 def test_backend_choice():

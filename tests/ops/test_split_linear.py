@@ -13,7 +13,7 @@ from unite_kernels.split_linear import split_linear, split_linear_eager
 
 def tensors(dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (3, 5)) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (*rows, 24), "weight": (66, 24), "bias": (66,)}
+    shapes = {"x": (*rows, 24), "weight": (66, 24), "bias": (22,)}
     return {name: torch.randn(s, generator=generator).to(DEVICE, dtype) for name, s in shapes.items()}
 
 
@@ -72,7 +72,7 @@ def call_plainly(t: dict[str, torch.Tensor], autocast: bool):
 
 
 def test_backward_adds_nothing_up():
-    """Two products for dx, two for dW, two sums for db: no zero-padded slices, no additions of whole gradients."""
+    """Two products for dx, two for dW, one sum for db: no zero-padded slices, no additions of whole gradients."""
     seen = []
 
     class Operations(TorchDispatchMode):
@@ -86,7 +86,7 @@ def test_backward_adds_nothing_up():
     with Operations():
         torch.autograd.grad((first, rest), list(t.values()), (dfirst, drest))
     views = ("view", "slice", "t", "transpose", "permute", "detach", "empty_like", "new_empty")
-    assert sorted(name for name in seen if name not in views) == ["addmm", "mm", "mm", "mm", "sum", "sum"]
+    assert sorted(name for name in seen if name not in views) == ["addmm", "mm", "mm", "mm", "sum"]
 
 
 def test_a_frozen_layer_has_the_gradient_of_x_alone():
@@ -103,5 +103,7 @@ def test_bad_input_is_named():
         split_linear(x, weight.T, bias, 4)
     with pytest.raises(ValueError, match="split must be between 1 and 65"):
         split_linear(x, weight, bias, 66)
+    with pytest.raises(ValueError, match=r"bias must have shape \(62,\), not \(22,\)"):
+        split_linear(x, weight, bias, 4)
     with pytest.raises(TypeError, match="one dtype"):
-        split_linear(x.bfloat16(), weight, bias, 4)
+        split_linear(x.bfloat16(), weight, bias, 44)

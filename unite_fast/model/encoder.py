@@ -54,6 +54,21 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
+class Branch(NamedTuple):
+    """What a block adds to its residual stream, (B, T, D), and the bias (D,) that is still to be added to it.
+
+    The operation that adds them to the stream holds the branch's gradient in registers, and sums the bias's from it.
+    """
+
+    product: Tensor
+    bias: Tensor
+
+
+def branch(last: Linear, x: Tensor) -> Branch:
+    """From the branch's last layer. The bias is a copy, since FSDP frees a module's parameters when it returns."""
+    return Branch(last.without_bias(x), last.bias.clone())
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys, and rotary positions after the first ``prefix`` tokens."""
 
@@ -66,12 +81,16 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = Linear(width, width, large=True)
 
-    def forward(self, x: Tensor, layout: Layout, backend: str, kept: int = 0) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with ``kept`` of the R = kept rows after the prefix alone: (B, R, D)."""
+    def forward(self, x: Tensor, layout: Layout, backend: str, kept: int = 0) -> Branch:
+        """x (B, T, D) -> (B, T, D); with ``kept`` of the R = kept rows after the prefix alone: (B, R, D).
+
+        The biases of queries and keys are added by the operation that normalises them.
+        """
         if kept and self.heads % 2 == 0:
             return self._attend(*self._kept_queries(x, layout, backend, kept), layout)
         width = x.shape[-1]
-        qk, v = self.qkv.parts(x, 0, 2 * width, 3 * width)
+        qk_bias, v_bias = self.qkv.bias.split((2 * width, width))
+        qk, v = self.qkv.parts(x, 0, 2 * width, 3 * width, bias=v_bias)
         qk = qk_norm_rope(
             qk,
             self.q_norm.weight,
@@ -80,6 +99,7 @@ class SelfAttention(nn.Module):
             layout.sin,
             self.heads,
             layout.prefix if layout.rotate else x.shape[1],
+            qk_bias,
             backend=backend,
         )
         q, k = (self._heads(half) for half in qk.chunk(2, dim=-1))  # (B, H, T, E)
@@ -91,22 +111,23 @@ class SelfAttention(nn.Module):
         """Queries (B, H, R, E) of the kept rows, keys and values (B, H, T, E) of all."""
         rows = x[:, layout.prefix : layout.prefix + kept]
         width = x.shape[-1]
+        q_bias, k_bias, v_bias = self.qkv.bias.split(width)
         (q,) = self.qkv.parts(rows, 0, width)
-        k, v = self.qkv.parts(x, width, 2 * width, 3 * width)
-        q = self._norm_rope(q, self.q_norm.weight, layout, 0, backend)
-        k = self._norm_rope(k, self.k_norm.weight, layout, layout.prefix, backend)
+        k, v = self.qkv.parts(x, width, 2 * width, 3 * width, bias=v_bias)
+        q = self._norm_rope(q, q_bias, self.q_norm.weight, layout, 0, backend)
+        k = self._norm_rope(k, k_bias, self.k_norm.weight, layout, layout.prefix, backend)
         return self._heads(q), self._heads(k), self._heads(v)
 
-    def _norm_rope(self, x: Tensor, weight: Tensor, layout: Layout, prefix: int, backend: str) -> Tensor:
+    def _norm_rope(self, x: Tensor, bias: Tensor, weight: Tensor, layout: Layout, prefix: int, backend: str) -> Tensor:
         """Queries or keys alone, (B, T, D): the packed form, with half of the heads in either place."""
         prefix = prefix if layout.rotate else x.shape[1]
-        return qk_norm_rope(x, weight, weight, layout.cos, layout.sin, self.heads // 2, prefix, backend=backend)
+        return qk_norm_rope(x, weight, weight, layout.cos, layout.sin, self.heads // 2, prefix, bias, backend=backend)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        return self.proj(attention(q, k, v, layout.key_mask, self.attention).transpose(1, 2).flatten(2))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Branch:
+        return branch(self.proj, attention(q, k, v, layout.key_mask, self.attention).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -117,12 +138,12 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(width, 2 * hidden, large=True, groups=2)
         self.w3 = Linear(hidden, width, large=True, wide_inputs=True)
 
-    def forward(self, x: Tensor, backend: str) -> Tensor:
+    def forward(self, x: Tensor, backend: str) -> Branch:
         """The first Linear's bias is added inside the activation, which sums its gradient as well."""
         halves, bias = self.w12.without_bias(x), self.w12.bias
         if padding := (halves.shape[-1] - len(bias)) // 2:
             bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
-        return self.w3(swiglu(halves, bias, backend=backend))
+        return branch(self.w3, swiglu(halves, bias, backend=backend))
 
 
 class Layout(NamedTuple):
@@ -175,12 +196,12 @@ class Block(nn.Module):
         the prefix are wanted, (B, kept, D): all rows give keys and values, nothing else is computed for the others.
         """
         _, _, gate1, shift2, scale2, gate2 = chunks
-        h = self.attn(y, layout, backend, kept)
+        h, bias = self.attn(y, layout, backend, kept)
         if kept:
             x = x[:, layout.prefix : layout.prefix + kept].contiguous()
-        x, y = adaln_mid(x, h, gate1, self.norm2.weight, shift2, scale2, backend=backend)
-        h = self.mlp(y, backend)
-        return adaln_tail(x, h, gate2, self.norm3.weight, *following, backend=backend)
+        x, y = adaln_mid(x, h, gate1, self.norm2.weight, shift2, scale2, bias, backend=backend)
+        h, bias = self.mlp(y, backend)
+        return adaln_tail(x, h, gate2, self.norm3.weight, *following, bias, backend=backend)
 
 
 class FinalLayer(nn.Module):

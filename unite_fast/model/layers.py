@@ -32,10 +32,10 @@ def adamw_parameter(value: Tensor) -> nn.Parameter:
 
 
 class Products(Protocol):
-    """How a precision recipe computes a linear layer from x (..., K), weight (N, K) and bias (N,) or None.
+    """How a precision recipe computes a linear layer from x (..., K) and weight (N, K).
 
-    bounds: rising, from 0 to N; columns bounds[i] to bounds[i + 1] of the output are one tensor, contiguous.
-    outputs: N, or more where the recipe pads (``Linear``).
+    bounds: rising, from 0 to N; columns bounds[i] to bounds[i + 1] of the output are one tensor, contiguous. bias: of
+    the last of them, or None. outputs: N, or more where the recipe pads (``Linear``).
     """
 
     outputs: int
@@ -72,14 +72,17 @@ class Linear(nn.Linear):
             return self.products(x, self.weight, None, (0, self.products.outputs))[0]
         return F.linear(x, self.weight)
 
-    def parts(self, x: Tensor, *bounds: int) -> tuple[Tensor, ...]:
-        """Of the output, columns bounds[0] to bounds[1], then to bounds[2], ...: tensors of their own, contiguous."""
+    def parts(self, x: Tensor, *bounds: int, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Of the product, columns bounds[0] to bounds[1], then to bounds[2], ...: tensors of their own, contiguous.
+
+        bias: the part of this layer's that the last of them gets; the caller adds the rest.
+        """
         if self.products is not None and self.training:
-            return self.products(x, self.weight, self.bias, bounds)
-        if len(bounds) == 3 and bounds[0] == 0 and bounds[2] == self.out_features:
-            return split_linear(x, self.weight, self.bias, bounds[1])
-        slices = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        return tuple(F.linear(x, self.weight[s], self.bias[s]) for s in slices)
+            return self.products(x, self.weight, bias, bounds)
+        if bias is not None and len(bounds) == 3 and bounds[0] == 0 and bounds[2] == self.out_features:
+            return split_linear(x, self.weight, bias, bounds[1])
+        *others, last = [self.weight[a:b] for a, b in itertools.pairwise(bounds)]
+        return *(F.linear(x, weight) for weight in others), F.linear(x, last, bias)
 
 
 def sincos_1d(positions: Tensor, width: int) -> Tensor:

@@ -65,7 +65,7 @@ class Half:
         self.bias = layer.bias.new_zeros(shape[0], dtype=torch.bfloat16, requires_grad=False)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        bias_copy = None if bias is None else self.bias
+        bias_copy = None if bias is None else self.bias[bounds[-2] : bounds[-1]]
         return copied_linear.half_linear(x, weight, bias, self.weight, bias_copy, bounds, self.groups)
 
 
@@ -89,7 +89,7 @@ class Scaled:
         self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        bias_copy = None if bias is None else self.bias
+        bias_copy = None if bias is None else self.bias[bounds[-2] : bounds[-1]]
         return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, bounds, self.groups)
 
 
@@ -119,16 +119,20 @@ class TransformerEngine:
         return theirs
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        key = bounds[0], bounds[-1], bias is not None
+        one = len(bounds) == 2
+        key = bounds[0], bounds[-1], bias is not None and one
         if key not in self.theirs:
             self.theirs[key] = self._make(*key)
         x = x.to(torch.bfloat16)
         y = self.theirs[key](x, is_first_microbatch=key not in self.quantised)
         self.quantised.add(key)
         y = copied_linear.with_weight_gradient(y, x, weight, bias, bounds[0])
-        if len(bounds) == 2:
+        if one:
             return (y,)
-        return tuple(part.contiguous() for part in y.split([b - a for a, b in itertools.pairwise(bounds)], dim=-1))
+        *others, last = y.split([b - a for a, b in itertools.pairwise(bounds)], dim=-1)
+        # Its gradient is taken above.
+        last = last.contiguous() if bias is None else last + bias.detach().to(last.dtype)
+        return *(part.contiguous() for part in others), last
 
 
 class Recipe:
