@@ -35,6 +35,7 @@ from unite_fast import checkpoint, data, pictures, sampling
 from unite_fast.command import run
 from unite_fast.config import Config, SampleConfig, UserError
 from unite_fast.model.unite import UNITE
+from unite_fast.runtime import precision
 
 COMPONENTS = 32  # principal components of the 64 pixels; they hold 97 % of the variance
 SAMPLE_BATCH = 250
@@ -243,7 +244,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.samples < 100 or args.samples % 10:
         raise UserError(f"--samples {args.samples}: give a multiple of 10, at least 100")
-    torch.set_flush_denormal(True)
+    precision.setup(torch.device("cpu"))
     model, config = checkpoint.load_model(args.run)
     if config.data.source != "digits":
         raise UserError(f"{args.run} was trained on data.source={config.data.source}, not on the digits")
