@@ -123,6 +123,40 @@ def test_multistep_solvers_see_the_jump_of_guidance(solver):
     assert all(guided == (t >= 0.3001) for t, guided in seen)
 
 
+@pytest.mark.parametrize("solver", solvers.MULTISTEP)
+@pytest.mark.parametrize(
+    ("steps", "interval"), [(8, (0.1, 0.15)), (8, (0.01, 0.02)), (8, (0.97, 0.99)), (3, (0.4, 0.5)), (50, (0.3, 0.301))]
+)
+def test_both_ends_of_a_narrow_interval_are_met(solver, steps, interval):
+    """Each on a grid point of its own, whichever one is nearest to both."""
+    seen = []
+
+    def predict(t, z, guided):
+        seen.append((t, guided))
+        return z
+
+    times = solvers.phi_grid(steps + 1) if solver == "exp3" else torch.linspace(0, 1, steps + 1).double().tolist()
+    solvers.solve(solver, predict, torch.ones(1).double(), times, interval)
+    grid = [t for t, _ in seen]
+    assert len(grid) == steps
+    assert grid == sorted(set(grid))
+    assert {t for t, guided in seen if guided} == {t for t in grid if interval[0] <= t < interval[1]}
+    assert set(interval) <= set(grid)
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(1, (0.2, 1.0)), (2, (0.2, 0.4))])
+def test_too_few_steps_for_the_interval(model, steps, interval):
+    words = rf"needs at least {steps + 1} steps, got {steps}; raise the steps or widen the interval"
+    with pytest.raises(UserError, match=words):
+        sampling.check("exp3", steps, interval, "norm_first", 2.0)
+    with pytest.raises(UserError, match=words):
+        solvers.solve("ab2", lambda t, z, guided: z, torch.ones(1), [i / steps for i in range(steps + 1)], interval)
+    with pytest.raises(UserError, match=words):
+        sampling.sample(model, torch.tensor([0]), solver="exp3", steps=steps, cfg_scale=2.0, cfg_interval=interval)
+    sampling.check("exp3", steps, interval, "norm_first", 1.0)  # unguided
+    sampling.check("heun", steps, interval, "norm_first", 2.0)
+
+
 @torch.no_grad()
 def test_solvers_agree(model):
     """The floor of 1 - t puts a kink near the end, so Heun's gain on the model's field is smaller than its order."""

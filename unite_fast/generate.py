@@ -50,7 +50,7 @@ class Request:
 
     def check(self) -> None:
         """Raises UserError on options that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise UserError(f"guidance scale {self.cfg_scale} must be a finite number of at least 0")
 

@@ -49,7 +49,7 @@ class Settings:
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError on settings that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
         if self.labels not in ("equal", "random"):
             raise UserError(f"--labels {self.labels}: equal or random")
         if self.count < 2:
