@@ -62,11 +62,6 @@ def phi_grid(points: int) -> list[float]:
     return [0.0, *((e * (1 + EPS) - EPS) / (1 + e)).tolist(), 1.0]
 
 
-def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations of a fixed-step solver."""
-    return 2 * steps if solver == "heun" else steps
-
-
 def euler(predict: Predict, z: Tensor, times: Sequence[float], interval: tuple[float, float]) -> Tensor:
     for t, s in itertools.pairwise(times):
         z = z + (s - t) * rate(t) * (predict(t, z, inside(t, interval)) - z)
@@ -110,7 +105,7 @@ def exponential_weights(t: float, s: float, nodes: Sequence[float]) -> tuple[flo
 
 
 def jumps(steps: int, interval: Sequence[float]) -> list[float]:
-    """The ends of the guidance interval that lie inside (0, 1). Raises UserError when the grid lacks points for them."""
+    """The ends of the guidance interval that lie inside (0, 1). Raises UserError when the grid has too few points."""
     ends = [end for end in interval if 0 < end < 1]
     if steps <= len(ends):
         raise UserError(
