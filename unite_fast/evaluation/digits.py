@@ -254,8 +254,7 @@ def main(argv: list[str]) -> None:
     paths = save_pictures(folder, images, digits(config, "heldout")[1])
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(table(figures, config, args.samples))
-    print("pictures: " + ", ".join(str(path) for path in paths))
-    print(json.dumps(figures))
+    print(f"\nin {folder}: {', '.join(path.name for path in paths)}, figures.json")
 
 
 if __name__ == "__main__":
