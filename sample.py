@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,19 @@ def request(arguments: argparse.Namespace, config: Config) -> Request:
     )
 
 
+def describe(located: Path, arguments: argparse.Namespace, wanted: Request) -> str:
+    """What the images are made with, in one line."""
+    step = checkpoint.recorded_step(located)
+    said = f"{located}{'' if step is None else f' (step {step})'}, {arguments.weights} weights"
+    if arguments.reconstruct:
+        return said
+    steps = "" if wanted.solver == "dopri5" else f" {wanted.steps} steps"
+    guidance = f"w {wanted.cfg_scale:g}"
+    if wanted.cfg_scale != 1:
+        guidance += f" for t in {list(wanted.cfg_interval)}, {wanted.cfg_order}"
+    return f"{said}; {wanted.solver}{steps}, {guidance}"
+
+
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
@@ -71,6 +85,8 @@ def main(argv: list[str]) -> int:
     wanted.check()
     ranks = distributed.start(arguments.device)
     try:
+        if ranks.is_main:
+            print(describe(located, arguments, wanted))
         precision.setup(ranks.device)
         model.to(ranks.device)
         model.use_kernels(arguments.kernels)

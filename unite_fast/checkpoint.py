@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import local
+from unite_fast.runtime.distributed import rank_of_environment
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.runtime.precision import Recipe
 from unite_fast.shards import Stored
@@ -128,10 +130,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
     return None, lines, rejected
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, quiet: bool = False) -> Path:
     """A checkpoint folder, exported or official file from what a user names: one, or a folder of them.
 
-    Raises UserError.
+    Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
+    UserError.
     """
     path = Path(path)
     if path.is_file():
@@ -146,6 +149,8 @@ def locate(path: str | Path) -> Path:
     for folder in (path / "checkpoints", path):
         found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
         if found:
+            if rejected and not quiet and rank_of_environment() == 0:
+                print(*rejected, sep="\n", file=sys.stderr)
             return found
         if rejected:
             raise UserError(f"no usable checkpoint in {folder}: {rejected[0]}")
@@ -157,6 +162,18 @@ def locate(path: str | Path) -> Path:
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return file_sha256(located if located.is_file() else located / "manifest.json")
+
+
+def recorded_step(located: Path) -> int | None:
+    """The step at which weights were saved, where they say so. That of an official .pt counts micro-batches."""
+    if located.is_dir():
+        return step_of(located)
+    if located.suffix == ".safetensors":
+        with safe_open(located, "pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+        return int(step) if step.isdecimal() else None
+    step = interop.read_official(located).get("step")
+    return step if isinstance(step, int) else None
 
 
 def _read_counters(path: Path) -> dict[str, Any]:
