@@ -27,8 +27,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="equal",
         help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)",
     )
-    add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's)")
-    add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's)")
+    add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's; of an official .pt the "
+        "best that its training found)")  # fmt: skip
+    add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's; of an official "
+        ".pt that of its search, 0.1,1)")  # fmt: skip
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
     add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
@@ -70,7 +72,7 @@ def describe(located: Path, arguments: argparse.Namespace, wanted: Request) -> s
     said = f"{located}{'' if step is None else f' (step {step})'}, {arguments.weights} weights"
     if arguments.reconstruct:
         return said
-    steps = "" if wanted.solver == "dopri5" else f" {wanted.steps} steps"
+    steps = "" if wanted.solver == "dopri5" else f", steps {wanted.steps}"
     guidance = f"w {wanted.cfg_scale:g}"
     if wanted.cfg_scale != 1:
         guidance += f" for t in {list(wanted.cfg_interval)}, {wanted.cfg_order}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from support import TINY, command, command_of, process
 
 from unite_fast import checkpoint, evaluate, sampling
-from unite_fast.config import UserError
+from unite_fast.config import SampleConfig, UserError
+from unite_fast.config_io import from_dict
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
 from unite_fast.evaluation.generation import Settings
@@ -51,7 +53,7 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     first = run(trained, "fid", tmp_path / "a.json", "--pairs", "--kid-subset", 50, "--cfg", 1.5, "--solver", "heun")
     assert first["protocol"]["settings"] | {"steps": 2} == {
         "count": 100, "labels": "equal", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
-        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "cfg_order": "norm_first", "precision": "fp32", "kernels": "eager", "compile": False,
         "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert {"commit", "dirty", "torch", "device"} <= set(first["protocol"]["environment"])
@@ -66,6 +68,52 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     assert again["result"]["kid"] == first["result"]["kid"]
     other = run(trained, "fid", tmp_path / "c.json", "--protocol", tmp_path / "a.json", "--labels", "random")
     assert other["result"]["fid"] != first["result"]["fid"]
+
+
+def test_a_run_is_scored_as_while_training(trained, tmp_path):
+    """What the run's configuration says of its scores, however it differs from the defaults."""
+    words = ("--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=2")
+    said = command("train.py", *words, "evaluation.count=40", "evaluation.weights=model", "efficiency.kernels=fused",
+                   "sample.solver=exp3", "sample.cfg_scale=1.5")  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    words = ("--checkpoint", tmp_path / "run", "--extractor", "digits", "--reference", trained / "real.npz")
+    said = command_of(evaluate.main, "fid", *words, "--out", tmp_path / "fid.json")
+    assert said.returncode == 0, said.stderr
+    protocol = json.loads((tmp_path / "fid.json").read_text())["protocol"]
+    config = checkpoint.saved_config(checkpoint.locate(tmp_path / "run"))
+    assert protocol["settings"] == json.loads(json.dumps(dataclasses.asdict(generation.of_run(config))))
+    assert protocol["settings"] == {
+        "count": 40, "labels": "equal", "solver": "exp3", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
+        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "uint8": "truncated", "tile": 32,
+    }  # fmt: skip
+    assert protocol["checkpoint"]["weights"] == "model"
+
+
+def test_defaults_stand_once():
+    """In config.py: a score's settings and ``sample``'s arguments are those of a run that says nothing."""
+    assert Settings() == generation.of_run(from_dict({}))
+    arguments = inspect.signature(sampling.sample).parameters
+    expected = dataclasses.asdict(SampleConfig())
+    assert {name: arguments[name].default for name in expected} == expected
+
+
+def test_an_official_checkpoint_brings_its_guidance(reference, tmp_path):
+    """The scale that its training found, on the interval of that search; options still win."""
+    content = torch.load(reference / "tiny.pt", weights_only=True)
+    shutil.copy(reference / "tiny.json", tmp_path / "a.json")
+    for found, used in ((2.6, (2.6, (0.1, 1.0))), (None, (1.0, (0.0, 1.0))), (float("nan"), (1.0, (0.0, 1.0)))):
+        torch.save(content | {"current_best_cfg_scale": found}, tmp_path / "a.pt")
+        config = checkpoint.load_model(tmp_path / "a.pt")[1]
+        assert (config.sample.cfg_scale, config.sample.cfg_interval) == used
+        assert (config.evaluation.precision, config.efficiency.kernels) == ("fp32", "fused")  # as published; faster
+    torch.save(content | {"current_best_cfg_scale": 2.6}, tmp_path / "a.pt")
+    words = ("--checkpoint", tmp_path / "a.pt", "--seeds", "0", "--solver", "euler", "--steps", "1")
+    said = command("sample.py", *words, "--out", tmp_path / "a").stdout.splitlines()[0]
+    used = "ema weights; euler, steps 1, w 2.6 for t in [0.1, 1.0], norm_first"
+    assert said == f"{tmp_path / 'a.pt'} (step {content['step']}), {used}"
+    said = command("sample.py", *words, "--cfg", "1", "--out", tmp_path / "b").stdout.splitlines()[0]
+    assert said.endswith("; euler, steps 1, w 1")
 
 
 def test_a_protocol_brings_its_weights(trained, tmp_path):

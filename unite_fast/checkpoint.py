@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop, shards
-from unite_fast.config import Config, UserError, validate
+from unite_fast.config import Config, ModelConfig, UserError, validate
 from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.hashing import file_sha256
 from unite_fast.model.unite import UNITE
@@ -210,6 +210,23 @@ def _saved_config(path: Path) -> dict[str, Any]:
     return current(config) if isinstance(config, dict) else {}
 
 
+def saved_config(path: Path) -> Config:
+    """The configuration of the run that wrote a checkpoint folder. Raises UserError."""
+    return from_dict(_saved_config(path), str(path))
+
+
+def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
+    """What an official .pt, which knows no run of ours, is sampled and scored with unless options say otherwise.
+
+    Guidance: the scale that the official search found, which the file records, on the interval of that search.
+    """
+    values = {"model": to_dict(model), "evaluation": {"precision": "fp32"}, "efficiency": {"kernels": "fused"}}
+    scale = content.get("current_best_cfg_scale")
+    if isinstance(scale, (int, float)) and 0 < scale < math.inf:
+        values["sample"] = {"cfg_scale": float(scale), "cfg_interval": [0.1, 1.0]}
+    return from_dict(values)
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
     found = []
@@ -354,7 +371,7 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
     if path.is_file():
         return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
     _read_counters(path)
-    config, found = from_dict(_saved_config(path), str(path)), stored(path)
+    config, found = saved_config(path), stored(path)
     known = [*ema.names(config.optim), "model"]
     if weights not in known:
         raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
@@ -371,7 +388,7 @@ def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:
     located = locate(path)
     if located.is_file() and located.suffix != ".safetensors":
         model = interop.load_reference(located, weights)
-        return model, from_dict({"model": to_dict(model.config)})
+        return model, official_config(interop.read_official(located), model.config)
     state, config = load_weights(located, weights)
     assert config is not None
     model = UNITE(config.model)

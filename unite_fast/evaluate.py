@@ -10,6 +10,10 @@
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
 
 Under torchrun the work is shared out. Results lie in RUN/scores unless --out says otherwise.
+
+Options that are not given are those of --protocol, or of the run, as its scores while training have them: its sections
+sample and evaluation, and efficiency.kernels. An official .pt is scored in fp32 with the guidance scale that its own
+training found best, on (0.1, 1), as published.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint, command, losses, run, sampling
-from unite_fast.config import Config, UserError
+from unite_fast.config import Config, EvaluationConfig, UserError
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
@@ -52,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         one = commands.add_parser(name)
         add = one.add_argument
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
-        add("--weights", metavar="NAME", help="ema (default, or the protocol's), model, or another average it has")
+        add("--weights", metavar="NAME", help="ema, model, or another average that it has (default: the run's)")
         add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
         add("--debug", action="store_true", help="show tracebacks")
@@ -62,13 +66,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
             continue
         add("--reference", required=True, metavar="FILE.npz", help="statistics of the real images")
-        add("--count", type=int, help="images (default: 50000, or the protocol's)")
+        add("--count", type=int, help="images (default: the run's)")
         add("--pairs", action="store_true", help="also KID and precision/recall; needs a reference with features")
-        add("--kid-subset", type=int, help="images of a KID subset (default: 1000, or the protocol's)")
+        add("--kid-subset", type=int, help="images of a KID subset (default: 1000)")
         add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
-        add("--precision", choices=("fp32", "bf16"))
-        add("--kernels", choices=("eager", "fused"), help="of the network (default: fused)")
+        add("--precision", choices=("fp32", "bf16"), help="of the network (default: the run's)")
+        add("--kernels", choices=("eager", "fused"), help="of the network (default: the run's)")
         add("--compile", action="store_true", help="torch.compile of the network's blocks")
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
@@ -105,9 +109,9 @@ class Context:
         return folder / "scores" / f"{self.arguments.command}.json"
 
     def settings(self) -> Settings:
-        """From the run's ``sample`` section, or the protocol's, with what the options change."""
+        """Those of the run, or the protocol's, with what the options change."""
         a = self.arguments
-        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config.sample)
+        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config)
         changes: dict[str, Any] = {
             "count": a.count,
             "cfg_scale": a.cfg,
@@ -150,9 +154,10 @@ def read_result(path: str) -> dict[str, Any]:
     raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
 
 
-def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None) -> None:
+def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, located: Path) -> None:
     """Gives each of these options that was not on the command line its value of the protocol, or else its default."""
-    protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": "ema"}, "kid_subset": None}
+    scored = checkpoint.saved_config(located).evaluation if located.is_dir() else EvaluationConfig
+    protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": scored.weights}, "kid_subset": None}
     if arguments.weights is None:
         arguments.weights = protocol["checkpoint"]["weights"]
     if arguments.command != "rfid":
@@ -306,8 +311,8 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     earlier = read_result(arguments.protocol) if getattr(arguments, "protocol", None) else None
-    fill_in(arguments, earlier)
     located = checkpoint.locate(arguments.checkpoint)
+    fill_in(arguments, earlier, located)
     model, config = checkpoint.load_model(located, arguments.weights)
     ranks = distributed.start(arguments.device)
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import flow, solvers
-from unite_fast.config import UserError
+from unite_fast.config import SampleConfig, UserError
 from unite_fast.field import GuidedField, Replays
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.encoder import Block
@@ -79,11 +79,11 @@ def sample(
     model: UNITE,
     labels: Tensor,
     noise: Tensor | None = None,
-    solver: str = "dopri5",
-    steps: int = 50,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cfg_order: str = "norm_first",
+    solver: str = SampleConfig.solver,
+    steps: int = SampleConfig.steps,
+    cfg_scale: float = SampleConfig.cfg_scale,
+    cfg_interval: tuple[float, float] = SampleConfig.cfg_interval,
+    cfg_order: str = SampleConfig.cfg_order,
     return_latents: bool = False,
     seeds: Sequence[int] | Tensor | None = None,
     counts: dict[str, int] | None = None,
