@@ -172,7 +172,12 @@ def recorded_step(located: Path) -> int | None:
         with safe_open(located, "pt") as file:
             step = (file.metadata() or {}).get("step", "")
         return int(step) if step.isdecimal() else None
-    step = interop.read_official(located).get("step")
+    return step_in(interop.read_official(located))
+
+
+def step_in(content: dict[str, Any]) -> int | None:
+    """That of an official .pt."""
+    step = content.get("step")
     return step if isinstance(step, int) else None
 
 
