@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import checkpoint, evaluate, sampling
+from unite_fast import checkpoint, evaluate, export, sampling
 from unite_fast.config import SampleConfig, UserError
 from unite_fast.config_io import from_dict
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
@@ -143,6 +145,39 @@ def test_the_score_is_that_of_the_images(trained, tmp_path):
     made = fid.Statistics(features.mean(0), __import__("numpy").cov(features, rowvar=False), 100)
     expected = fid.frechet(made, statistics.read(str(trained / "real.npz"))[0])
     assert found["result"]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_of_different_protocols_do_not_replace_each_other(trained, tmp_path, monkeypatch):
+    """Wherever the checkpoint is named: the run, its step, an export, an official file (which has no run's folder)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    step, scores = tmp_path / "run" / "checkpoints" / "step-0000060", tmp_path / "run" / "scores"
+    common = ("--extractor", "digits", "--reference", trained / "real.npz", "--device", "cpu")
+
+    def fid_of(source: Path, *more: object) -> None:
+        said = command_of(evaluate.main, "fid", "--checkpoint", source, *common, "--count", 20, *more)
+        assert said.returncode == 0, said.stderr
+
+    fid_of(tmp_path / "run")
+    (first,) = scores.iterdir()
+    assert re.fullmatch(r"fid_step_0000060_ema_w1_euler2_[0-9a-f]{8}\.json", first.name)
+    before = json.loads(first.read_text())
+    for more in (("--cfg", 2), ("--solver", "exp3", "--steps", 3), ("--weights", "model"), ("--labels", "random")):
+        fid_of(step, *more)
+    fid_of(step, "--count", 30)
+    assert len(list(scores.iterdir())) == 6
+    assert json.loads(first.read_text()) == before
+    fid_of(step)  # the same protocol again
+    assert len(list(scores.iterdir())) == 6
+    assert json.loads(first.read_text())["result"]["fid"] == before["result"]["fid"]
+    assert command_of(export.main, step, "--out", tmp_path / "exported").returncode == 0
+    fid_of(tmp_path / "exported")
+    (file,) = (tmp_path / "exported" / "scores").iterdir()
+    assert file.name.startswith("fid_step_0000060_ema_w1_euler2_")
+    model, config = checkpoint.load_model(step)
+    arguments = argparse.Namespace(command="fid", weights="ema", out=None)
+    official = evaluate.Context(arguments, tmp_path / "unite_b.pt", model, config, ONE, None)
+    assert re.fullmatch(r"scores/fid_unite_b_ema_w2_[0-9a-f]{8}\.json", str(official.out({}, "w2")))
 
 
 def test_two_processes_give_the_same_score(trained, tmp_path):
