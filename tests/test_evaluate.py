@@ -231,6 +231,33 @@ def test_table_of_the_papers_protocols(trained, tmp_path):
     assert abs(rows["Heun 50, balanced"]["fid"] / rows["dopri5, balanced"]["fid"] - 1) < 0.02
 
 
+def test_an_interrupted_table_keeps_its_rows(trained, tmp_path, monkeypatch):
+    table, compute, computed = evaluate.TABLE, generation.score, []
+    short = [(name, changes | {"steps": 2}) for name, changes in table if "dopri5" not in name]
+    monkeypatch.setattr(evaluate, "TABLE", [*short, ("third", {"solver": "euler", "steps": 1, "labels": "equal"})])
+
+    def scored(model, settings, *rest):
+        computed.append((settings.solver, settings.cfg_scale))
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(model, settings, *rest)
+
+    monkeypatch.setattr(evaluate, "score", scored)
+    out = tmp_path / "t.json"
+    assert command_of(evaluate.main, "table", *options(trained, out)).returncode == 130
+    kept = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in kept] == [name for name, _ in short]
+    finished = run(trained, "table", out)["rows"]
+    assert finished[:2] == kept
+    assert [solver for solver, _ in computed] == ["heun", "exp3", "euler", "euler"]
+    again = run(trained, "table", out)["rows"]  # finished: measured anew
+    assert len(computed) == 4 + 3
+    assert [row["result"]["fid"] for row in again] == [row["result"]["fid"] for row in finished]
+    out.write_text(json.dumps({"rows": kept}))
+    run(trained, "table", out, "--cfg", 2)  # rows of another protocol are not taken up
+    assert computed[7:] == [("heun", 2.0), ("exp3", 2.0), ("euler", 2.0)]
+
+
 def parabola(best: float):
     asked = []
 
