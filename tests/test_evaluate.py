@@ -290,8 +290,14 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     computed = []
     compute = generation.score
     monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
+    provenance = evaluate.run.provenance
+    monkeypatch.setattr(evaluate.run, "provenance", lambda *a: provenance(*a) | {"commit": "a later one"})
     again = run(trained, "search", out, "--cfg", 1.4)
     assert len(computed) == len(lines) - 2
+    now = [row["environment"]["commit"] == "a later one" for row in again["rows"]]
+    assert now == [False, False] + [True] * (len(lines) - 2)  # each score says which code computed it
+    best = next(row for row in again["rows"] if row["settings"] == again["best"]["settings"])
+    assert again["best"]["environment"] == best["environment"]
     strip = [{k: r["result"][k] for k in ("fid", "is")} for r in first["rows"]]
     assert [{k: r["result"][k] for k in ("fid", "is")} for r in again["rows"]] == strip
     refused = command_of(evaluate.main, "search", *options(trained, out, "--cfg", 1.4, "--weights", "model"))

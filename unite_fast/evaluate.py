@@ -312,17 +312,23 @@ def table_command(context: Context) -> None:
 
 def search_command(context: Context) -> None:
     scorer, start = Scorer(context), context.settings()
-    path = context.out(scorer.protocol(start), f"from_{short(start)}")
-    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"]])
+    protocol = scorer.protocol(start)
+    path = context.out(protocol, f"from_{short(start)}")
+    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]])
     scored = guidance_search.Scored(
-        path.with_suffix(".jsonl"), identity, lambda s: scorer.score(s, path), context.ranks
+        path.with_suffix(".jsonl"),
+        identity,
+        lambda settings: scorer.score(settings, path),
+        context.ranks,
+        environment=protocol["environment"],
     )
     best = guidance_search.search(scored, start)
     if context.arguments.sweep:
         best = guidance_search.sweep(scored, best)
     if context.ranks.is_main:
         print(guidance_search.table(scored.rows))
-    context.save(path, {"best": scorer.protocol(best), "rows": scored.rows})
+    found = scorer.protocol(best) | {"environment": scored.row(best)["environment"]}
+    context.save(path, {"best": found, "rows": scored.rows})
 
 
 def rfid_command(context: Context) -> None:

@@ -196,14 +196,13 @@ class Monitor:
         best = guidance_search.search(scored, generation.of_run(self.config, cfg_scale=start))
         overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
         rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
-        result = next(r["result"] for r in rows if r["settings"] == json.loads(json.dumps(dataclasses.asdict(overall))))
         protocol = {"reference": about, "seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
         return {
             "protocol": protocol,
             "rows": rows,
             "best": dataclasses.asdict(best),
             "best_overall": dataclasses.asdict(overall),
-            "result": result,
+            "result": scored.row(overall)["result"],
         }
 
     def _rfid(self, state: TrainState) -> dict[str, Any]:
