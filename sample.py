@@ -10,7 +10,7 @@ import torch
 
 from unite_fast import checkpoint, command, sampling
 from unite_fast.config import Config, UserError
-from unite_fast.generate import Request, generate, merge, parse_interval, parse_labels, parse_seeds
+from unite_fast.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
 from unite_fast.reconstruct import reconstruct_folder
 from unite_fast.runtime import distributed, precision
 
@@ -21,6 +21,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
     add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
+    add("--overwrite", action="store_true", help="replace images made with another checkpoint or other options")
     add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
     add(
         "--labels",
@@ -102,10 +103,14 @@ def main(argv: list[str]) -> int:
                 sampling.compile_blocks(model)
             network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
             identity = f"{checkpoint.identity(located)} {network}"
+            if ranks.decide(lambda: is_there(wanted, arguments.out, identity, arguments.overwrite)):
+                if ranks.is_main:
+                    print(f"{arguments.out} holds these images already; nothing to do")
+                return 0
             made = generate(model, wanted, arguments.out, ranks, identity, replays)
         ranks.barrier()
         if ranks.is_main:
-            merge(wanted, arguments.out)
+            merge(wanted, arguments.out, identity)
             print(f"{made}; {len(wanted.seeds)} images in {arguments.out}")
     finally:
         distributed.stop()

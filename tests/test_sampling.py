@@ -18,7 +18,7 @@ from unite_fast import checkpoint, flow, sampling, solvers
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.field import GuidedField, Replay, Replays
-from unite_fast.generate import parse_labels, parse_seeds
+from unite_fast.generate import as_ranges, parse_labels, parse_seeds
 from unite_fast.model.unite import UNITE, build
 from unite_fast.runtime import compiling
 
@@ -243,6 +243,8 @@ def test_bad_options(model, options, says):
 
 def test_seeds_and_labels():
     assert parse_seeds("0-3,8") == [0, 1, 2, 3, 8]
+    for text in ("0-3,8", "5", "7,3-4,6,5", ""):
+        assert as_ranges(parse_seeds(text) if text else []) == text
     assert parse_labels("equal", [0, 11, 5], 10) == [0, 1, 5]
     assert parse_labels("3,7", [0, 1, 2], 10) == [3, 7, 3]
     random = parse_labels("random", list(range(2000)), 10)
@@ -341,6 +343,45 @@ def test_archives(trained, tmp_path):
             assert (np.asarray(Image.open(io.BytesIO(file.read()))) == expected[name]).all()
     assert Image.open(tmp_path / "s.png").size[0] > 5 * 32
     assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".tar", ".png"])
+def test_an_archive_is_not_replaced_unasked(trained, tmp_path, suffix):
+    """It carries its protocol: the same request has nothing to do, another one is refused, or replaces it."""
+    out = tmp_path / f"s{suffix}"
+    make(trained, out, "--seeds", "0-3")
+    first = out.read_bytes()
+    said = make(trained, out, "--seeds", "0-2,3")
+    assert said.splitlines()[-1] == f"{out} holds these images already; nothing to do"
+    for other in ("--cfg 3", "--weights model", "--labels 1", "--seeds 0-4", "--seeds 1,0,2,3"):
+        refused = command("sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3", *other.split())
+        assert refused.returncode == 2
+        assert refused.stderr == (
+            f"error: {out} was made with other seeds, options or another checkpoint; choose another --out, or "
+            "replace it with --overwrite\n"
+        )
+    assert out.read_bytes() == first
+    make(trained, out, "--seeds", "0-3", "--labels", "1", "--overwrite")
+    assert out.read_bytes() != first
+    make(trained, out, "--seeds", "0-3", "--overwrite")
+    assert out.read_bytes() == first
+    out.write_bytes(b"something else")
+    refused = command("sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3")
+    assert "it has no protocol; choose another --out" in refused.stderr
+    assert out.read_bytes() == b"something else"
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_overwriting_a_folder(trained, tmp_path):
+    """Only images of this program go, and only when they were made otherwise."""
+    out = tmp_path / "out"
+    make(trained, out, "--seeds", "0-4")
+    (out / "notes.txt").write_text("mine")
+    assert "nothing was missing" in make(trained, out, "--seeds", "0-4", "--overwrite")
+    assert "made 2 of 2" in make(trained, out, "--seeds", "3,4", "--cfg", "3", "--overwrite")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "0000003_class3.png", "0000004_class4.png", "notes.txt", "protocol.json",
+    ]  # fmt: skip
 
 
 def test_reconstruct_a_folder(trained, tmp_path):
