@@ -367,7 +367,7 @@ def test_an_archive_is_not_replaced_unasked(trained, tmp_path, suffix):
     assert out.read_bytes() == first
     out.write_bytes(b"something else")
     refused = command("sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3")
-    assert "it has no protocol; choose another --out" in refused.stderr
+    assert "does not say what it was made with; choose another --out" in refused.stderr
     assert out.read_bytes() == b"something else"
     assert not list(tmp_path.glob("*.parts"))
 

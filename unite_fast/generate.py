@@ -97,9 +97,9 @@ def parse_seeds(text: str) -> list[int]:
 
 def as_ranges(seeds: list[int]) -> str:
     """The inverse of ``parse_seeds``."""
-    runs = [[low := seeds[0], low]] if seeds else []
-    for seed in seeds[1:]:
-        if seed == runs[-1][1] + 1:
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
             runs[-1][1] = seed
         else:
             runs.append([seed, seed])
@@ -180,8 +180,9 @@ def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool
         if found == request.whole(identity):
             return True
         if not overwrite:
-            why = "other seeds, options or another checkpoint" if found else "nobody knows what: it has no protocol"
-            raise UserError(f"{out} was made with {why}; choose another --out, or replace it with --overwrite")
+            why = "was made with other seeds, options or another checkpoint"
+            why = why if found else "does not say what it was made with"
+            raise UserError(f"{out} {why}; choose another --out, or replace it with --overwrite")
     file = folder / PROTOCOL
     if overwrite and file.is_file() and _carried(folder) != request.protocol(identity):
         try:
