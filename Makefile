@@ -22,6 +22,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: install  ## train, reconstruct and sample real images on this CPU, in minutes
 	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/digits.yaml
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast.evaluation.digits runs/digits
+	$(RUN) -m unite_fast.report runs/digits
 
 test: install  ## every test that needs no GPU
 	$(RUN) -m pytest -n 2

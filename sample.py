@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
 from unite_fast import checkpoint, command, sampling
 from unite_fast.config import Config, UserError
-from unite_fast.generate import Request, generate, merge, parse_interval, parse_labels, parse_seeds
+from unite_fast.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
 from unite_fast.reconstruct import reconstruct_folder
 from unite_fast.runtime import distributed, precision
 
@@ -20,14 +21,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
     add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
+    add("--overwrite", action="store_true", help="replace images made with another checkpoint or other options")
     add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
     add(
         "--labels",
         default="equal",
         help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)",
     )
-    add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's)")
-    add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's)")
+    add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's; of an official .pt the "
+        "best that its training found)")  # fmt: skip
+    add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's; of an official "
+        ".pt that of its search, 0.1,1)")  # fmt: skip
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
     add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
@@ -63,6 +67,19 @@ def request(arguments: argparse.Namespace, config: Config) -> Request:
     )
 
 
+def describe(located: Path, arguments: argparse.Namespace, wanted: Request) -> str:
+    """What the images are made with, in one line."""
+    step = checkpoint.recorded_step(located)
+    said = f"{located}{'' if step is None else f' (step {step})'}, {arguments.weights} weights"
+    if arguments.reconstruct:
+        return said
+    steps = "" if wanted.solver == "dopri5" else f", steps {wanted.steps}"
+    guidance = f"w {wanted.cfg_scale:g}"
+    if wanted.cfg_scale != 1:
+        guidance += f" for t in {list(wanted.cfg_interval)}, {wanted.cfg_order}"
+    return f"{said}; {wanted.solver}{steps}, {guidance}"
+
+
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
@@ -71,6 +88,8 @@ def main(argv: list[str]) -> int:
     wanted.check()
     ranks = distributed.start(arguments.device)
     try:
+        if ranks.is_main:
+            print(describe(located, arguments, wanted))
         precision.setup(ranks.device)
         model.to(ranks.device)
         model.use_kernels(arguments.kernels)
@@ -84,10 +103,14 @@ def main(argv: list[str]) -> int:
                 sampling.compile_blocks(model)
             network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
             identity = f"{checkpoint.identity(located)} {network}"
+            if ranks.decide(lambda: is_there(wanted, arguments.out, identity, arguments.overwrite)):
+                if ranks.is_main:
+                    print(f"{arguments.out} holds these images already; nothing to do")
+                return 0
             made = generate(model, wanted, arguments.out, ranks, identity, replays)
         ranks.barrier()
         if ranks.is_main:
-            merge(wanted, arguments.out)
+            merge(wanted, arguments.out, identity)
             print(f"{made}; {len(wanted.seeds)} images in {arguments.out}")
     finally:
         distributed.stop()

@@ -33,6 +33,7 @@ objective: {perceptual_weight: 0, pixel_loss: l2, pixel_weight: 4, flow_weight: 
 optim: {lr: 2e-3, schedule: cosine, warmup_epochs: 0.1, decay_epochs: 0}
 data: {source: digits, flip: false}
 sample: {solver: euler, steps: 2}
+evaluation: {precision: fp32}
 train: {global_batch: 16, micro_batch: 8, epochs: 1, log_every: 1, image_every: 0, checkpoint_every: 1000}
 efficiency: {precision: fp32}
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +14,9 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import checkpoint, evaluate, sampling
-from unite_fast.config import UserError
+from unite_fast import checkpoint, evaluate, export, sampling
+from unite_fast.config import SampleConfig, UserError
+from unite_fast.config_io import from_dict
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
 from unite_fast.evaluation.generation import Settings
@@ -51,7 +55,7 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     first = run(trained, "fid", tmp_path / "a.json", "--pairs", "--kid-subset", 50, "--cfg", 1.5, "--solver", "heun")
     assert first["protocol"]["settings"] | {"steps": 2} == {
         "count": 100, "labels": "equal", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
-        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "cfg_order": "norm_first", "precision": "fp32", "kernels": "eager", "compile": False,
         "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert {"commit", "dirty", "torch", "device"} <= set(first["protocol"]["environment"])
@@ -66,6 +70,52 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     assert again["result"]["kid"] == first["result"]["kid"]
     other = run(trained, "fid", tmp_path / "c.json", "--protocol", tmp_path / "a.json", "--labels", "random")
     assert other["result"]["fid"] != first["result"]["fid"]
+
+
+def test_a_run_is_scored_as_while_training(trained, tmp_path):
+    """What the run's configuration says of its scores, however it differs from the defaults."""
+    words = ("--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=2")
+    said = command("train.py", *words, "evaluation.count=40", "evaluation.weights=model", "efficiency.kernels=fused",
+                   "sample.solver=exp3", "sample.cfg_scale=1.5")  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    words = ("--checkpoint", tmp_path / "run", "--extractor", "digits", "--reference", trained / "real.npz")
+    said = command_of(evaluate.main, "fid", *words, "--out", tmp_path / "fid.json")
+    assert said.returncode == 0, said.stderr
+    protocol = json.loads((tmp_path / "fid.json").read_text())["protocol"]
+    config = checkpoint.saved_config(checkpoint.locate(tmp_path / "run"))
+    assert protocol["settings"] == json.loads(json.dumps(dataclasses.asdict(generation.of_run(config))))
+    assert protocol["settings"] == {
+        "count": 40, "labels": "equal", "solver": "exp3", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
+        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "uint8": "truncated", "tile": 32,
+    }  # fmt: skip
+    assert protocol["checkpoint"]["weights"] == "model"
+
+
+def test_defaults_stand_once():
+    """In config.py: a score's settings and ``sample``'s arguments are those of a run that says nothing."""
+    assert Settings() == generation.of_run(from_dict({}))
+    arguments = inspect.signature(sampling.sample).parameters
+    expected = dataclasses.asdict(SampleConfig())
+    assert {name: arguments[name].default for name in expected} == expected
+
+
+def test_an_official_checkpoint_brings_its_guidance(reference, tmp_path):
+    """The scale that its training found, on the interval of that search; options still win."""
+    content = torch.load(reference / "tiny.pt", weights_only=True)
+    shutil.copy(reference / "tiny.json", tmp_path / "a.json")
+    for found, used in ((2.6, (2.6, (0.1, 1.0))), (None, (1.0, (0.0, 1.0))), (float("nan"), (1.0, (0.0, 1.0)))):
+        torch.save(content | {"current_best_cfg_scale": found}, tmp_path / "a.pt")
+        config = checkpoint.load_model(tmp_path / "a.pt")[1]
+        assert (config.sample.cfg_scale, config.sample.cfg_interval) == used
+        assert (config.evaluation.precision, config.efficiency.kernels) == ("fp32", "fused")  # as published; faster
+    torch.save(content | {"current_best_cfg_scale": 2.6}, tmp_path / "a.pt")
+    words = ("--checkpoint", tmp_path / "a.pt", "--seeds", "0", "--solver", "euler", "--steps", "1")
+    said = command("sample.py", *words, "--out", tmp_path / "a").stdout.splitlines()[0]
+    used = "ema weights; euler, steps 1, w 2.6 for t in [0.1, 1.0], norm_first"
+    assert said == f"{tmp_path / 'a.pt'} (step {content['step']}), {used}"
+    said = command("sample.py", *words, "--cfg", "1", "--out", tmp_path / "b").stdout.splitlines()[0]
+    assert said.endswith("; euler, steps 1, w 1")
 
 
 def test_a_protocol_brings_its_weights(trained, tmp_path):
@@ -95,6 +145,39 @@ def test_the_score_is_that_of_the_images(trained, tmp_path):
     made = fid.Statistics(features.mean(0), __import__("numpy").cov(features, rowvar=False), 100)
     expected = fid.frechet(made, statistics.read(str(trained / "real.npz"))[0])
     assert found["result"]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_of_different_protocols_do_not_replace_each_other(trained, tmp_path, monkeypatch):
+    """Wherever the checkpoint is named: the run, its step, an export, an official file (which has no run's folder)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    step, scores = tmp_path / "run" / "checkpoints" / "step-0000060", tmp_path / "run" / "scores"
+    common = ("--extractor", "digits", "--reference", trained / "real.npz", "--device", "cpu")
+
+    def fid_of(source: Path, *more: object) -> None:
+        said = command_of(evaluate.main, "fid", "--checkpoint", source, *common, "--count", 20, *more)
+        assert said.returncode == 0, said.stderr
+
+    fid_of(tmp_path / "run")
+    (first,) = scores.iterdir()
+    assert re.fullmatch(r"fid_step_0000060_ema_w1_euler2_[0-9a-f]{8}\.json", first.name)
+    before = json.loads(first.read_text())
+    for more in (("--cfg", 2), ("--solver", "exp3", "--steps", 3), ("--weights", "model"), ("--labels", "random")):
+        fid_of(step, *more)
+    fid_of(step, "--count", 30)
+    assert len(list(scores.iterdir())) == 6
+    assert json.loads(first.read_text()) == before
+    fid_of(step)  # the same protocol again
+    assert len(list(scores.iterdir())) == 6
+    assert json.loads(first.read_text())["result"]["fid"] == before["result"]["fid"]
+    assert command_of(export.main, step, "--out", tmp_path / "exported").returncode == 0
+    fid_of(tmp_path / "exported")
+    (file,) = (tmp_path / "exported" / "scores").iterdir()
+    assert file.name.startswith("fid_step_0000060_ema_w1_euler2_")
+    model, config = checkpoint.load_model(step)
+    arguments = argparse.Namespace(command="fid", weights="ema", out=None)
+    official = evaluate.Context(arguments, tmp_path / "unite_b.pt", model, config, ONE, None)
+    assert re.fullmatch(r"scores/fid_unite_b_ema_w2_[0-9a-f]{8}\.json", str(official.out({}, "w2")))
 
 
 def test_two_processes_give_the_same_score(trained, tmp_path):
@@ -148,6 +231,33 @@ def test_table_of_the_papers_protocols(trained, tmp_path):
     assert abs(rows["Heun 50, balanced"]["fid"] / rows["dopri5, balanced"]["fid"] - 1) < 0.02
 
 
+def test_an_interrupted_table_keeps_its_rows(trained, tmp_path, monkeypatch):
+    table, compute, computed = evaluate.TABLE, generation.score, []
+    short = [(name, changes | {"steps": 2}) for name, changes in table if "dopri5" not in name]
+    monkeypatch.setattr(evaluate, "TABLE", [*short, ("third", {"solver": "euler", "steps": 1, "labels": "equal"})])
+
+    def scored(model, settings, *rest):
+        computed.append((settings.solver, settings.cfg_scale))
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(model, settings, *rest)
+
+    monkeypatch.setattr(evaluate, "score", scored)
+    out = tmp_path / "t.json"
+    assert command_of(evaluate.main, "table", *options(trained, out)).returncode == 130
+    kept = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in kept] == [name for name, _ in short]
+    finished = run(trained, "table", out)["rows"]
+    assert finished[:2] == kept
+    assert [solver for solver, _ in computed] == ["heun", "exp3", "euler", "euler"]
+    again = run(trained, "table", out)["rows"]  # finished: measured anew
+    assert len(computed) == 4 + 3
+    assert [row["result"]["fid"] for row in again] == [row["result"]["fid"] for row in finished]
+    out.write_text(json.dumps({"rows": kept}))
+    run(trained, "table", out, "--cfg", 2)  # rows of another protocol are not taken up
+    assert computed[7:] == [("heun", 2.0), ("exp3", 2.0), ("euler", 2.0)]
+
+
 def parabola(best: float):
     asked = []
 
@@ -180,8 +290,14 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     computed = []
     compute = generation.score
     monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
+    provenance = evaluate.run.provenance
+    monkeypatch.setattr(evaluate.run, "provenance", lambda *a: provenance(*a) | {"commit": "a later one"})
     again = run(trained, "search", out, "--cfg", 1.4)
     assert len(computed) == len(lines) - 2
+    now = [row["environment"]["commit"] == "a later one" for row in again["rows"]]
+    assert now == [False, False] + [True] * (len(lines) - 2)  # each score says which code computed it
+    best = next(row for row in again["rows"] if row["settings"] == again["best"]["settings"])
+    assert again["best"]["environment"] == best["environment"]
     strip = [{k: r["result"][k] for k in ("fid", "is")} for r in first["rows"]]
     assert [{k: r["result"][k] for k in ("fid", "is")} for r in again["rows"]] == strip
     refused = command_of(evaluate.main, "search", *options(trained, out, "--cfg", 1.4, "--weights", "model"))

@@ -206,6 +206,14 @@ def digits_statistics(tiny, tmp_path) -> Path:
     return out
 
 
+def test_statistics_are_of_float32(tiny, tmp_path, monkeypatch):
+    """As the scores that are compared with them: without TF32 in Inception's convolutions."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    said = command_of(statistics.main, "--config", tiny, "--extractor", "digits", "--out", tmp_path / "s.npz")
+    assert said.returncode == 0, said.stderr
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_statistics_of_a_source(digits_statistics, tmp_path):
     found, about = statistics.read(str(digits_statistics))
     assert found.features is not None

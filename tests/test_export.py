@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_the_programs_take_an_export(folder, tmp_path):
         words = ("--checkpoint", folder / name, "--extractor", "digits", "--device", "cpu")
         said = command_of(evaluate.main, "rfid", *words)
         assert said.returncode == 0, said.stderr
-        scores.append(json.loads((folder / name / "scores" / "rfid.json").read_text()))
+        (file,) = (folder / name / "scores").glob("rfid_step_0000020_ema_*.json")
+        scores.append(json.loads(file.read_text()))
     assert scores[0]["result"]["rfid"] == scores[1]["result"]["rfid"]
     assert scores[1]["protocol"]["checkpoint"] == {
         "sha256": checkpoint.identity(folder / "ema" / "model.safetensors"), "weights": "ema",
@@ -72,6 +74,47 @@ def test_the_programs_take_an_export(folder, tmp_path):
     name = "encoder.blocks.0.attn.proj.weight"
     begun = checkpoint.load_weights(tmp_path / "next", "model")[0][name]
     torch.testing.assert_close(begun, load_file(folder / "ema" / "model.safetensors")[name])
+
+
+def facts(path: Path) -> dict[str, str]:
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def test_the_card_says_what_the_source_says(folder, reference, tmp_path):
+    """Step, commit and sampling options are those of the source, through any number of exports, or left out."""
+
+    def exported(source: Path, name: str, *options: str) -> tuple[str, dict, dict[str, str]]:
+        out = tmp_path / name
+        said = command_of(export.main, source, "--out", out, *options)
+        assert said.returncode == 0, said.stderr
+        return (out / "README.md").read_text(), json.loads((out / "config.json").read_text()), facts(out)
+
+    card, config, found = exported(folder / "run", "run")
+    assert "EMA weights, step 20, written by" in card
+    assert "Sampling options of the run: solver euler, 2 steps, guidance 1 for t in [0.0, 1.0]." in card
+    assert config["sample"]["solver"] == "euler"
+    assert (found["step"], found["origin"]) == ("20", "run")
+    assert json.loads(found["provenance"])["torch"] == torch.__version__
+    assert exported(tmp_path / "run", "again") == (card, config, found)
+
+    content = torch.load(reference / "tiny.pt", weights_only=True)
+    shutil.copy(reference / "tiny.json", tmp_path / "tiny.json")
+    torch.save(content | {"step": 1234, "current_best_cfg_scale": 2.6}, tmp_path / "tiny.pt")
+    for options in ((), ("--trust-pickle",)):
+        card, config, found = exported(tmp_path / "tiny.pt", "official", *options)
+        assert "EMA weights, step 1234 by its own count, written by" in card
+        assert "The search during its training found guidance 2.6 for t in [0.1, 1.0] the best." in card
+        assert "solver" not in card.replace("labels, solver", "")
+        assert config["sample"] == {"cfg_scale": 2.6, "cfg_interval": [0.1, 1.0]}
+        assert (found["step"], found["origin"]) == ("1234", "official")
+        assert (config["model"]["encoder"]["in_context_start"], config["model"]["decoder"]["heads"]) == (2, 3)
+    assert exported(tmp_path / "official", "official again") == (card, config, found)
+    torch.save({"model": content["model"]}, tmp_path / "tiny.pt")
+    card, config, found = exported(tmp_path / "tiny.pt", "bare", "--weights", "model")
+    assert "Raw weights, written by" in card
+    assert config["sample"] == {}
+    assert "guidance" not in card.replace("guidance and its interval", "")
 
 
 def rewritten(folder: Path, out: Path, tensors: dict | None = None, **facts: str) -> Path:

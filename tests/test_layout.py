@@ -85,6 +85,16 @@ def test_programs_are_short():
         assert len((ROOT / name).read_text().splitlines()) <= limit, name
 
 
+def test_programs_compute_alike():
+    """What takes a device also sets the process-wide switches of floating-point arithmetic."""
+    programs = [
+        path for path in (*FILES, ROOT / "train.py", ROOT / "sample.py") if "distributed.start(" in path.read_text()
+    ]
+    assert len(programs) >= 4
+    for path in programs:
+        assert "precision.setup(" in path.read_text(), path
+
+
 def test_files_stay_readable():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 450, path

@@ -18,7 +18,7 @@ from unite_fast import checkpoint, flow, sampling, solvers
 from unite_fast.config import UserError
 from unite_fast.config_io import from_dict, parse_yaml
 from unite_fast.field import GuidedField, Replay, Replays
-from unite_fast.generate import parse_labels, parse_seeds
+from unite_fast.generate import as_ranges, parse_labels, parse_seeds
 from unite_fast.model.unite import UNITE, build
 from unite_fast.runtime import compiling
 
@@ -123,6 +123,40 @@ def test_multistep_solvers_see_the_jump_of_guidance(solver):
     assert all(guided == (t >= 0.3001) for t, guided in seen)
 
 
+@pytest.mark.parametrize("solver", solvers.MULTISTEP)
+@pytest.mark.parametrize(
+    ("steps", "interval"), [(8, (0.1, 0.15)), (8, (0.01, 0.02)), (8, (0.97, 0.99)), (3, (0.4, 0.5)), (50, (0.3, 0.301))]
+)
+def test_both_ends_of_a_narrow_interval_are_met(solver, steps, interval):
+    """Each on a grid point of its own, whichever one is nearest to both."""
+    seen = []
+
+    def predict(t, z, guided):
+        seen.append((t, guided))
+        return z
+
+    times = solvers.phi_grid(steps + 1) if solver == "exp3" else torch.linspace(0, 1, steps + 1).double().tolist()
+    solvers.solve(solver, predict, torch.ones(1).double(), times, interval)
+    grid = [t for t, _ in seen]
+    assert len(grid) == steps
+    assert grid == sorted(set(grid))
+    assert {t for t, guided in seen if guided} == {t for t in grid if interval[0] <= t < interval[1]}
+    assert set(interval) <= set(grid)
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(1, (0.2, 1.0)), (2, (0.2, 0.4))])
+def test_too_few_steps_for_the_interval(model, steps, interval):
+    words = rf"needs at least {steps + 1} steps, got {steps}; raise the steps or widen the interval"
+    with pytest.raises(UserError, match=words):
+        sampling.check("exp3", steps, interval, "norm_first", 2.0)
+    with pytest.raises(UserError, match=words):
+        solvers.solve("ab2", lambda t, z, guided: z, torch.ones(1), [i / steps for i in range(steps + 1)], interval)
+    with pytest.raises(UserError, match=words):
+        sampling.sample(model, torch.tensor([0]), solver="exp3", steps=steps, cfg_scale=2.0, cfg_interval=interval)
+    sampling.check("exp3", steps, interval, "norm_first", 1.0)  # unguided
+    sampling.check("heun", steps, interval, "norm_first", 2.0)
+
+
 @torch.no_grad()
 def test_solvers_agree(model):
     """The floor of 1 - t puts a kink near the end, so Heun's gain on the model's field is smaller than its order."""
@@ -172,7 +206,7 @@ def test_number_of_evaluations_without_reading_the_device(model, solver):
             sampling.sample(model, torch.tensor([0, 1]), z, solver, 10, 2.0, (0.4, 1.0), counts=counts)
     finally:
         hook.remove()
-    assert counts["evaluations"] == len(calls) == solvers.evaluations(solver, 10)
+    assert counts["evaluations"] == len(calls) == (20 if solver == "heun" else 10)
     assert counts["passes"] == sum(calls) // 2
     assert len(calls) < counts["passes"] < 2 * len(calls)  # guidance acts for a part of the time
     assert set(calls) == {2, 4}  # and then both halves pass together
@@ -209,6 +243,8 @@ def test_bad_options(model, options, says):
 
 def test_seeds_and_labels():
     assert parse_seeds("0-3,8") == [0, 1, 2, 3, 8]
+    for text in ("0-3,8", "5", "7,3-4,6,5", ""):
+        assert as_ranges(parse_seeds(text) if text else []) == text
     assert parse_labels("equal", [0, 11, 5], 10) == [0, 1, 5]
     assert parse_labels("3,7", [0, 1, 2], 10) == [3, 7, 3]
     random = parse_labels("random", list(range(2000)), 10)
@@ -307,6 +343,45 @@ def test_archives(trained, tmp_path):
             assert (np.asarray(Image.open(io.BytesIO(file.read()))) == expected[name]).all()
     assert Image.open(tmp_path / "s.png").size[0] > 5 * 32
     assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".tar", ".png"])
+def test_an_archive_is_not_replaced_unasked(trained, tmp_path, suffix):
+    """It carries its protocol: the same request has nothing to do, another one is refused, or replaces it."""
+    out = tmp_path / f"s{suffix}"
+    make(trained, out, "--seeds", "0-3")
+    first = out.read_bytes()
+    said = make(trained, out, "--seeds", "0-2,3")
+    assert said.splitlines()[-1] == f"{out} holds these images already; nothing to do"
+    for other in ("--cfg 3", "--weights model", "--labels 1", "--seeds 0-4", "--seeds 1,0,2,3"):
+        refused = command("sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3", *other.split())
+        assert refused.returncode == 2
+        assert refused.stderr == (
+            f"error: {out} was made with other seeds, options or another checkpoint; choose another --out, or "
+            "replace it with --overwrite\n"
+        )
+    assert out.read_bytes() == first
+    make(trained, out, "--seeds", "0-3", "--labels", "1", "--overwrite")
+    assert out.read_bytes() != first
+    make(trained, out, "--seeds", "0-3", "--overwrite")
+    assert out.read_bytes() == first
+    out.write_bytes(b"something else")
+    refused = command("sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3")
+    assert "does not say what it was made with; choose another --out" in refused.stderr
+    assert out.read_bytes() == b"something else"
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_overwriting_a_folder(trained, tmp_path):
+    """Only images of this program go, and only when they were made otherwise."""
+    out = tmp_path / "out"
+    make(trained, out, "--seeds", "0-4")
+    (out / "notes.txt").write_text("mine")
+    assert "nothing was missing" in make(trained, out, "--seeds", "0-4", "--overwrite")
+    assert "made 2 of 2" in make(trained, out, "--seeds", "3,4", "--cfg", "3", "--overwrite")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "0000003_class3.png", "0000004_class4.png", "notes.txt", "protocol.json",
+    ]  # fmt: skip
 
 
 def test_reconstruct_a_folder(trained, tmp_path):

@@ -192,6 +192,29 @@ def test_automatic_resume_falls_back(trained, tmp_path):
     assert "step-0000002 at step 2: the newest that verifies" in said
 
 
+def test_a_damaged_newer_checkpoint_is_mentioned(trained, tmp_path):
+    """By everything that takes a run folder, once: what it uses is older than what the user may think."""
+    run, config = tmp_path / "run", ("--config", trained / "tiny.yaml")
+    assert (
+        command("train.py", *config, f"run_dir={run}", "train.max_steps=3", "train.checkpoint_every=1").returncode == 0
+    )
+    truncate(run / "checkpoints" / "step-0000003" / "training.safetensors")
+    sampled = command("sample.py", "--checkpoint", run, "--seeds", "0-3", "--cfg", "2", "--out", tmp_path / "s.png")
+    for said in (
+        sampled,
+        command("train.py", *config, f"run_dir={tmp_path / 'next'}", "train.max_steps=1", f"init_from={run}"),
+        command_of(evaluate.main, "rfid", "--checkpoint", run, "--extractor", "digits", "--out", tmp_path / "r.json"),
+        command_of(export.main, run, "--out", tmp_path / "exported"),
+    ):
+        assert said.returncode == 0, said.stderr
+        assert said.stderr.count(f"skipping {run / 'checkpoints' / 'step-0000003'}: training.safetensors has ") == 1
+    used = "step-0000002 (step 2), ema weights; euler, steps 2, w 2 for t in [0.0, 1.0], norm_first"
+    assert sampled.stdout.splitlines()[0] == f"{run / 'checkpoints'}/{used}"
+    said = command("sample.py", "--checkpoint", tmp_path / "exported", "--seeds", "0-3", "--out", tmp_path / "e.png")
+    used = f"{tmp_path / 'exported' / 'model.safetensors'} (step 2), ema weights; euler, steps 2, w 1"
+    assert said.stdout.splitlines()[0] == used
+
+
 class Executes:
     def __reduce__(self):
         return (os.mkdir, ("executed",))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop, shards
-from unite_fast.config import Config, UserError, validate
+from unite_fast.config import Config, ModelConfig, UserError, validate
 from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.hashing import file_sha256
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import local
+from unite_fast.runtime.distributed import rank_of_environment
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.runtime.precision import Recipe
 from unite_fast.shards import Stored
@@ -128,10 +130,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
     return None, lines, rejected
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, quiet: bool = False) -> Path:
     """A checkpoint folder, exported or official file from what a user names: one, or a folder of them.
 
-    Raises UserError.
+    Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
+    UserError.
     """
     path = Path(path)
     if path.is_file():
@@ -146,6 +149,8 @@ def locate(path: str | Path) -> Path:
     for folder in (path / "checkpoints", path):
         found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
         if found:
+            if rejected and not quiet and rank_of_environment() == 0:
+                print(*rejected, sep="\n", file=sys.stderr)
             return found
         if rejected:
             raise UserError(f"no usable checkpoint in {folder}: {rejected[0]}")
@@ -157,6 +162,23 @@ def locate(path: str | Path) -> Path:
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return file_sha256(located if located.is_file() else located / "manifest.json")
+
+
+def recorded_step(located: Path) -> int | None:
+    """The step at which weights were saved, where they say so. That of an official .pt counts micro-batches."""
+    if located.is_dir():
+        return step_of(located)
+    if located.suffix == ".safetensors":
+        with safe_open(located, "pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+        return int(step) if step.isdecimal() else None
+    return step_in(interop.read_official(located))
+
+
+def step_in(content: dict[str, Any]) -> int | None:
+    """That of an official .pt."""
+    step = content.get("step")
+    return step if isinstance(step, int) else None
 
 
 def _read_counters(path: Path) -> dict[str, Any]:
@@ -191,6 +213,23 @@ def _saved_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
     return current(config) if isinstance(config, dict) else {}
+
+
+def saved_config(path: Path) -> Config:
+    """The configuration of the run that wrote a checkpoint folder. Raises UserError."""
+    return from_dict(_saved_config(path), str(path))
+
+
+def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
+    """What an official .pt, which knows no run of ours, is sampled and scored with unless options say otherwise.
+
+    Guidance: the scale that the official search found, which the file records, on the interval of that search.
+    """
+    values = {"model": to_dict(model), "evaluation": {"precision": "fp32"}, "efficiency": {"kernels": "fused"}}
+    scale = content.get("current_best_cfg_scale")
+    if isinstance(scale, (int, float)) and 0 < scale < math.inf:
+        values["sample"] = {"cfg_scale": float(scale), "cfg_interval": [0.1, 1.0]}
+    return from_dict(values)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
@@ -337,7 +376,7 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
     if path.is_file():
         return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
     _read_counters(path)
-    config, found = from_dict(_saved_config(path), str(path)), stored(path)
+    config, found = saved_config(path), stored(path)
     known = [*ema.names(config.optim), "model"]
     if weights not in known:
         raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
@@ -354,7 +393,7 @@ def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:
     located = locate(path)
     if located.is_file() and located.suffix != ".safetensors":
         model = interop.load_reference(located, weights)
-        return model, from_dict({"model": to_dict(model.config)})
+        return model, official_config(interop.read_official(located), model.config)
     state, config = load_weights(located, weights)
     assert config is not None
     model = UNITE(config.model)

@@ -171,7 +171,7 @@ class EvaluationConfig:
     rfid_epoch: float = 0.0  # between reconstructions of the held-out images; published: 40
     count: int = 50_000  # generated images per score, a multiple of the classes
     weights: str = "ema"  # ema, model, or another average that the run keeps
-    precision: Literal["fp32", "bf16"] = "bf16"  # of the network; the ODE state is fp32
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the network; the ODE state is fp32; published: fp32
     reference: str = ""  # statistics of the real images, .npz; python -m unite_fast.evaluation.statistics makes it
     extractor: Literal["inception", "digits"] = "inception"  # what looks at the images
     inception: str = ""  # torch-fidelity's weights-inception-2015-12-05-6726825d.pth

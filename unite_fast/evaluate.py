@@ -3,19 +3,28 @@
     python -m unite_fast.evaluate fid --checkpoint runs/imagenet_b --reference imagenet256.npz \\
         --inception weights-inception-2015-12-05-6726825d.pth
 
-    fid --protocol scores/fid.json ...    the same weights and settings again; the files' hashes are compared
+    fid --protocol scores/fid_a.json ...  the same weights and settings again; the files' hashes are compared
     table ...                             the paper's protocols: Heun 50 balanced, dopri5 balanced, dopri5 random;
                                           and, not the paper's, exp3 with 32 steps
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
 
-Under torchrun the work is shared out. Results lie in RUN/scores unless --out says otherwise.
+Under torchrun the work is shared out. Results lie in RUN/scores (beside an export; of an official .pt in ./scores)
+unless --out says otherwise. A name holds the step, the weights, the guidance scale and solver, and digits of the whole
+protocol's hash, so that a result replaces none of another protocol:
+
+    fid_step_0001404_ema_w2_heun10_5e1c0f3a.json
+
+Options that are not given are those of --protocol, or of the run, as its scores while training have them: its sections
+sample and evaluation, and efficiency.kernels. An official .pt is scored in fp32 with the guidance scale that its own
+training found best, on (0.1, 1), as published.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +34,7 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint, command, losses, run, sampling
-from unite_fast.config import Config, UserError
+from unite_fast.config import Config, EvaluationConfig, UserError
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
@@ -52,8 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         one = commands.add_parser(name)
         add = one.add_argument
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
-        add("--weights", metavar="NAME", help="ema (default, or the protocol's), model, or another average it has")
-        add("--out", metavar="FILE", help="the result (default: RUN/scores/<command>.json)")
+        add("--weights", metavar="NAME", help="ema, model, or another average that it has (default: the run's)")
+        add("--out", metavar="FILE", help="the result (default: in RUN/scores, named after what it depends on)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
         add("--debug", action="store_true", help="show tracebacks")
         statistics.add_extractor_options(one)
@@ -62,13 +71,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
             continue
         add("--reference", required=True, metavar="FILE.npz", help="statistics of the real images")
-        add("--count", type=int, help="images (default: 50000, or the protocol's)")
+        add("--count", type=int, help="images (default: the run's)")
         add("--pairs", action="store_true", help="also KID and precision/recall; needs a reference with features")
-        add("--kid-subset", type=int, help="images of a KID subset (default: 1000, or the protocol's)")
+        add("--kid-subset", type=int, help="images of a KID subset (default: 1000)")
         add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
-        add("--precision", choices=("fp32", "bf16"))
-        add("--kernels", choices=("eager", "fused"), help="of the network (default: fused)")
+        add("--precision", choices=("fp32", "bf16"), help="of the network (default: the run's)")
+        add("--kernels", choices=("eager", "fused"), help="of the network (default: the run's)")
         add("--compile", action="store_true", help="torch.compile of the network's blocks")
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
@@ -97,17 +106,29 @@ class Context:
     def weights(self) -> dict[str, str]:
         return {"sha256": checkpoint.identity(self.located), "weights": self.arguments.weights}
 
-    def out(self) -> Path:
+    def folder(self) -> Path:
+        """Where results lie."""
+        if self.arguments.out:
+            return Path(self.arguments.out).parent
+        within, name = self.located.parent, self.located.name
+        if self.located.is_dir():
+            return (within.parent if within.name == "checkpoints" else within) / "scores"
+        return within / "scores" if name == checkpoint.EXPORTED else Path("scores")
+
+    def out(self, protocol: dict[str, Any], what: str = "") -> Path:
+        """--out, or a name that no other protocol has. ``what``: the readable part of the difference."""
         if self.arguments.out:
             return Path(self.arguments.out)
-        given = Path(self.arguments.checkpoint)
-        folder = given if given.is_dir() and not (given / "manifest.json").is_file() else Path()
-        return folder / "scores" / f"{self.arguments.command}.json"
+        counted = self.located.is_dir() or self.located.name == checkpoint.EXPORTED  # an official step counts otherwise
+        step = checkpoint.recorded_step(self.located) if counted else None
+        of = self.located.stem if step is None else f"step_{step:07d}"
+        parts = [self.arguments.command, of, self.arguments.weights, what, digest(timeless(protocol))[:8]]
+        return self.folder() / f"{'_'.join(filter(None, parts))}.json"
 
     def settings(self) -> Settings:
-        """From the run's ``sample`` section, or the protocol's, with what the options change."""
+        """Those of the run, or the protocol's, with what the options change."""
         a = self.arguments
-        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config.sample)
+        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config)
         changes: dict[str, Any] = {
             "count": a.count,
             "cfg_scale": a.cfg,
@@ -121,18 +142,28 @@ class Context:
         changed.check(self.model.config)
         return changed
 
-    def save(self, content: dict[str, Any]) -> None:
+    def save(self, path: Path, content: dict[str, Any], finished: bool = True) -> None:
         """Writes the result whole, on one process. Raises UserError when the disk refuses."""
         if not self.ranks.is_main:
             return
-        path = self.out()
         temporary = path.with_name(f"{path.name}.incomplete")
         try:
             temporary.write_text(json.dumps(content, indent=1))
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"--out {path}: {error.strerror}") from None
-        print(f"written to {path}")
+        if finished:
+            print(f"written to {path}")
+
+
+def timeless(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol, as JSON has it, without when and where it was followed."""
+    return json.loads(json.dumps({k: v for k, v in protocol.items() if k != "environment"}))
+
+
+def short(settings: Settings) -> str:
+    """The guidance scale and the solver, for a file's name."""
+    return f"w{settings.cfg_scale:g}_{settings.solver}{'' if settings.solver == 'dopri5' else settings.steps}"
 
 
 def read_result(path: str) -> dict[str, Any]:
@@ -150,9 +181,10 @@ def read_result(path: str) -> dict[str, Any]:
     raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
 
 
-def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None) -> None:
+def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, located: Path) -> None:
     """Gives each of these options that was not on the command line its value of the protocol, or else its default."""
-    protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": "ema"}, "kid_subset": None}
+    scored = checkpoint.saved_config(located).evaluation if located.is_dir() else EvaluationConfig
+    protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": scored.weights}, "kid_subset": None}
     if arguments.weights is None:
         arguments.weights = protocol["checkpoint"]["weights"]
     if arguments.command != "rfid":
@@ -196,7 +228,8 @@ class Scorer:
             "environment": run.provenance(self.context.config, self.context.ranks),
         }
 
-    def score(self, settings: Settings) -> dict[str, Any]:
+    def score(self, settings: Settings, path: Path) -> dict[str, Any]:
+        """``path``: of the result, beside which the sums of interrupted scoring lie."""
         a, ranks = self.context.arguments, self.context.ranks
         if settings.compile and not self.compiled:
             sampling.compile_blocks(self.context.model)
@@ -204,7 +237,7 @@ class Scorer:
         progress = (
             (lambda line: print(line, end="\r", file=sys.stderr)) if sys.stderr.isatty() and ranks.is_main else None
         )
-        options = Options(self.context.out(), progress or PLAIN.report, replays=self.replays)
+        options = Options(path, progress or PLAIN.report, replays=self.replays)
         return score(
             self.context.model,
             settings,
@@ -236,19 +269,37 @@ def fid_command(context: Context) -> None:
     protocol, earlier = scorer.protocol(settings), context.earlier
     if earlier is not None:
         compare(protocol, earlier)
-    result = scorer.score(settings)
+    path = context.out(protocol, short(settings))
+    result = scorer.score(settings, path)
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
         if earlier is not None:
             print(f"earlier: fid {earlier['result']['fid']:.6g}, now {result['fid']:.6g}")
-    context.save({"protocol": protocol, "result": result})
+    context.save(path, {"protocol": protocol, "result": result})
+
+
+def unfinished(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that was interrupted; none of one that is finished, which is then measured anew."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return rows if len(rows) < len(TABLE) and all(row["protocol"] and row["result"] for row in rows) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def table_command(context: Context) -> None:
     scorer, base, rows = Scorer(context), context.settings(), []
-    for name, changes in TABLE:
-        settings = dataclasses.replace(base, **changes)
-        rows.append({"name": name, "protocol": scorer.protocol(settings), "result": scorer.score(settings)})
+    variants = [(name, dataclasses.replace(base, **changes)) for name, changes in TABLE]
+    path = context.out(scorer.protocol(variants[0][1]), f"w{base.cfg_scale:g}")
+    kept = context.ranks.decide(lambda: unfinished(path))
+    for name, settings in variants:
+        protocol = scorer.protocol(settings)
+        same = [row for row in kept if timeless(row["protocol"]) == timeless(protocol)]
+        if found := context.ranks.decide(functools.partial(list, same)):
+            rows.append(found[0])
+            continue
+        rows.append({"name": name, "protocol": protocol, "result": scorer.score(settings, path)})
+        context.save(path, {"rows": rows}, finished=False)
     if context.ranks.is_main:
         print(f"{'protocol':26}{'NFE':>6}{'passes':>8}{'FID':>10}{'IS':>9}{'images/s':>10}")
         for row in rows:
@@ -256,19 +307,28 @@ def table_command(context: Context) -> None:
             rate = f"{r['images_per_second']:.1f}" if "images_per_second" in r else "-"
             nfe = f"{r['evaluations']:>6.4g}{r['passes']:>8.4g}"
             print(f"{row['name']:26}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
-    context.save({"rows": rows})
+    context.save(path, {"rows": rows})
 
 
 def search_command(context: Context) -> None:
-    scorer, start, path = Scorer(context), context.settings(), context.out()
-    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"]])
-    scored = guidance_search.Scored(path.with_suffix(".jsonl"), identity, scorer.score, context.ranks)
+    scorer, start = Scorer(context), context.settings()
+    protocol = scorer.protocol(start)
+    path = context.out(protocol, f"from_{short(start)}")
+    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]])
+    scored = guidance_search.Scored(
+        path.with_suffix(".jsonl"),
+        identity,
+        lambda settings: scorer.score(settings, path),
+        context.ranks,
+        environment=protocol["environment"],
+    )
     best = guidance_search.search(scored, start)
     if context.arguments.sweep:
         best = guidance_search.sweep(scored, best)
     if context.ranks.is_main:
         print(guidance_search.table(scored.rows))
-    context.save({"best": scorer.protocol(best), "rows": scored.rows})
+    found = scorer.protocol(best) | {"environment": scored.row(best)["environment"]}
+    context.save(path, {"best": found, "rows": scored.rows})
 
 
 def rfid_command(context: Context) -> None:
@@ -292,7 +352,7 @@ def rfid_command(context: Context) -> None:
         "uint8": "truncated",
         "environment": run.provenance(config, context.ranks),
     }
-    context.save({"protocol": protocol, "result": result})
+    context.save(context.out(protocol), {"protocol": protocol, "result": result})
 
 
 COMMANDS: dict[str, Callable[[Context], None]] = {
@@ -306,17 +366,17 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     earlier = read_result(arguments.protocol) if getattr(arguments, "protocol", None) else None
-    fill_in(arguments, earlier)
     located = checkpoint.locate(arguments.checkpoint)
+    fill_in(arguments, earlier, located)
     model, config = checkpoint.load_model(located, arguments.weights)
     ranks = distributed.start(arguments.device)
     try:
         precision.setup(ranks.device)
         context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
         try:
-            context.out().parent.mkdir(parents=True, exist_ok=True)
+            context.folder().mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {context.out()}: {error.strerror}") from None
+            raise UserError(f"{context.folder()}: {error.strerror}; choose another place with --out") from None
         with torch.no_grad():
             COMMANDS[arguments.command](context)
     finally:

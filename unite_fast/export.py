@@ -1,13 +1,13 @@
 """One checkpoint as files to share: python -m unite_fast.export CHECKPOINT --out FOLDER
 
     model.safetensors   weights under stock names; configuration and provenance in its metadata
-    config.json         the model's sizes and the sampling options
+    config.json         the model's sizes and the sampling options that were chosen for it
     README.md           a model card
 
 Nothing in them can execute code, and no path of this machine is in them. sample.py and unite_fast.evaluate take FOLDER
-as --checkpoint, train.py as init_from. CHECKPOINT is a run folder, a step-N folder, or an official .pt. A .pt that
-holds pickled objects is refused; with --trust-pickle, for a file whose author you trust as you trust a program, it is
-loaded all the same and only its tensors are written.
+as --checkpoint, train.py as init_from. CHECKPOINT is a run folder, a step-N folder, an export, or an official .pt.
+A .pt that holds pickled objects is refused; with --trust-pickle, for a file whose author you trust as you trust a
+program, it is loaded all the same and only its tensors are written.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from unite_fast import __version__, checkpoint, interop
 from unite_fast.command import run
-from unite_fast.config import Config, UserError
-from unite_fast.config_io import from_dict, to_dict
+from unite_fast.config import Config, SampleConfig, UserError
+from unite_fast.config_io import to_dict
 from unite_fast.shards import write_tensors
 
 ABSOLUTE = re.compile(r"^(~|[A-Za-z]:\\|/)|[\\/]")
@@ -40,13 +41,11 @@ tags: [image-tokenizer, flow-matching, image-generation]
 
 A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)): one transformer that tokenizes images and
 generates them. {parameters:,} parameters, images of {size}x{size}, {classes} classes, {latents} latents of width
-{width}. {weights}, step {step}, written by unite-fast {version}{commit}.
+{width}. {weights}{step}, written by unite-fast {version}{commit}.
 
-Sampling options of the run: solver {solver}, {steps} steps, guidance {scale:g} for t in {interval}.
-
-No FID is claimed here. A score means something only together with its protocol: Inception weights and reference
-statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw), dtype,
-rounding to 8 bits, seeds, and the commit.
+{sampling}No FID is claimed here. A score means something only together with its protocol: Inception weights and
+reference statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw),
+dtype, rounding to 8 bits, seeds, and the commit.
 """
 
 
@@ -63,53 +62,79 @@ def scrub(values: dict[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def load_trusted(path: Path, weights: str) -> tuple[dict[str, torch.Tensor], Config]:
-    """(weights, configuration) of a .pt that is unpickled without restriction: it can run anything."""
-    content = torch.load(path, map_location="cpu", weights_only=False)
-    found = interop.weights_of(content if isinstance(content, dict) else {}, weights, str(path))
+def load_trusted(path: Path, weights: str) -> tuple[dict[str, torch.Tensor], Config, int | None]:
+    """(weights, configuration, step) of a .pt that is unpickled without restriction: it can run anything."""
+    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    content: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    found = interop.weights_of(content, weights, str(path))
     state = interop.clean_keys({k: v for k, v in found.items() if isinstance(v, torch.Tensor)})
-    return state, from_dict({"model": to_dict(interop.infer_config(state, where=str(path)))})
+    config = checkpoint.official_config(content, interop.infer_config(state, interop.sidecar(path), str(path)))
+    return state, config, checkpoint.step_in(content)
 
 
-def provenance(located: Path) -> dict[str, Any]:
-    """The run's provenance.json where there is one. It holds no paths."""
-    file = located.parent.parent / "provenance.json"
+def origin(located: Path) -> tuple[str, dict[str, Any]]:
+    """("run" or "official", the run's provenance where there is one, which holds no paths)."""
+    kind, text = ("run" if located.is_dir() else "official"), "{}"
     try:
-        return json.loads(file.read_text()) if located.is_dir() else {}
+        if located.is_dir():
+            text = (located.parent.parent / "provenance.json").read_text()
+        elif located.suffix == ".safetensors":
+            with safe_open(located, "pt") as file:
+                said = file.metadata()
+            kind, text = said.get("origin", "run"), said.get("provenance", "{}")
+        found = json.loads(text)
     except (OSError, ValueError):
-        return {}
+        found = {}
+    return kind, found if isinstance(found, dict) else {}
+
+
+def sampling_options(config: Config, kind: str) -> dict[str, Any]:
+    """Those that somebody chose or found: a run's, or the guidance that an official .pt records."""
+    options = to_dict(config)["sample"]
+    if kind == "run":
+        return options
+    return {k: options[k] for k in ("cfg_scale", "cfg_interval")} if config.sample != SampleConfig() else {}
+
+
+def sampling_line(options: dict[str, Any]) -> str:
+    if not options:
+        return ""
+    guidance = f"guidance {options['cfg_scale']:g} for t in {options['cfg_interval']}"
+    if "solver" in options:
+        return f"Sampling options of the run: solver {options['solver']}, {options['steps']} steps, {guidance}.\n\n"
+    return f"The search during its training found {guidance} the best.\n\n"
 
 
 def export(source: str, out: Path, weights: str, trust_pickle: bool = False) -> Path:
     """Writes the three files into ``out``. Raises UserError."""
     if trust_pickle and Path(source).is_file():
-        state, config = load_trusted(Path(source), weights)
+        state, config, step = load_trusted(Path(source), weights)
         located = Path(source)
     else:
         located = checkpoint.locate(source)
         model, config = checkpoint.load_model(located, weights)
-        state = dict(model.state_dict())
+        state, step = dict(model.state_dict()), checkpoint.recorded_step(located)
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{source}: {bad[0]} is not finite; export an older checkpoint")
-    values, origin = scrub(to_dict(config)), provenance(located)
-    step = checkpoint.step_of(located) or 0
-    facts = {"format": "pt", "unite_fast": __version__, "weights": weights, "step": str(step)}
-    facts |= {"config": json.dumps(values), "provenance": json.dumps(origin)}
-    m, s = config.model, config.sample
-    commit = f" at commit {origin['commit'][:12]}" if origin.get("commit") else ""
-    said = {"ema": "EMA weights", "model": "Raw weights"}.get(weights, f"Weights {weights}")
+    values, (kind, provenance) = scrub(to_dict(config)), origin(located)
+    facts = {"format": "pt", "unite_fast": __version__, "weights": weights, "step": "" if step is None else str(step)}
+    facts |= {"config": json.dumps(values), "origin": kind, "provenance": json.dumps(provenance)}
+    m, options = config.model, sampling_options(config, kind)
+    counted = "" if kind == "run" else " by its own count"  # the official code's is of micro-batches
     card = CARD.format(
         name=values["name"], parameters=sum(v.numel() for v in state.values()), size=m.image_size,
-        classes=m.num_classes, latents=m.num_latents, width=m.latent_dim, step=step, version=__version__,
-        commit=commit, weights=said, solver=s.solver, steps=s.steps,
-        scale=s.cfg_scale, interval=list(s.cfg_interval),
+        classes=m.num_classes, latents=m.num_latents, width=m.latent_dim,
+        weights={"ema": "EMA weights", "model": "Raw weights"}.get(weights, f"Weights {weights}"),
+        step="" if step is None else f", step {step}{counted}", version=__version__,
+        commit=f" at commit {str(provenance['commit'])[:12]}" if provenance.get("commit") else "",
+        sampling=sampling_line(options),
     )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / "model.safetensors.incomplete"
         write_tensors(temporary, {name: state[name].contiguous() for name in sorted(state)}, facts)
         os.replace(temporary, out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps({"model": values["model"], "sample": values["sample"]}, indent=1))
+        (out / "config.json").write_text(json.dumps({"model": values["model"], "sample": options}, indent=1))
         (out / "README.md").write_text(card)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
@@ -120,7 +145,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m unite_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="run folder, step-N folder, or official .pt")
+    parser.add_argument("checkpoint", help="run folder, step-N folder, export, or official .pt")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average")
     parser.add_argument("--trust-pickle", action="store_true", help="load a .pt that can execute code; see above")

@@ -1,11 +1,13 @@
 """Batch sampling to files: the same bits for a seed, whatever the batch size and the number of processes.
 
-Images are first written one by one to a folder (``OUT`` itself, or ``OUT.parts`` for a grid, npz or tar). A rerun makes
-only what is missing; a folder made with other options or another checkpoint is refused.
+Images are first written one by one to a folder (``OUT`` itself, or ``OUT.parts`` for a grid, npz or tar). Folder and
+file keep the protocol: a rerun makes only what is missing, and what was made with other options or another checkpoint
+is refused, or replaced if that is asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -14,6 +16,7 @@ import os
 import shutil
 import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +53,7 @@ class Request:
 
     def check(self) -> None:
         """Raises UserError on options that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise UserError(f"guidance scale {self.cfg_scale} must be a finite number of at least 0")
 
@@ -65,6 +68,11 @@ class Request:
             "cfg_order": self.cfg_order,
             "tile": sampling.TILE,
         }
+
+    def whole(self, identity: str) -> dict[str, object]:
+        """What a grid, npz or tar depends on."""
+        labels = hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()[:16]
+        return self.protocol(identity) | {"seeds": as_ranges(self.seeds), "labels": labels}
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -85,6 +93,17 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds {text}: a seed stands twice; each makes one image")
     return seeds
+
+
+def as_ranges(seeds: list[int]) -> str:
+    """The inverse of ``parse_seeds``."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -128,16 +147,62 @@ def _name(seed: int, label: int) -> str:
     return f"{seed:07d}_class{label}.png"
 
 
+def _carried(path: Path) -> dict[str, object] | None:
+    """The protocol that a folder of images, a grid, npz or tar carries; None when there is none."""
+    try:
+        if path.is_dir():
+            text = (path / PROTOCOL).read_text()
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as content:
+                text = str(content["protocol"])
+        elif path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                text = tar.pax_headers["comment"]
+        else:
+            from PIL import Image
+
+            with Image.open(path) as grid:
+                text = grid.info["protocol"]
+        return json.loads(text)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError):
+        return None
+
+
+def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool:
+    """Whether OUT is a grid, npz or tar of just these images. For one process, before ``generate``.
+
+    Raises UserError when it was made otherwise; with ``overwrite`` it may be replaced, and images that were made
+    otherwise are removed from a folder.
+    """
+    path, folder = Path(out), _parts(out)
+    if folder != path and path.exists():
+        found = _carried(path)
+        if found == request.whole(identity):
+            return True
+        if not overwrite:
+            why = "was made with other seeds, options or another checkpoint"
+            why = why if found else "does not say what it was made with"
+            raise UserError(f"{out} {why}; choose another --out, or replace it with --overwrite")
+    file = folder / PROTOCOL
+    if overwrite and file.is_file() and _carried(folder) != request.protocol(identity):
+        try:
+            for image in folder.glob("[0-9]*_class[0-9]*.png"):
+                image.unlink()
+            file.write_text(json.dumps(request.protocol(identity), indent=1))
+        except OSError as error:
+            raise UserError(f"--overwrite {folder}: {error.strerror}") from None
+    return False
+
+
 def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
     """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
     file = folder / PROTOCOL
     if file.is_file():
-        try:
-            same = json.loads(file.read_text()) == protocol
-        except ValueError:
-            raise UserError(f"{file} is damaged; choose another --out") from None
-        if not same:
-            raise UserError(f"{folder} holds images of another checkpoint or other options; choose another --out")
+        if _carried(folder) != protocol:
+            raise UserError(
+                f"{folder} holds images of another checkpoint or other options; choose another --out, or replace them "
+                "with --overwrite"
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
     ranks.barrier()
@@ -213,15 +278,18 @@ def _read(path: Path) -> Tensor:
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
 
 
-def merge(request: Request, out: str) -> None:
-    """Turns OUT.parts into the grid, npz (uint8 "images" (n, S, S, Q), "labels", "seeds") or tar that OUT names."""
+def merge(request: Request, out: str, identity: str) -> None:
+    """Turns OUT.parts into the grid, npz (uint8 "images" (n, S, S, Q), "labels", "seeds") or tar that OUT names.
+
+    Each holds its protocol as JSON: the grid in the PNG's text, the npz in "protocol", the tar in its header's comment.
+    """
     folder, path = _parts(out), Path(out)
     if folder == path:
         return
     names = [_name(s, y) for s, y in zip(request.seeds, request.labels, strict=True)]
-    temporary = path.with_name(path.name + ".incomplete")
+    temporary, protocol = path.with_name(path.name + ".incomplete"), json.dumps(request.whole(identity))
     if path.suffix == ".tar":
-        with tarfile.open(temporary, "w") as tar:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": protocol}) as tar:
             for name in names:
                 content = (folder / name).read_bytes()
                 info = tarfile.TarInfo(name)
@@ -232,8 +300,10 @@ def merge(request: Request, out: str) -> None:
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
                 labels, seeds = np.array(request.labels), np.array(request.seeds)
-                np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels, seeds=seeds)
+                pixels = images.permute(0, 2, 3, 1).numpy()
+                np.savez(file, images=pixels, labels=labels, seeds=seeds, protocol=np.array(protocol))
         else:
-            pictures.save_grid(temporary, list((images.float() / 255).split(GRID_COLUMNS)))
+            rows = list((images.float() / 255).split(GRID_COLUMNS))
+            pictures.save_grid(temporary, rows, text={"protocol": protocol})
     os.replace(temporary, path)
     shutil.rmtree(folder)

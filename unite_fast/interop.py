@@ -194,13 +194,14 @@ def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> 
     checkpoint is read for "encoder" and "decoder" sections first. Raises UserError.
     """
     state = clean_keys(weights_of(read_official(path), weights, str(path)))
-    config = infer_config(state, {**_sidecar(Path(path)), **overrides}, str(path))
+    config = infer_config(state, {**sidecar(Path(path)), **overrides}, str(path))
     model = UNITE(config)
     load_weights(model, state, str(path))
     return model.eval()
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
+def sidecar(path: Path) -> dict[str, Any]:
+    """The "encoder" and "decoder" sections of the JSON file of the same stem beside a checkpoint. Raises UserError."""
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return {}

@@ -64,7 +64,7 @@ def open_files(config: Config) -> Files | None:
         )
     try:
         if generates:
-            settings(config, config.sample.cfg_scale).check(config.model)
+            generation.of_run(config).check(config.model)
             if not e.reference:
                 raise UserError("evaluation.reference names no statistics of the real images; make them with "
                                 "python -m unite_fast.evaluation.statistics")  # fmt: skip
@@ -77,14 +77,6 @@ def open_files(config: Config) -> Files | None:
     except UserError as error:
         raise UserError(f"evaluation while training: {error}") from None
     return Files(extractor, reference, about)
-
-
-def settings(config: Config, cfg_scale: float) -> Settings:
-    """Those of the run's ``sample`` and ``evaluation`` sections, at a guidance scale."""
-    e = config.evaluation
-    return generation.of_run(
-        config.sample, count=e.count, precision=e.precision, kernels=config.efficiency.kernels, cfg_scale=cfg_scale
-    )
 
 
 def due(config: Config, images_seen: int, images_per_epoch: int, last: bool = False) -> list[str]:
@@ -201,17 +193,16 @@ class Monitor:
 
         scored = guidance_search.Scored(progress, identity, compute, self.ranks, discard=True)
         start = state.best_cfg_scale or self.config.sample.cfg_scale
-        best = guidance_search.search(scored, settings(self.config, start))
+        best = guidance_search.search(scored, generation.of_run(self.config, cfg_scale=start))
         overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
         rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
-        result = next(r["result"] for r in rows if r["settings"] == json.loads(json.dumps(dataclasses.asdict(overall))))
         protocol = {"reference": about, "seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
         return {
             "protocol": protocol,
             "rows": rows,
             "best": dataclasses.asdict(best),
             "best_overall": dataclasses.asdict(overall),
-            "result": result,
+            "result": scored.row(overall)["result"],
         }
 
     def _rfid(self, state: TrainState) -> dict[str, Any]:

@@ -5,9 +5,8 @@ Shape letters: B batch, N flow steps, K registers, C latent dim, Q channels, S i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,15 +69,6 @@ class Draws:
         t = self.flow_t[:, :, None, None]
         noised = t * z.float() + (1 - t) * self.flow_noise
         return noised, self.flow_t, torch.where(self.flow_class_dropped, null_class, labels)
-
-    @classmethod
-    def from_mapping(cls, tensors: Mapping[str, Any]) -> Draws:
-        """From tensors named as the fields, or with dots ("flow.class_dropped"); other names are ignored."""
-        named = {key.replace(".", "_"): value for key, value in tensors.items()}
-        missing = [f.name for f in fields(cls) if f.name not in named]
-        if missing:
-            raise ValueError(f"draws lack {', '.join(missing)}")
-        return cls(**{f.name: named[f.name] for f in fields(cls)})
 
 
 @dataclass(frozen=True)

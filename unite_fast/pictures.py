@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,18 +15,24 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
-def save_png(path: Path, image: Tensor) -> None:
-    """One image (Q, S, S), uint8 or in [0, 1], as a PNG; written whole or not at all."""
+def save_png(path: Path, image: Tensor, text: Mapping[str, str] | None = None) -> None:
+    """One image (Q, S, S), uint8 or in [0, 1], as a PNG with ``text`` in it; written whole or not at all."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    said = PngInfo()
+    for key, value in (text or {}).items():
+        said.add_text(key, value)
     pixels = image if image.dtype == torch.uint8 else to_uint8(image[None])[0]
     array = pixels.permute(1, 2, 0).cpu().numpy()
     temporary = path.with_name(f"{path.name}.incomplete")
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary, format="PNG")
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary, format="PNG", pnginfo=said)
     temporary.replace(path)
 
 
-def save_grid(path: Path, rows: list[Tensor], gap: int = 2, smallest: int = 32) -> None:
+def save_grid(
+    path: Path, rows: list[Tensor], gap: int = 2, smallest: int = 32, text: Mapping[str, str] | None = None
+) -> None:
     """Rows of images (B, Q, S, S) in [0, 1] as one PNG on white; small images are enlarged by whole pixels."""
     size, count = rows[0].shape[-1], max(len(row) for row in rows)
     zoom = -(-smallest // size)
@@ -37,4 +44,4 @@ def save_grid(path: Path, rows: list[Tensor], gap: int = 2, smallest: int = 32) 
             top, left = r * cell + gap, c * cell + gap
             canvas[:, top : top + size * zoom, left : left + size * zoom] = image
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, canvas)
+    save_png(path, canvas, text)

@@ -254,7 +254,7 @@ def main(argv: list[str]) -> None:
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    print(f"{out} ({len(text) / 1024:.0f} KiB)")
+    print(f"the run on one page: {out} ({len(text) / 1024:.0f} KiB); open it in a browser")
 
 
 if __name__ == "__main__":

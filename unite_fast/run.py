@@ -75,12 +75,12 @@ def write_description(config: Config, ranks: Ranks, source: data.Source) -> None
 def check_paths(config: Config) -> None:
     """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
     if config.resume not in ("auto", "must", "never"):
-        checkpoint.locate(config.resume)
+        checkpoint.locate(config.resume, quiet=True)
     path = folder(config)
     if config.resume == "must" and not any((path / "checkpoints").glob("step-*")):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
     if config.init_from:
-        checkpoint.locate(config.init_from)
+        checkpoint.locate(config.init_from, quiet=True)
 
 
 def fresh_state(config: Config, ranks: Ranks, model: UNITE | None = None) -> TrainState:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import flow, solvers
-from unite_fast.config import UserError
+from unite_fast.config import SampleConfig, UserError
 from unite_fast.field import GuidedField, Replays
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.encoder import Block
@@ -60,7 +60,7 @@ def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
     return result[-1]
 
 
-def check(solver: str, steps: int, interval: Sequence[float], order: str) -> None:
+def check(solver: str, steps: int, interval: Sequence[float], order: str, scale: float) -> None:
     """Raises UserError when sampling options make no sense."""
     if solver not in SOLVERS:
         raise UserError(f"unknown solver '{solver}'; choose one of {', '.join(SOLVERS)}")
@@ -70,6 +70,8 @@ def check(solver: str, steps: int, interval: Sequence[float], order: str) -> Non
         raise UserError(f"too few steps: {steps}")
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"guidance interval {list(interval)} must be two numbers with 0 <= low < high <= 1")
+    if solver in solvers.MULTISTEP and scale != 1:
+        solvers.jumps(steps, interval)
 
 
 @torch.no_grad()
@@ -77,11 +79,11 @@ def sample(
     model: UNITE,
     labels: Tensor,
     noise: Tensor | None = None,
-    solver: str = "dopri5",
-    steps: int = 50,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cfg_order: str = "norm_first",
+    solver: str = SampleConfig.solver,
+    steps: int = SampleConfig.steps,
+    cfg_scale: float = SampleConfig.cfg_scale,
+    cfg_interval: tuple[float, float] = SampleConfig.cfg_interval,
+    cfg_order: str = SampleConfig.cfg_order,
     return_latents: bool = False,
     seeds: Sequence[int] | Tensor | None = None,
     counts: dict[str, int] | None = None,
@@ -98,7 +100,7 @@ def sample(
     replays: runs the evaluations on static buffers, as CUDA graphs where it captures; kept by the caller between calls.
     Raises UserError on options that make no sense.
     """
-    check(solver, steps, cfg_interval, cfg_order)
+    check(solver, steps, cfg_interval, cfg_order, cfg_scale)
     device = next(model.parameters()).device
     labels = labels.to(device)
     if noise is None:

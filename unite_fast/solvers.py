@@ -18,7 +18,7 @@ With A(t) the integral of r, sigma(t) = exp(-A(t)) equals 1 - t up to t = 0.95, 
     z(s) = sigma(s)/sigma(t) z(t) + integral from t to s of r(u) sigma(s)/sigma(u) x0(u) du.
 
 Guidance makes x0 jump at the interval's ends. The multistep solvers move the nearest grid point there, guide a step
-as a whole, and forget earlier predictions after a jump.
+as a whole, and forget earlier predictions after a jump. Each end needs a point of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from unite_fast.config import UserError
 from unite_fast.flow import EPS, inside
 
 Predict = Callable[[float, Tensor, bool], Tensor]  # (t, z, guided) -> x0
@@ -59,11 +60,6 @@ def phi_grid(points: int) -> list[float]:
     """Times from 0 to 1, even in phi."""
     e = np.exp(np.linspace(phi(0.0), phi(1.0), points)[1:-1])
     return [0.0, *((e * (1 + EPS) - EPS) / (1 + e)).tolist(), 1.0]
-
-
-def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations of a fixed-step solver."""
-    return 2 * steps if solver == "heun" else steps
 
 
 def euler(predict: Predict, z: Tensor, times: Sequence[float], interval: tuple[float, float]) -> Tensor:
@@ -108,12 +104,31 @@ def exponential_weights(t: float, s: float, nodes: Sequence[float]) -> tuple[flo
     return tuple(float(w) for w in total)
 
 
-def align(times: Sequence[float], interval: tuple[float, float]) -> list[float]:
-    """The grid with its nearest interior points moved onto the ends of the guidance interval that lie inside (0, 1)."""
-    aligned = list(times)
-    for end in interval:
-        if 0 < end < 1 and len(aligned) > 2:
-            aligned[min(range(1, len(aligned) - 1), key=lambda i: abs(aligned[i] - end))] = end
+def jumps(steps: int, interval: Sequence[float]) -> list[float]:
+    """The ends of the guidance interval that lie inside (0, 1). Raises UserError when the grid has too few points."""
+    ends = [end for end in interval if 0 < end < 1]
+    if steps <= len(ends):
+        raise UserError(
+            f"guidance on {list(interval)} with a multistep solver needs at least {len(ends) + 1} steps, got {steps}; "
+            "raise the steps or widen the interval"
+        )
+    return ends
+
+
+def align(times: Sequence[float], interval: Sequence[float]) -> list[float]:
+    """The grid with interior points moved onto the ends of the guidance interval: the nearest, but one for each end."""
+    aligned, last = list(times), len(times) - 2
+
+    def distance(places: tuple[int, ...]) -> float:
+        return sum(abs(times[i] - end) for i, end in zip(places, ends, strict=True))
+
+    ends = jumps(len(times) - 1, interval)
+    places = tuple(min(range(1, last + 1), key=lambda i: abs(times[i] - end)) for end in ends)
+    if len(set(places)) < len(places):
+        i = places[0]
+        places = min([p for p in ((i - 1, i), (i, i + 1)) if p[0] > 0 and p[1] <= last], key=distance)
+    for i, end in zip(places, ends, strict=True):
+        aligned[i] = end
     return aligned
 
 

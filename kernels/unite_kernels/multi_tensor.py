@@ -46,12 +46,8 @@ def _clipped(grads: Sequence[Tensor], coef: Tensor | None) -> Sequence[Tensor]:
     return grads if coef is None else torch._foreach_mul(grads, coef)
 
 
-def eager_global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
 def eager_clip(tensors: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    norm = eager_global_norm(tensors)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
     return norm, (max_norm / (norm + NORM_EPS)).clamp(max=1.0), ~torch.isfinite(norm)
 
 
@@ -120,12 +116,6 @@ def _compiled(backend: str, tensors: Sequence[Tensor]):
 
 
 # --- public functions --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def global_norm(tensors: Sequence[Tensor], backend: str = "eager") -> Tensor:
-    """Euclidean norm of all elements of all ``tensors``, 0-d float32."""
-    return clip(tensors, 1.0, backend)[0]
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 The measures are pure functions of NumPy arrays; ``measure`` applies them to a model, ``main`` to a run's latest
 checkpoint. Images are float arrays in [0, 1].
 
-    reconstruction   10 log10(1 / mean squared error over all held-out images and pixels), in dB
+    pooled PSNR      10 log10(1 / mean squared error over all held-out images and pixels), in dB; the PSNR of the scores
+                     (``reconstruct.psnr``) is the mean over images of the dB of each, which is higher
     recognised       share of samples in which a support vector classifier, trained on the real training digits, sees
                      the class that was asked for
     spread           standard deviation over the images of a class, averaged over pixels and classes
@@ -35,6 +36,7 @@ from unite_fast import checkpoint, data, pictures, sampling
 from unite_fast.command import run
 from unite_fast.config import Config, SampleConfig, UserError
 from unite_fast.model.unite import UNITE
+from unite_fast.runtime import precision
 
 COMPONENTS = 32  # principal components of the 64 pixels; they hold 97 % of the variance
 SAMPLE_BATCH = 250
@@ -47,7 +49,7 @@ def flat(images: np.ndarray) -> np.ndarray:
     return np.asarray(images, dtype=np.float64).reshape(len(images), -1)
 
 
-def psnr(real: np.ndarray, reconstruction: np.ndarray) -> float:
+def pooled_psnr(real: np.ndarray, reconstruction: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of all images together, peak 1."""
     error = np.mean((flat(real) - flat(reconstruction)) ** 2)
     return float(10 * np.log10(1 / max(error, 1e-12)))
@@ -173,7 +175,7 @@ def measure(model: UNITE, config: Config, count: int = 1000) -> tuple[dict[str, 
     distances = frechet_to_halves(real, {f"{scale:g}": images.numpy() for scale, (images, _) in drawn.items()})
     real_spread = within_class_spread(real, real_labels)
     figures = {
-        "held_out_psnr": psnr(held.numpy(), reconstruction.numpy()),
+        "held_out_pooled_psnr": pooled_psnr(held.numpy(), reconstruction.numpy()),
         "latent_std": latent_std(latents.numpy()),
         "classifier_accuracy": accuracy,
         "real": {
@@ -199,7 +201,7 @@ def table(figures: dict[str, Any], config: Config, count: int) -> str:
     """The figures as text."""
     s, real, accuracy = config.sample, figures["real"], figures["classifier_accuracy"]
     lines = [
-        f"held-out reconstruction   {figures['held_out_psnr']:.1f} dB PSNR",
+        f"held-out reconstruction   {figures['held_out_pooled_psnr']:.1f} dB pooled PSNR",
         f"latents                   standard deviation over held-out digits {figures['latent_std']:.2f}",
         "",
         f"{'':24}{'recognised':>12}{'spread':>9}{'Fréchet':>9}{'nearest':>9}{'images/s':>10}",
@@ -243,7 +245,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.samples < 100 or args.samples % 10:
         raise UserError(f"--samples {args.samples}: give a multiple of 10, at least 100")
-    torch.set_flush_denormal(True)
+    precision.setup(torch.device("cpu"))
     model, config = checkpoint.load_model(args.run)
     if config.data.source != "digits":
         raise UserError(f"{args.run} was trained on data.source={config.data.source}, not on the digits")
@@ -252,8 +254,7 @@ def main(argv: list[str]) -> None:
     paths = save_pictures(folder, images, digits(config, "heldout")[1])
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(table(figures, config, args.samples))
-    print("pictures: " + ", ".join(str(path) for path in paths))
-    print(json.dumps(figures))
+    print(f"\nin {folder}: {', '.join(path.name for path in paths)}, figures.json")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from unite_fast import pictures, sampling
-from unite_fast.config import ModelConfig, SampleConfig, Stopped, UserError
+from unite_fast.config import (
+    Config,
+    EfficiencyConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SampleConfig,
+    Stopped,
+    UserError,
+)
 from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
 from unite_fast.field import Replays
@@ -34,22 +42,22 @@ SAVE_SECONDS = 60.0
 class Settings:
     """Which images: everything that a score depends on besides the weights, the extractor and the reference."""
 
-    count: int = 50_000  # seeds 0 .. count - 1, one image each
+    count: int = EvaluationConfig.count  # seeds 0 .. count - 1, one image each
     labels: str = "equal"  # class-balanced; or random
-    solver: str = "heun"
-    steps: int = 50
-    cfg_scale: float = 1.0
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    cfg_order: str = "norm_first"
-    precision: str = "fp32"
-    kernels: str = "fused"  # or eager; they, and compiled blocks, change rounding
+    solver: str = SampleConfig.solver
+    steps: int = SampleConfig.steps
+    cfg_scale: float = SampleConfig.cfg_scale
+    cfg_interval: tuple[float, float] = SampleConfig.cfg_interval
+    cfg_order: str = SampleConfig.cfg_order
+    precision: str = EvaluationConfig.precision
+    kernels: str = EfficiencyConfig.kernels  # or fused; they, and compiled blocks, change rounding
     compile: bool = False
     uint8: str = "truncated"  # x * 255 without rounding, as published
     tile: int = sampling.TILE
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError on settings that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order)
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
         if self.labels not in ("equal", "random"):
             raise UserError(f"--labels {self.labels}: equal or random")
         if self.count < 2:
@@ -67,9 +75,11 @@ class Settings:
             )
 
 
-def of_run(options: SampleConfig, **changes: Any) -> Settings:
-    """The settings of a run's ``sample`` section, with ``changes``."""
-    taken = {k: getattr(options, k) for k in ("solver", "steps", "cfg_scale", "cfg_interval", "cfg_order")}
+def of_run(config: Config, **changes: Any) -> Settings:
+    """What a run is scored with, while it trains and afterwards: its configuration's settings, with ``changes``."""
+    taken = {k: getattr(config.sample, k) for k in ("solver", "steps", "cfg_scale", "cfg_interval", "cfg_order")}
+    taken |= {k: getattr(config.evaluation, k) for k in ("count", "precision")}
+    taken["kernels"] = config.efficiency.kernels
     return Settings(**(taken | changes))
 
 

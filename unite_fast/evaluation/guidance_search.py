@@ -31,10 +31,14 @@ class Scored:
         compute: Callable[[Settings], dict[str, Any]],
         ranks: Ranks,
         discard: bool = False,
+        environment: dict[str, Any] | None = None,
     ) -> None:
-        """All ranks must call it. Raises UserError for a file of another identity, unless it is to be discarded."""
+        """All ranks must call it. Raises UserError for a file of another identity, unless it is to be discarded.
+
+        environment: of the scores that are computed now; a row keeps that of its own.
+        """
         self.path, self.identity, self.compute, self.ranks = path, identity, compute, ranks
-        self.discard = discard
+        self.discard, self.environment = discard, environment
         self.rows: list[dict[str, Any]] = ranks.decide(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -54,14 +58,19 @@ class Scored:
         return rows
 
     def __call__(self, settings: Settings) -> float:
+        return self.row(settings)["result"]["fid"]
+
+    def row(self, settings: Settings) -> dict[str, Any]:
+        """{"settings", "result", "environment"}, computed if it was not yet."""
         plain = json.loads(json.dumps(dataclasses.asdict(settings)))
         for row in self.rows:
             if row["settings"] == plain:
-                return row["result"]["fid"]
+                return row
         row = {"identity": self.identity, "settings": plain, "result": self.compute(settings)}
+        row["environment"] = self.environment
         self.rows.append(row)
         self.ranks.together(self._write)
-        return row["result"]["fid"]
+        return row
 
     def _write(self) -> None:
         if self.ranks.is_main:

@@ -27,7 +27,7 @@ from unite_fast.evaluation import features
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Accumulator, Statistics
 from unite_fast.hashing import file_sha256
-from unite_fast.runtime import distributed
+from unite_fast.runtime import distributed, precision
 from unite_fast.runtime.distributed import Ranks
 
 
@@ -147,6 +147,7 @@ def main(argv: list[str]) -> None:
     config = config_io.load(arguments.config, arguments.overrides)
     ranks = distributed.start(arguments.device)
     try:
+        precision.setup(ranks.device)
         extractor = open_extractor(arguments, config, ranks.device)
         found, protocol = of_source(config, arguments.split, extractor, ranks, arguments.features)
         if ranks.is_main:
