@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,48 @@ def test_resume_is_bit_exact(tiny, tmp_path):
         assert rows(straight) == rows(resumed)
         assert len(rows(straight)) == 20 // log_every
         assert len((resumed / "metrics.csv").read_text().splitlines()) == 20 // log_every + 1
+
+
+def test_a_run_that_began_from_a_named_checkpoint_goes_on_from_its_own(tiny, tmp_path):
+    """The same command started again makes progress, whatever checkpoint it names; nothing is deleted on the way."""
+    other, path, often = tmp_path / "other", tmp_path / "run", "train.checkpoint_every=2"
+    train(tiny, other, "train.max_steps=4", often)
+    named = f"resume={other / 'checkpoints' / 'step-0000002'}"
+    assert "at step 2: it was named" in train(tiny, path, named, "train.max_steps=4", often)
+    for stop in (6, 8):  # as a queue would start it again
+        said = train(tiny, path, named, f"train.max_steps={stop}", often)
+        assert f"at step {stop - 2}: the newest that verifies of the run that began from" in said
+    assert not list((path / "checkpoints").glob("*.abandoned*"))
+    shutil.rmtree(other)  # it is not needed any more
+    assert "at step 8" in train(tiny, path, named, "train.max_steps=8", often)
+    assert "at step 8: the newest that verifies\n" in train(tiny, path, "train.max_steps=8", often)
+
+
+def test_going_back_within_a_run_puts_newer_checkpoints_aside(tiny, tmp_path):
+    path, often = tmp_path / "run", ("train.checkpoint_every=2", "train.keep_last=9")
+    checkpoints = path / "checkpoints"
+    train(tiny, path, "train.max_steps=6", *often)
+    for step, aside in ((2, ""), (4, "-2")):  # the second start finds what the first has put aside
+        said = train(tiny, path, f"resume={checkpoints / f'step-000000{step}'}", "train.max_steps=8", *often)
+        assert f"at step {step}: it was named" in said
+        assert (checkpoints / f"step-0000006.abandoned{aside}" / "manifest.json").is_file()
+    assert "at step 8: the newest" in train(tiny, path, f"resume={checkpoints / 'step-0000004'}", "train.max_steps=8")
+
+
+def test_another_named_checkpoint_is_refused(tiny, tmp_path):
+    """Neither of the two runs is thrown away; an empty folder, or one without a usable checkpoint, takes any."""
+    other, path = tmp_path / "other", tmp_path / "run"
+    for folder in (other, path):
+        train(tiny, folder, "train.max_steps=2")
+    words = ("train.py", "--config", tiny, f"run_dir={path}", f"resume={other}", "train.max_steps=3")
+    refused = command(*words)
+    assert refused.returncode == 2
+    assert "did not begin from there" in refused.stderr
+    (path / "checkpoints" / "step-0000002" / "manifest.json").unlink()
+    taken = command(*words)
+    assert taken.returncode == 0, taken.stderr
+    assert "skipping" in taken.stdout
+    assert "at step 2: it was named" in taken.stdout
 
 
 def test_world_size_and_accumulation_do_not_change_the_run(tiny, tmp_path):

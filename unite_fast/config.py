@@ -232,7 +232,7 @@ class Config:
     name: str = "unite"
     seed: int = 0
     run_dir: str = ""  # empty: runs/<name>
-    resume: str = "auto"  # auto | never | must | path of a checkpoint
+    resume: str = "auto"  # auto, never, must, or a checkpoint's path: begins there; later starts go on from their own
     init_from: str = ""  # weights only, from a checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
