@@ -15,7 +15,6 @@ from torch import Tensor
 from unite_fast.config import CommonError, RunError, Stopped, UserError
 
 T = TypeVar("T")
-BUCKET_ELEMENTS = 1 << 25  # gradients are averaged in flat pieces of at most this many elements
 
 
 @dataclass(frozen=True)
@@ -86,23 +85,10 @@ class Ranks:
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its mean over ranks. All ranks must pass tensors of equal shapes in equal order."""
-        if self.world_size == 1 or not tensors:
-            return
-        bucket: list[Tensor] = []
-        size = 0
-        for i, tensor in enumerate(tensors):
-            bucket.append(tensor)
-            size += tensor.numel()
-            following = tensors[i + 1] if i + 1 < len(tensors) else None
-            if following is None or following.dtype != tensor.dtype or size + following.numel() > BUCKET_ELEMENTS:
-                flat = torch.cat([t.reshape(-1) for t in bucket])
-                dist.all_reduce(flat)
-                flat /= self.world_size
-                pieces = [
-                    piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)
-                ]
-                torch._foreach_copy_(bucket, pieces)
-                bucket, size = [], 0
+        self.sum_(tensors)
+        if self.world_size > 1:
+            for tensor in tensors:
+                tensor /= self.world_size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over ranks. All ranks must pass tensors of equal shapes in equal order."""
