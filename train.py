@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, monitor, plan, run
+from unite_fast import checkpoint, command, config, config_io, data, launcher, monitor, plan, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
@@ -71,8 +71,8 @@ class Inputs(NamedTuple):
     def check(cls, settings: config.Config) -> Inputs:
         """Raises UserError."""
         started = time.monotonic()
-        config.batch_split(settings.train, distributed.world_of_environment())
-        sharding.check(settings, distributed.world_of_environment())
+        config.batch_split(settings.train, launcher.world_size())
+        sharding.check(settings, launcher.world_size())
         run.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
         print(config_io.to_yaml(settings), end="")
         return 0
     if arguments.dry_run:
-        if distributed.rank_of_environment() == 0:
+        if launcher.rank() == 0:
             print(plan.dry_run(settings, arguments.mfu))
         return 0
     inputs = Inputs.check(settings)

@@ -14,7 +14,7 @@ from support import ROOT
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (
     {"config", "hashing"},
-    {"config_io"},
+    {"config_io", "launcher"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers", "field"},
     {"objective", "sampling", "interop", "pictures", "shards", "throughput"},

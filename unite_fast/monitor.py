@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast import data, run
+from unite_fast import data, launcher, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, Stopped, UserError
 from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
@@ -32,7 +32,7 @@ from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.losses import Perceptual
 from unite_fast.optim import ema
 from unite_fast.runtime import faults
-from unite_fast.runtime.distributed import Ranks, world_of_environment
+from unite_fast.runtime.distributed import Ranks
 from unite_fast.session import Session
 from unite_fast.step import sampling_model
 
@@ -57,7 +57,7 @@ def open_files(config: Config) -> Files | None:
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
     # Ranks with fewer tiles would leave the others waiting for their shards.
-    if config.train.strategy != "ddp" and world_of_environment() > 1:
+    if config.train.strategy != "ddp" and launcher.world_size() > 1:
         raise UserError(
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"

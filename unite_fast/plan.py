@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from unite_fast import data, memory, monitor, run, throughput
+from unite_fast import data, launcher, memory, monitor, run, throughput
 from unite_fast.config import Config, batch_split
 from unite_fast.losses import load_perceptual
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import distributed, graph, sharding
+from unite_fast.runtime import graph, sharding
 from unite_fast.runtime.distributed import Ranks
 
 
@@ -45,7 +45,7 @@ def dry_run(config: Config, mfu: float | None = None) -> str:
     mfu: utilisation for which speed is projected; None for a table of several.
     """
     run.check_paths(config)
-    world = distributed.world_of_environment()
+    world = launcher.world_size()
     split = batch_split(config.train, world)
     sharding.check(config, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")

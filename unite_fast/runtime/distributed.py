@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unite_fast import launcher
 from unite_fast.config import CommonError, RunError, Stopped, UserError
 
 T = TypeVar("T")
@@ -97,27 +98,12 @@ class Ranks:
                 dist.all_reduce(tensor)
 
 
-def _environment(name: str, slurm: str, default: int) -> int:
-    return int(os.environ.get(name, os.environ.get(slurm, default)))
-
-
-def rank_of_environment() -> int:
-    """The rank that torchrun or SLURM gave this process, before anything is set up."""
-    return _environment("RANK", "SLURM_PROCID", 0)
-
-
-def world_of_environment() -> int:
-    """The number of processes that torchrun or SLURM started, before anything is set up."""
-    return _environment("WORLD_SIZE", "SLURM_NTASKS", 1)
-
-
 def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     """Joins the process group that the environment describes (none for a single process). Raises UserError.
 
     A collective that takes longer than ``timeout`` seconds raises on the ranks that wait in it.
     """
-    world, rank = world_of_environment(), rank_of_environment()
-    local = _environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    world, rank, local = launcher.world_size(), launcher.rank(), launcher.local_rank()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here; use device=cpu or check the driver")
     use_cuda = device != "cpu" and torch.cuda.is_available()
@@ -127,8 +113,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if world > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError(f"{world} processes but no MASTER_ADDR; launch with torchrun")
+        launcher.check_meeting_point()
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(world))
         limit = timedelta(seconds=timeout)
