@@ -133,6 +133,9 @@ def test_official_epochs_last_longer():
     assert rate(o, 20, accumulation=2) == pytest.approx(5e-5)
     assert rate(o, 40, accumulation=2) == pytest.approx(1e-4)
     assert math.isclose(rate(o, 80, accumulation=2), rate(OptimConfig(), 40))
+    ends = OptimConfig(schedule="cosine", decay_epochs=0, warmup_epochs=10, epoch_unit="micro_batches", final_lr=1e-6)
+    assert rate(ends, 60, total=100, accumulation=2) == pytest.approx((1e-4 + 1e-6) / 2)
+    assert rate(ends, 100, total=100, accumulation=2) == pytest.approx(1e-6)  # the end of training is that of the run
 
 
 # --- several moving averages ---------------------------------------------------------------------------------------
