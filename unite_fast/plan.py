@@ -60,8 +60,9 @@ def dry_run(config: Config, mfu: float | None = None) -> str:
     state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
     lines = [run.describe(config, state, ranks, split, len(source) if source else throughput.IMAGENET)]
     lines.append(activations_line(config, split[0], world))
-    mfus = (mfu,) if mfu else throughput.MFUS
-    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfus)]
+    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]
     if source is not None:
-        lines.append(f"data           {config.data.source}: {throughput.supply(config, source, mfus[-1])}")
+        lines.append(
+            f"data           {config.data.source}: {throughput.supply(config, source, mfu or throughput.MFUS[-1])}"
+        )
     return "\n".join([*lines, *(f"note           {text}" for text in missing)])
