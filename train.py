@@ -35,6 +35,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         "--dry-run", action="store_true", help="print sizes, FLOPs, memory, projected speed and data rate, and stop"
     )
     parser.add_argument("--mfu", type=float, metavar="X", help="with --dry-run: the utilisation to project, as 0.4")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N processes of one node")
     parser.add_argument(
         "--fast-dev-run", type=int, metavar="N", default=0, help="N steps, pictures, checkpoint and resume"
     )
@@ -44,6 +45,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     settings = config_io.load(arguments.config, arguments.overrides)
     if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
         raise config.UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
+    if arguments.ranks is not None and not (arguments.dry_run and arguments.ranks > 0):
+        raise config.UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
     if arguments.fast_dev_run < 0:
         raise config.UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
     if arguments.fast_dev_run:
@@ -71,13 +74,14 @@ class Inputs(NamedTuple):
     def check(cls, settings: config.Config) -> Inputs:
         """Raises UserError."""
         started = time.monotonic()
-        config.batch_split(settings.train, launcher.world_size())
-        sharding.check(settings, launcher.world_size())
+        world_size = launcher.world_size()
+        config.batch_split(settings.train, world_size)
+        sharding.check(settings, world_size)
         run.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
-        return cls(source, perceptual, monitor.open_files(settings), started)
+        return cls(source, perceptual, monitor.open_files(settings, world_size), started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -196,7 +200,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.dry_run:
         if launcher.rank() == 0:
-            print(plan.dry_run(settings, arguments.mfu))
+            print(plan.dry_run(settings, arguments.mfu, arguments.ranks or 0))
         return 0
     inputs = Inputs.check(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)

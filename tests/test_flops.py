@@ -118,8 +118,7 @@ def test_the_official_speed_is_of_one_model_on_one_gpu(monkeypatch):
 def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     """What the header states is what the plan says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    said = command("train.py", "--config", path, "--dry-run")
+    said = command("train.py", "--config", path, "--dry-run", "--ranks", "8")
     assert said.returncode == 0, said.stderr
     config, header = config_io.load(path), path.read_text()
     assert "1024 = 8 ranks x 2 accumulation x 64" in said.stdout
@@ -158,6 +157,20 @@ def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):
     missing = command("train.py", "--config", tiny, "--dry-run", "data.source=folder", "data.path=nowhere")
     assert missing.returncode == 2
     assert "nowhere" in missing.stderr
+
+
+def test_dry_run_plans_for_other_numbers_of_processes(tiny):
+    def said(*arguments: object, code: int = 0) -> str:
+        result = command("train.py", "--config", tiny, *arguments)
+        assert result.returncode == code, result.stderr
+        return result.stdout + result.stderr
+
+    two = said("--dry-run", "--ranks", "2", "train.strategy=hsdp", "efficiency.precision=bf16")
+    assert "16 = 2 ranks x 1 accumulation x 8" in two
+    assert "hsdp, 1 x 2 shards" in two  # one node
+    assert "does not divide over 3 ranks" in said("--dry-run", "--ranks", "3", code=2)
+    for arguments in (["--dry-run", "--ranks", "0"], ["--ranks", "2"]):
+        assert "--ranks" in said(*arguments, code=2)
 
 
 def test_dry_run_refuses_what_training_would(tiny, monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast import data, launcher, run
+from unite_fast import data, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, Stopped, UserError
 from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
@@ -47,7 +47,7 @@ class Files(NamedTuple):
     about: dict[str, Any]  # of the reference
 
 
-def open_files(config: Config) -> Files | None:
+def open_files(config: Config, world_size: int) -> Files | None:
     """None when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
     e = config.evaluation
     generates = e.fid_epoch > 0 or e.sweep_epoch > 0
@@ -57,7 +57,7 @@ def open_files(config: Config) -> Files | None:
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
     # Ranks with fewer tiles would leave the others waiting for their shards.
-    if config.train.strategy != "ddp" and launcher.world_size() > 1:
+    if config.train.strategy != "ddp" and world_size > 1:
         raise UserError(
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"
