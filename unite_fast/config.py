@@ -1,8 +1,9 @@
 """The configuration of a run as frozen dataclasses. ``config_io`` reads it from YAML and overrides.
 
-A field's default in this file is the only default. Unless its comment says otherwise, it is the value of
-the published UNITE-B run. To add an option, add a field; YAML keys, ``section.key=value`` overrides, types,
-``--help`` and error messages follow from it.
+A field's default in this file is the only default. Unless its comment says otherwise, it is the value of the published
+configuration of UNITE-B. (Each epoch of its schedule was two true ones in the published run: configs/imagenet_b.yaml.)
+To add an option, add a field; YAML keys, ``section.key=value`` overrides, types, ``--help`` and error messages follow
+from it.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class OptimConfig:
     second_flat_epochs: float = 3000.0
     second_decay_epochs: float = 380.0  # clamped to come after second_flat_epochs, as published
     final_lr: float = 1e-5
-    epoch_unit: Literal["images", "micro_batches"] = "images"  # micro_batches: the official code's longer epochs
+    # micro_batches: as the official code counts, whose 20 epochs last 20 x accumulation true ones (published run: 40)
+    epoch_unit: Literal["images", "micro_batches"] = "images"
 
 
 @dataclass(frozen=True)
