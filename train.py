@@ -89,6 +89,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     graph.check(settings, ranks.device)
+    run.check_kernels(settings, ranks.device)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))

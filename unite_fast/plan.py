@@ -51,6 +51,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     split = batch_split(config.train, world)
     sharding.check(config, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    run.check_kernels(config, device)
     if device.type == "cuda":  # a plan made on another machine is for one with a GPU
         graph.check(config, device)
     source, missing = open_inputs(config)

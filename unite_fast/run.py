@@ -35,6 +35,7 @@ from unite_fast.runtime.flops import training_flops
 from unite_fast.runtime.guards import SkipCounter, first_difference, first_nonfinite
 from unite_fast.session import Diverged, folder
 from unite_fast.step import sampling_model
+from unite_kernels import backend
 
 GRID_COLUMNS = 8
 BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which resume=PATH began this run
@@ -83,6 +84,13 @@ def check_paths(config: Config) -> None:
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
     if config.init_from:
         checkpoint.locate(config.init_from)
+
+
+def check_kernels(config: Config, device: torch.device) -> None:
+    """Whether ``efficiency.kernels`` can train on ``device``, before the first step asks for it. Raises UserError."""
+    kernels = config.efficiency.kernels
+    if why := backend.obstacle(kernels, device, update=True):
+        raise UserError(f"efficiency.kernels={kernels}: {why}; or set efficiency.kernels=eager")
 
 
 def fresh_state(config: Config, ranks: Ranks, model: UNITE | None = None) -> TrainState:
