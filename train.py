@@ -160,6 +160,7 @@ def loop(
             row = {"step": state.step, "images_seen": state.images_seen} | means.drain()
             row |= meter.rates(state.images_seen)
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
+            row |= stats.peak_memory(device)
             if log is not None:
                 log.write(row)
                 print(stats.progress_line(row, total), flush=True)

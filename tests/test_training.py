@@ -15,6 +15,7 @@ from support import command, process
 from unite_fast import run
 from unite_fast.checkpoint import load_model, load_weights, read
 from unite_fast.config import UserError
+from unite_fast.runtime import stats
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
@@ -236,6 +237,22 @@ def test_init_from_takes_weights_only(tiny, tmp_path):
     name = "encoder.blocks.0.attn.proj.weight"
     assert torch.equal(b[f"model.{name}"], a[f"ema.{name}"])  # the first step of a warm-up has rate 0
     assert not torch.equal(b[f"momentum.{name}"], a[f"momentum.{name}"])
+
+
+def test_a_gpu_s_peak_memory_is_logged(tiny, tmp_path, monkeypatch):
+    """From counters on the host; a CPU has none."""
+    shown = {}
+    for name in ("cpu", "gpu"):
+        if name == "gpu":
+            monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+            peak = stats.peak_memory(torch.device("cuda"))
+            monkeypatch.setattr(stats, "peak_memory", lambda device: peak)
+        shown[name] = train(tiny, tmp_path / name, "train.max_steps=2")
+    assert "GiB  left" not in shown["cpu"]
+    assert "memory_gib" not in read_metrics(tmp_path / "cpu" / "metrics.jsonl")[0]
+    assert shown["gpu"].count("  1.5 GiB  left") == 2
+    assert [row["memory_gib"] for row in read_metrics(tmp_path / "gpu" / "metrics.jsonl")] == [1.5, 1.5]
+    assert "memory_gib" in (tmp_path / "gpu" / "metrics.csv").read_text()
 
 
 def test_collapse_alarm():
