@@ -106,6 +106,34 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     return state
 
 
+def open_step(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
+    """The training step, with LPIPS on the device."""
+    perceptual = inputs.perceptual
+    if perceptual is not None:
+        if settings.efficiency.compile == "all":
+            perceptual.compile_trunk(compiling.region)
+        perceptual.to(ranks.device)
+    split = config.batch_split(settings.train, ranks.world_size)
+    return TrainStep(settings, ranks, split, len(inputs.source), perceptual)
+
+
+def open_batches(
+    settings: config.Config, ranks: distributed.Ranks, source: data.Source, images_seen: int
+) -> data.Waits:
+    """This rank's share of every batch from here on."""
+    d, batch, rank, world = settings.data, settings.train.global_batch, ranks.rank, ranks.world_size
+    stream = data.stream(source, settings.seed, images_seen, batch, rank, world, ranks.device, d.workers, d.timeout)
+    return data.Waits(stream)
+
+
+def open_meter(settings: config.Config, ranks: distributed.Ranks, state: TrainState, total: int) -> stats.Meter:
+    """Counts speed and time to go from here to step ``total``."""
+    o = settings.objective
+    flops = training_flops(settings.model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    goal = state.images_seen + (total - state.step) * settings.train.global_batch
+    return stats.Meter(goal, state.images_seen, flops, peak_flops(ranks.device), ranks.world_size)
+
+
 def loop(
     settings: config.Config,
     ranks: distributed.Ranks,
@@ -114,29 +142,17 @@ def loop(
     session: Session,
     sums: dict[str, float],
 ) -> None:
-    t, device, source, perceptual = settings.train, ranks.device, inputs.source, inputs.perceptual
-    path, split = session.path, config.batch_split(t, ranks.world_size)
+    t, device, source, path = settings.train, ranks.device, inputs.source, session.path
     total = run.last_step(settings, state, len(source))
-    if perceptual is not None and settings.efficiency.compile == "all":
-        perceptual.compile_trunk(compiling.region)
-    step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
+    step, batches = open_step(settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
     log = None
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, settings, config_io.to_dict(settings)))
-    alarm = stats.CollapseAlarm(t.collapse_std)
-    flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
-    goal = state.images_seen + (total - state.step) * t.global_batch
-    meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
+    alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
-    stream = data.stream(
-        source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
-        settings.data.workers, settings.data.timeout,
-    )  # fmt: skip
-    batches = data.Waits(stream)
-
     scores = None
     if inputs.scoring is not None:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.perceptual)
@@ -162,10 +178,7 @@ def loop(
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             row |= stats.peak_memory(device)
             if log is not None:
-                log.write(row)
-                print(stats.progress_line(row, total), flush=True)
-                if warning := alarm.check(row):
-                    print(warning, file=sys.stderr)
+                stats.tell(row, total, log, alarm)
             run.check_skips(settings, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             run.check_replicas(state, ranks)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -285,3 +286,11 @@ class CollapseAlarm:
             f"warning: the latents collapse: their standard deviation over samples is {row['latent_std']:.3f}, below "
             f"train.collapse_std {self.threshold}; lower objective.flow_weight"
         )
+
+
+def tell(row: dict[str, float], total_steps: int, log: Log, alarm: CollapseAlarm) -> None:
+    """A log line: to the files and services of the run, and to the terminal, with the alarm if it goes off."""
+    log.write(row)
+    print(progress_line(row, total_steps), flush=True)
+    if warning := alarm.check(row):
+        print(warning, file=sys.stderr)
