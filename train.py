@@ -27,7 +27,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         prog="train.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration keys and their defaults:\n" + config_io.help_text().replace("%", "%%"),
+        epilog="configuration keys and their defaults:\n" + config_io.help_text(),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")

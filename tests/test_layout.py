@@ -14,8 +14,8 @@ from support import ROOT
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (
     {"config", "hashing"},
-    {"config_io", "launcher"},
-    {"command"},
+    {"validation", "launcher"},
+    {"config_io", "command"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers", "field"},
     {"objective", "sampling", "interop", "pictures", "shards", "throughput"},

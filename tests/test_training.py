@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from support import command, process
 
 from unite_fast import run
 from unite_fast.checkpoint import load_model, load_weights, read
-from unite_fast.config import UserError
+from unite_fast.config import Config, UserError
 from unite_fast.runtime import stats
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 
@@ -224,10 +226,23 @@ def test_printed_config_reads_back(tiny, tmp_path):
     assert "lr: 0.003" in printed
 
 
-def test_help_lists_every_section(tmp_path):
-    text = command("train.py", "--help").stdout
-    for key in ("model.encoder.width", "objective.flow_weight", "optim.lr", "efficiency.precision"):
-        assert key in text
+def keys_of(section: object, path: str = "") -> list[str]:
+    """Every whole key of a configuration."""
+    found = []
+    for f in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, f.name)
+        found += keys_of(value, f"{path}{f.name}.") if dataclasses.is_dataclass(value) else [path + f.name]
+    return found
+
+
+def test_help_says_what_every_key_means():
+    """A line each: key, default, meaning, type."""
+    lines = command("train.py", "--help").stdout.splitlines()
+    for key in keys_of(Config()):
+        found = [line for line in lines if line.startswith(f"  {key}=")]
+        assert len(found) == 1, key
+        assert re.fullmatch(rf"  {re.escape(key)}=.*  ?\S.{{9,}} \[.+\]", found[0]), found[0]
+    assert any("up to 0.1 % of them" in line for line in lines)
 
 
 def test_init_from_takes_weights_only(tiny, tmp_path):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop, shards
-from unite_fast.config import Config, UserError, validate
+from unite_fast.config import Config, UserError
 from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.hashing import file_sha256
 from unite_fast.model.unite import UNITE
@@ -35,6 +35,7 @@ from unite_fast.optim.parts import local
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.runtime.precision import Recipe
 from unite_fast.shards import Stored
+from unite_fast.validation import validate
 
 FORMAT = 2
 READABLE = (1, 2)
