@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, monitor, plan, run
+from unite_fast import checkpoint, command, config, config_io, data, launcher, monitor, plan, run
 from unite_fast.checkpoint import TrainState
 from unite_fast.losses import Perceptual, load_perceptual
 from unite_fast.optim.parts import local
@@ -27,7 +27,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         prog="train.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration keys and their defaults:\n" + config_io.help_text().replace("%", "%%"),
+        epilog="configuration keys and their defaults:\n" + config_io.help_text(),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -35,6 +35,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         "--dry-run", action="store_true", help="print sizes, FLOPs, memory, projected speed and data rate, and stop"
     )
     parser.add_argument("--mfu", type=float, metavar="X", help="with --dry-run: the utilisation to project, as 0.4")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N processes of one node")
     parser.add_argument(
         "--fast-dev-run", type=int, metavar="N", default=0, help="N steps, pictures, checkpoint and resume"
     )
@@ -44,6 +45,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     settings = config_io.load(arguments.config, arguments.overrides)
     if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
         raise config.UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
+    if arguments.ranks is not None and not (arguments.dry_run and arguments.ranks > 0):
+        raise config.UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
     if arguments.fast_dev_run < 0:
         raise config.UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
     if arguments.fast_dev_run:
@@ -71,13 +74,14 @@ class Inputs(NamedTuple):
     def check(cls, settings: config.Config) -> Inputs:
         """Raises UserError."""
         started = time.monotonic()
-        config.batch_split(settings.train, distributed.world_of_environment())
-        sharding.check(settings, distributed.world_of_environment())
+        world_size = launcher.world_size()
+        config.batch_split(settings.train, world_size)
+        sharding.check(settings, world_size)
         run.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
-        return cls(source, perceptual, monitor.open_files(settings), started)
+        return cls(source, perceptual, monitor.open_files(settings, world_size), started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -85,6 +89,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     graph.check(settings, ranks.device)
+    run.check_kernels(settings, ranks.device)
     state = run.fresh_state(settings, ranks)
     if ranks.is_main:
         print(run.describe(settings, state, ranks, split, len(source)))
@@ -101,6 +106,34 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     return state
 
 
+def open_step(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
+    """The training step, with LPIPS on the device."""
+    perceptual = inputs.perceptual
+    if perceptual is not None:
+        if settings.efficiency.compile == "all":
+            perceptual.compile_trunk(compiling.region)
+        perceptual.to(ranks.device)
+    split = config.batch_split(settings.train, ranks.world_size)
+    return TrainStep(settings, ranks, split, len(inputs.source), perceptual)
+
+
+def open_batches(
+    settings: config.Config, ranks: distributed.Ranks, source: data.Source, images_seen: int
+) -> data.Waits:
+    """This rank's share of every batch from here on."""
+    d, batch, rank, world = settings.data, settings.train.global_batch, ranks.rank, ranks.world_size
+    stream = data.stream(source, settings.seed, images_seen, batch, rank, world, ranks.device, d.workers, d.timeout)
+    return data.Waits(stream)
+
+
+def open_meter(settings: config.Config, ranks: distributed.Ranks, state: TrainState, total: int) -> stats.Meter:
+    """Counts speed and time to go from here to step ``total``."""
+    o = settings.objective
+    flops = training_flops(settings.model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    goal = state.images_seen + (total - state.step) * settings.train.global_batch
+    return stats.Meter(goal, state.images_seen, flops, peak_flops(ranks.device), ranks.world_size)
+
+
 def loop(
     settings: config.Config,
     ranks: distributed.Ranks,
@@ -109,29 +142,17 @@ def loop(
     session: Session,
     sums: dict[str, float],
 ) -> None:
-    t, device, source, perceptual = settings.train, ranks.device, inputs.source, inputs.perceptual
-    path, split = session.path, config.batch_split(t, ranks.world_size)
+    t, device, source, path = settings.train, ranks.device, inputs.source, session.path
     total = run.last_step(settings, state, len(source))
-    if perceptual is not None and settings.efficiency.compile == "all":
-        perceptual.compile_trunk(compiling.region)
-    step = TrainStep(settings, ranks, split, len(source), perceptual.to(device) if perceptual else None)
+    step, batches = open_step(settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
     means = stats.Means(METRICS, ranks)
     means.restore(sums)
     log = None
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, settings, config_io.to_dict(settings)))
-    alarm = stats.CollapseAlarm(t.collapse_std)
-    flops = training_flops(settings.model, settings.objective.flow_steps, perceptual is not None)["total"]
-    goal = state.images_seen + (total - state.step) * t.global_batch
-    meter = stats.Meter(goal, state.images_seen, flops, peak_flops(device), ranks.world_size)
+    alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
-    stream = data.stream(
-        source, settings.seed, state.images_seen, t.global_batch, ranks.rank, ranks.world_size, device,
-        settings.data.workers, settings.data.timeout,
-    )  # fmt: skip
-    batches = data.Waits(stream)
-
     scores = None
     if inputs.scoring is not None:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.perceptual)
@@ -155,11 +176,9 @@ def loop(
             row = {"step": state.step, "images_seen": state.images_seen} | means.drain()
             row |= meter.rates(state.images_seen)
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
+            row |= stats.peak_memory(device)
             if log is not None:
-                log.write(row)
-                print(stats.progress_line(row, total), flush=True)
-                if warning := alarm.check(row):
-                    print(warning, file=sys.stderr)
+                stats.tell(row, total, log, alarm)
             run.check_skips(settings, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             run.check_replicas(state, ranks)
@@ -195,8 +214,8 @@ def main(argv: list[str]) -> int:
         print(config_io.to_yaml(settings), end="")
         return 0
     if arguments.dry_run:
-        if distributed.rank_of_environment() == 0:
-            print(plan.dry_run(settings, arguments.mfu))
+        if launcher.rank() == 0:
+            print(plan.dry_run(settings, arguments.mfu, arguments.ranks or 0))
         return 0
     inputs = Inputs.check(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)

@@ -28,6 +28,7 @@ from unite_fast.data.ahead import ahead
 from unite_fast.data.index import main as index_main
 from unite_fast.data.pack import main, pack
 from unite_fast.data.verify import verify
+from unite_kernels import extension
 from unite_kernels.gather import gather_rows, gather_rows_reference
 
 SIZE, COUNT = 64, 100
@@ -388,6 +389,12 @@ def test_gather_rows_refuses(change, words):
     gather_rows(**arguments)
     with pytest.raises(RuntimeError, match=words):
         gather_rows(**arguments | change)
+
+
+def test_without_the_library_a_pack_of_pixels_is_refused(packs, monkeypatch):
+    monkeypatch.setattr(extension, "obstacle", lambda kind: f"_C_{kind}.so is not built")
+    one_line(packs / "uint8", "data.source=packed: _C_cpu.so is not built")
+    assert len(opened(packs / "png")) == COUNT  # decoded by Pillow
 
 
 def test_ahead_keeps_order_passes_errors_and_ends():

@@ -145,7 +145,10 @@ def test_what_is_no_export_is_one_line(folder, tmp_path):
     refused(rewritten(folder, tmp_path / "a.safetensors", config=""), "does not say what it holds")
     refused(rewritten(folder, tmp_path / "b.safetensors", config="{"), "does not say what it holds")
     refused(rewritten(folder, tmp_path / "c.safetensors", config="[]"), "must be a section")
-    refused(rewritten(folder, tmp_path / "d.safetensors", config='{"model": {"patch_size": 0}}'), "must be positive")
+    refused(
+        rewritten(folder, tmp_path / "d.safetensors", config='{"model": {"patch_size": 0}}'),
+        "model.patch_size must be above 0, got 0",
+    )
     config = CONFIG | {"model": CONFIG["model"] | {"num_latents": 9}}
     refused(rewritten(folder, tmp_path / "e.safetensors", config=json.dumps(config)), "holds another model")
     bad = {"latent_tokens": load_file(folder / "ema" / "model.safetensors")["latent_tokens"] * torch.nan}

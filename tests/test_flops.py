@@ -95,20 +95,35 @@ def test_projection_is_the_official_speed():
     assert official.images_per_second == pytest.approx(103, abs=1.5)
     assert official.minutes(8) == pytest.approx(26, abs=0.5)
     assert "26.1 on 8 GPUs (the official code)" in official.line()
+    assert "official" not in goal.line()
     assert goal.images_per_second == pytest.approx(103 * 0.4 / 0.105, rel=0.02)
+
+
+def test_the_official_speed_is_of_one_model_on_one_gpu(monkeypatch):
+    base = config_io.load(ROOT / "configs" / "imagenet_b.yaml")
+
+    def known(config: Config, gpu: str = "NVIDIA H200") -> bool:
+        monkeypatch.setattr(throughput, "device_name", lambda: gpu)
+        return any("official" in projection.line() for projection in throughput.project(config))
+
+    assert known(base)
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "NVIDIA GH200 480GB"):
+        assert not known(base, gpu)
+    for override in ("model.encoder=large", "model.decoder=small", "objective.flow_steps=14",
+                     "objective.perceptual_weight=0"):  # fmt: skip
+        assert not known(config_io.load(ROOT / "configs" / "imagenet_b.yaml", [override]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     """What the header states is what the plan says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    said = command("train.py", "--config", path, "--dry-run")
+    said = command("train.py", "--config", path, "--dry-run", "--ranks", "8")
     assert said.returncode == 0, said.stderr
     config, header = config_io.load(path), path.read_text()
     assert "1024 = 8 ranks x 2 accumulation x 64" in said.stdout
     assert "data.path is not given: 1,281,167 images" in said.stdout
-    assert said.stdout.count("projection ") == 3
+    assert said.stdout.count("projection ") == (3 if path.stem == "imagenet_b" else 2)
     flops = training_flops(config.model, 3, True)["total"]
     assert f"N = 3: {flops / 1e9:,.0f} GFLOP per image" in header
     assert f"N = 14: {training_flops(config.model, 14, True)['total'] / 1e9:,.0f} GFLOP per image" in header
@@ -142,6 +157,20 @@ def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):
     missing = command("train.py", "--config", tiny, "--dry-run", "data.source=folder", "data.path=nowhere")
     assert missing.returncode == 2
     assert "nowhere" in missing.stderr
+
+
+def test_dry_run_plans_for_other_numbers_of_processes(tiny):
+    def said(*arguments: object, code: int = 0) -> str:
+        result = command("train.py", "--config", tiny, *arguments)
+        assert result.returncode == code, result.stderr
+        return result.stdout + result.stderr
+
+    two = said("--dry-run", "--ranks", "2", "train.strategy=hsdp", "efficiency.precision=bf16")
+    assert "16 = 2 ranks x 1 accumulation x 8" in two
+    assert "hsdp, 1 x 2 shards" in two  # one node
+    assert "does not divide over 3 ranks" in said("--dry-run", "--ranks", "3", code=2)
+    for arguments in (["--dry-run", "--ranks", "0"], ["--ranks", "2"]):
+        assert "--ranks" in said(*arguments, code=2)
 
 
 def test_dry_run_refuses_what_training_would(tiny, monkeypatch):

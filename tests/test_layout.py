@@ -14,13 +14,14 @@ from support import ROOT
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (
     {"config", "hashing"},
-    {"config_io"},
+    {"validation", "launcher"},
+    {"config_io", "command"},
     {"flow", "losses", "optim", "data", "runtime", "model"},
     {"solvers", "field"},
     {"objective", "sampling", "interop", "pictures", "shards", "throughput"},
     {"dcp"},
     {"checkpoint", "memory"},
-    {"generate", "reconstruct", "step", "command", "saving"},
+    {"generate", "reconstruct", "step", "saving"},
     {"session"},
     {"run", "evaluation", "export"},
     {"evaluate", "report", "monitor", "weights"},

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from support import ROOT
 from torch import nn
 
+from unite_fast import config_io
 from unite_fast.config import OptimConfig
 from unite_fast.model.layers import adamw_parameter, use_adamw
 from unite_fast.optim import ema
@@ -133,6 +135,22 @@ def test_official_epochs_last_longer():
     assert rate(o, 20, accumulation=2) == pytest.approx(5e-5)
     assert rate(o, 40, accumulation=2) == pytest.approx(1e-4)
     assert math.isclose(rate(o, 80, accumulation=2), rate(OptimConfig(), 40))
+    ends = OptimConfig(schedule="cosine", decay_epochs=0, warmup_epochs=10, epoch_unit="micro_batches", final_lr=1e-6)
+    assert rate(ends, 60, total=100, accumulation=2) == pytest.approx((1e-4 + 1e-6) / 2)
+    assert rate(ends, 100, total=100, accumulation=2) == pytest.approx(1e-6)  # the end of training is that of the run
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda path: path.stem)
+def test_configurations_have_the_published_schedule(path):
+    """Of the official code with the published run's accumulation (8 GPUs x 64 x 2), on any number of ranks."""
+    ours, published = config_io.load(path).optim, OptimConfig(epoch_unit="micro_batches")
+    for epoch in range(0, 601, 5):
+        expected = rate(published, epoch, 1024, accumulation=2)
+        for accumulation in (1, 2, 16):
+            assert rate(ours, epoch, 1024, accumulation=accumulation) == pytest.approx(expected), epoch
+    paper = ("schedule=cosine", "warmup_epochs=20", "decay_epochs=0", "final_lr=1e-6")
+    o = config_io.load(path, [f"optim.{word}" for word in paper]).optim
+    assert [rate(o, epoch, total=240) for epoch in (10, 20, 130, 240)] == pytest.approx([5e-5, 1e-4, 5.05e-5, 1e-6])
 
 
 # --- several moving averages ---------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from support import command, process
 
 from unite_fast import run
 from unite_fast.checkpoint import load_model, load_weights, read
-from unite_fast.config import UserError
+from unite_fast.config import Config, UserError
+from unite_fast.runtime import stats
 from unite_fast.runtime.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
@@ -56,6 +60,48 @@ def test_resume_is_bit_exact(tiny, tmp_path):
         assert rows(straight) == rows(resumed)
         assert len(rows(straight)) == 20 // log_every
         assert len((resumed / "metrics.csv").read_text().splitlines()) == 20 // log_every + 1
+
+
+def test_a_run_that_began_from_a_named_checkpoint_goes_on_from_its_own(tiny, tmp_path):
+    """The same command started again makes progress, whatever checkpoint it names; nothing is deleted on the way."""
+    other, path, often = tmp_path / "other", tmp_path / "run", "train.checkpoint_every=2"
+    train(tiny, other, "train.max_steps=4", often)
+    named = f"resume={other / 'checkpoints' / 'step-0000002'}"
+    assert "at step 2: it was named" in train(tiny, path, named, "train.max_steps=4", often)
+    for stop in (6, 8):  # as a queue would start it again
+        said = train(tiny, path, named, f"train.max_steps={stop}", often)
+        assert f"at step {stop - 2}: the newest that verifies of the run that began from" in said
+    assert not list((path / "checkpoints").glob("*.abandoned*"))
+    shutil.rmtree(other)  # it is not needed any more
+    assert "at step 8" in train(tiny, path, named, "train.max_steps=8", often)
+    assert "at step 8: the newest that verifies\n" in train(tiny, path, "train.max_steps=8", often)
+
+
+def test_going_back_within_a_run_puts_newer_checkpoints_aside(tiny, tmp_path):
+    path, often = tmp_path / "run", ("train.checkpoint_every=2", "train.keep_last=9")
+    checkpoints = path / "checkpoints"
+    train(tiny, path, "train.max_steps=6", *often)
+    for step, aside in ((2, ""), (4, "-2")):  # the second start finds what the first has put aside
+        said = train(tiny, path, f"resume={checkpoints / f'step-000000{step}'}", "train.max_steps=8", *often)
+        assert f"at step {step}: it was named" in said
+        assert (checkpoints / f"step-0000006.abandoned{aside}" / "manifest.json").is_file()
+    assert "at step 8: the newest" in train(tiny, path, f"resume={checkpoints / 'step-0000004'}", "train.max_steps=8")
+
+
+def test_another_named_checkpoint_is_refused(tiny, tmp_path):
+    """Neither of the two runs is thrown away; an empty folder, or one without a usable checkpoint, takes any."""
+    other, path = tmp_path / "other", tmp_path / "run"
+    for folder in (other, path):
+        train(tiny, folder, "train.max_steps=2")
+    words = ("train.py", "--config", tiny, f"run_dir={path}", f"resume={other}", "train.max_steps=3")
+    refused = command(*words)
+    assert refused.returncode == 2
+    assert "did not begin from there" in refused.stderr
+    (path / "checkpoints" / "step-0000002" / "manifest.json").unlink()
+    taken = command(*words)
+    assert taken.returncode == 0, taken.stderr
+    assert "skipping" in taken.stdout
+    assert "at step 2: it was named" in taken.stdout
 
 
 def test_world_size_and_accumulation_do_not_change_the_run(tiny, tmp_path):
@@ -180,10 +226,23 @@ def test_printed_config_reads_back(tiny, tmp_path):
     assert "lr: 0.003" in printed
 
 
-def test_help_lists_every_section(tmp_path):
-    text = command("train.py", "--help").stdout
-    for key in ("model.encoder.width", "objective.flow_weight", "optim.lr", "efficiency.precision"):
-        assert key in text
+def keys_of(section: object, path: str = "") -> list[str]:
+    """Every whole key of a configuration."""
+    found = []
+    for f in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, f.name)
+        found += keys_of(value, f"{path}{f.name}.") if dataclasses.is_dataclass(value) else [path + f.name]
+    return found
+
+
+def test_help_says_what_every_key_means():
+    """A line each: key, default, meaning, type."""
+    lines = command("train.py", "--help").stdout.splitlines()
+    for key in keys_of(Config()):
+        found = [line for line in lines if line.startswith(f"  {key}=")]
+        assert len(found) == 1, key
+        assert re.fullmatch(rf"  {re.escape(key)}=.*  ?\S.{{9,}} \[.+\]", found[0]), found[0]
+    assert any("up to 0.1 % of them" in line for line in lines)
 
 
 def test_init_from_takes_weights_only(tiny, tmp_path):
@@ -193,6 +252,18 @@ def test_init_from_takes_weights_only(tiny, tmp_path):
     name = "encoder.blocks.0.attn.proj.weight"
     assert torch.equal(b[f"model.{name}"], a[f"ema.{name}"])  # the first step of a warm-up has rate 0
     assert not torch.equal(b[f"momentum.{name}"], a[f"momentum.{name}"])
+
+
+def test_a_gpu_s_peak_memory_is_logged(tiny, tmp_path, monkeypatch):
+    """From counters on the host; a CPU has none."""
+    assert "GiB  left" not in train(tiny, tmp_path / "cpu", "train.max_steps=2")
+    assert "memory_gib" not in read_metrics(tmp_path / "cpu" / "metrics.jsonl")[0]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    peak = stats.peak_memory(torch.device("cuda"))
+    monkeypatch.setattr(stats, "peak_memory", lambda device: peak)
+    assert train(tiny, tmp_path / "gpu", "train.max_steps=2").count("  1.5 GiB  left") == 2
+    assert [row["memory_gib"] for row in read_metrics(tmp_path / "gpu" / "metrics.jsonl")] == [1.5, 1.5]
+    assert "memory_gib" in (tmp_path / "gpu" / "metrics.csv").read_text()
 
 
 def test_collapse_alarm():

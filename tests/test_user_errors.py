@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import config_io, doctor, evaluate, export, weights
+from unite_fast import config_io, doctor, evaluate, export, run, weights
 from unite_fast.config import EfficiencyConfig, UserError
+from unite_kernels import backend, extension
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,12 @@ OVERRIDES = {
     "average that is none": (["optim.ema_extra=[0.99, std0.5]"], ("'std0.5'", "std0.01 to std0.28")),
     "average twice": (["optim.ema_extra=[0.99, 0.99]"], "stands twice"),
     "shards that do not divide": (["train.strategy=hsdp", "train.shard_size=2"], "does not divide 1 ranks"),
+    "depth": (["model.encoder.depth=0"], "error: model.encoder.depth must be above 0, got 0"),
+    "decay of a moment": (["optim.betas=[0.9, 1]"], "error: optim.betas must be at least 0 and below 1, got 1.0"),
+    "probability": (["objective.label_dropout=2"], "error: objective.label_dropout must be at least 0 and at most 1"),
+    "average without an end": (["optim.ema_extra=[1.5]"], "error: optim.ema_extra must be above 0 and below 1"),
+    "guidance interval": (["sample.cfg_interval=[0.2, 1.5]"], "error: sample.cfg_interval must be at least 0 and"),
+    "odd heads": (["model.encoder={width: 30, heads: 2}"], "error: model.encoder.rope needs an even width of heads"),
     "no GPU": (["device=cuda"], "no GPU"),
 }
 
@@ -146,6 +153,43 @@ def test_unreadable_image(tiny, tmp_path):
     bad.write_bytes(bad.read_bytes()[:60])
     overrides = ["data.source=folder", f"data.path={tmp_path / 'data'}", "model.num_classes=2", "data.workers=0"]
     fails("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *overrides, says=str(bad))
+
+
+@pytest.fixture
+def no_libraries(monkeypatch, tmp_path):
+    """As in an installation whose C++ operations were never built."""
+    extension._load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+        yield
+    extension._load.cache_clear()
+
+
+def test_missing_library(trained, tmp_path, no_libraries):
+    """Said before anything runs, with how to build it; what does not need it runs."""
+    says = ("kernels=fused: _C_cpu.so is not built; run `python setup.py build_ext --inplace`", "kernels=eager")
+    config = ("--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "device=cpu")
+    for options in ([], ["--dry-run"], ["--fast-dev-run", "1"]):
+        fails("train.py", *config, "efficiency.kernels=fused", *options, says=says)
+    assert not (tmp_path / "run").exists()
+    sampling = ("--checkpoint", trained / "run", "--out", tmp_path / "x.png", "--seeds", "0-3", "--device", "cpu")
+    fails("sample.py", *sampling, says=says)
+    assert command("sample.py", *sampling, "--kernels", "eager").returncode == 0
+    assert command("train.py", *config, "--dry-run").returncode == 0
+
+
+def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
+    """Training needs it, sampling does not: its operations are Triton's."""
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    gpu = torch.device("cuda")
+    assert "_C_cuda.so is not built" in backend.obstacle("fused", gpu, update=True)
+    assert not backend.obstacle("fused", gpu)
+    assert not backend.obstacle("eager", gpu, update=True)
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert "needs the package triton" in backend.obstacle("fused", gpu)
+    config = config_io.from_dict({"efficiency": {"kernels": "fused"}})
+    with pytest.raises(UserError, match=r"efficiency\.kernels=fused: .* the package triton.*efficiency\.kernels=eager"):
+        run.check_kernels(config, gpu)
 
 
 def test_checkpoint_of_another_model(trained, tmp_path):

@@ -25,18 +25,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unite_fast import interop, shards
-from unite_fast.config import Config, ModelConfig, UserError, validate
+from unite_fast import interop, launcher, shards
+from unite_fast.config import Config, ModelConfig, UserError
 from unite_fast.config_io import current, from_dict, to_dict
 from unite_fast.hashing import file_sha256
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.optim.parts import local
-from unite_fast.runtime.distributed import rank_of_environment
 from unite_fast.runtime.guards import first_nonfinite
 from unite_fast.runtime.precision import Recipe
 from unite_fast.shards import Stored
+from unite_fast.validation import validate
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -149,7 +149,7 @@ def locate(path: str | Path, quiet: bool = False) -> Path:
     for folder in (path / "checkpoints", path):
         found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
         if found:
-            if rejected and not quiet and rank_of_environment() == 0:
+            if rejected and not quiet and launcher.rank() == 0:
                 print(*rejected, sep="\n", file=sys.stderr)
             return found
         if rejected:

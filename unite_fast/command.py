@@ -6,9 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from unite_fast import launcher
 from unite_fast.config import CommonError, RunError, UserError, first_line
-from unite_fast.data import WorkerError
-from unite_fast.runtime.distributed import rank_of_environment
 
 # Raised by a signal handler of torch, anywhere in the program.
 DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? (\d+)[\d, ]*\) (is killed|exited)")
@@ -21,7 +20,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    rank = rank_of_environment()
+    rank = launcher.rank()
     who = f"rank {rank}: " if rank else ""
     try:
         return main(arguments) or 0
@@ -31,13 +30,13 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         if not rank or not isinstance(error, CommonError):
             print(f"error: {who}{error}", file=sys.stderr)
         return 2
-    except (RunError, WorkerError) as error:
+    except RunError as error:
         if debug:
             raise
         print(f"error: {who}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if debug:

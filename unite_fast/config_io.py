@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from unite_fast.config import SIZES, CommonError, Config, UserError, validate
+from unite_fast.config import SIZES, CommonError, Config, UserError
+from unite_fast.validation import validate
 
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
@@ -218,7 +219,7 @@ def to_yaml(config: Any) -> str:
 
 
 def help_text() -> str:
-    """Every key with its type and default, grouped by section, for ``--help``."""
+    """Every key with its default, meaning and type, a line each, grouped by section, for ``--help``."""
     lines: list[str] = []
 
     def section(kind: type, path: str) -> None:
@@ -229,8 +230,8 @@ def help_text() -> str:
             if dataclasses.is_dataclass(hints[f.name]):
                 nested.append(f.name)
             else:
-                value = to_yaml_value(getattr(default, f.name))
-                lines.append(f"  {path}{f.name}={value:<14} {_describe(hints[f.name])}")
+                shown = f"{path}{f.name}={to_yaml_value(getattr(default, f.name))}"
+                lines.append(f"  {shown:<40} {f.metadata['meaning']} [{_describe(hints[f.name])}]")
         for name in nested:
             sizes = SIZES.get(hints[name])
             lines.append(f"\n{path}{name}" + (f"  (or a size: {', '.join(sizes)})" if sizes else ""))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from unite_fast import config_io, data, machine, monitor, throughput
+from unite_fast import config_io, data, launcher, machine, monitor, throughput
 from unite_fast.command import run
 from unite_fast.config import Config, UserError, first_line
 from unite_fast.machine import Finding, release
@@ -124,7 +124,7 @@ def _scores(config: Config) -> Finding:
     """What scores while training need, opened as training would."""
     what = "scores while training"
     try:
-        files = monitor.open_files(config)
+        files = monitor.open_files(config, launcher.world_size())
     except UserError as error:
         return Finding("FAIL", what, str(error))
     return Finding("OK", what, "none are asked for" if files is None else "the extractor and the references fit")

@@ -32,7 +32,7 @@ from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.losses import Perceptual
 from unite_fast.optim import ema
 from unite_fast.runtime import faults
-from unite_fast.runtime.distributed import Ranks, world_of_environment
+from unite_fast.runtime.distributed import Ranks
 from unite_fast.session import Session
 from unite_fast.step import sampling_model
 
@@ -47,7 +47,7 @@ class Files(NamedTuple):
     about: dict[str, Any]  # of the reference
 
 
-def open_files(config: Config) -> Files | None:
+def open_files(config: Config, world_size: int) -> Files | None:
     """None when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
     e = config.evaluation
     generates = e.fid_epoch > 0 or e.sweep_epoch > 0
@@ -57,7 +57,7 @@ def open_files(config: Config) -> Files | None:
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
     # Ranks with fewer tiles would leave the others waiting for their shards.
-    if config.train.strategy != "ddp" and world_of_environment() > 1:
+    if config.train.strategy != "ddp" and world_size > 1:
         raise UserError(
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"

@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from unite_fast import data, memory, monitor, run, throughput
+from unite_fast import data, launcher, memory, monitor, run, throughput
 from unite_fast.config import Config, batch_split
 from unite_fast.losses import load_perceptual
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import distributed, graph, sharding
+from unite_fast.runtime import graph, sharding
 from unite_fast.runtime.distributed import Ranks
 
 
@@ -39,29 +39,33 @@ def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
     return data.open_source(config.data, config.model), missing
 
 
-def dry_run(config: Config, mfu: float | None = None) -> str:
-    """The plan of a run as this many processes would do it. Raises UserError.
+def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
+    """The plan of a run by ``ranks`` processes of one node, or by as many as were started. Raises UserError.
 
     mfu: utilisation for which speed is projected; None for a table of several.
     """
     run.check_paths(config)
-    world = distributed.world_of_environment()
+    world = ranks or launcher.world_size()
+    if ranks and config.train.strategy == "hsdp" and not config.train.shard_size:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))
     split = batch_split(config.train, world)
     sharding.check(config, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    run.check_kernels(config, device)
     if device.type == "cuda":  # a plan made on another machine is for one with a GPU
         graph.check(config, device)
     source, missing = open_inputs(config)
-    monitor.open_files(config)
-    ranks = Ranks(0, world, device)
+    monitor.open_files(config, world)
+    planned = Ranks(0, world, device)
     with torch.device("meta"):
         model = UNITE(config.model)
     # The whole model, whoever else there is: shapes need no other ranks.
     state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
-    lines = [run.describe(config, state, ranks, split, len(source) if source else throughput.IMAGENET)]
+    lines = [run.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
     lines.append(activations_line(config, split[0], world))
-    mfus = (mfu,) if mfu else throughput.MFUS
-    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfus)]
+    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]
     if source is not None:
-        lines.append(f"data           {config.data.source}: {throughput.supply(config, source, mfus[-1])}")
+        lines.append(
+            f"data           {config.data.source}: {throughput.supply(config, source, mfu or throughput.MFUS[-1])}"
+        )
     return "\n".join([*lines, *(f"note           {text}" for text in missing)])

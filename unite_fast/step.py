@@ -97,8 +97,8 @@ class TrainStep:
 
     def update(self, state: TrainState, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
-        moments = [losses["latent_mean"], losses["latent_square"]]
-        self.ranks.average_(moments)  # over the global batch, however it is split
+        moments = torch.stack((losses["latent_mean"], losses["latent_square"]))
+        self.ranks.average_([moments])  # over the global batch, however it is split
         norm = state.optimizer.step(lr)
         skip = state.optimizer.skip
         self.skips.record(skip, position)

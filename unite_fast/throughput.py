@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 
 from unite_fast import data
-from unite_fast.config import Config
+from unite_fast.config import Config, ModelConfig
 from unite_fast.data import rate
 from unite_fast.runtime.flops import peak_of, training_flops
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's training set
 NODE = 8  # GPUs
 PLANNED = "NVIDIA H200"  # the device of projections where there is no GPU
-OFFICIAL_MFU = 0.105  # the official code on 8 H200: 26 minutes per epoch
-MFUS = (OFFICIAL_MFU, 0.3, 0.4)
+OFFICIAL_MFU = 0.105  # the official code's UNITE-B with 3 flow steps on 8 H200: 26 minutes per epoch, by its README
+MFUS = (0.3, 0.4)
 
 # Images/s per core of 256 x 256 images, CPU time (LOG.md, 2026-11-22, AMD EPYC): data.source and data.crop. DALI's are
 # of its CPU pipeline. Random crops cost about what their exact sibling does.
@@ -29,13 +29,14 @@ PER_CORE = {
 class Projection(NamedTuple):
     mfu: float
     images_per_second: float  # on one GPU
+    official: bool = False  # the official code's
 
     def minutes(self, gpus: int) -> float:
         """Per epoch of ImageNet."""
         return IMAGENET / (self.images_per_second * gpus) / 60
 
     def line(self) -> str:
-        official = " (the official code)" if self.mfu == OFFICIAL_MFU else ""
+        official = " (the official code)" if self.official else ""
         return (
             f"MFU {self.mfu:.1%}: {self.images_per_second:,.0f} images/s per GPU, {self.minutes(1):,.0f} minutes per "
             f"ImageNet epoch, {self.minutes(NODE):,.1f} on {NODE} GPUs{official}"
@@ -47,15 +48,26 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else PLANNED
 
 
-def project(config: Config, mfus: tuple[float, ...] = MFUS) -> list[Projection]:
-    """Images/s of this device at each utilisation: a prediction, not a measurement.
+def official_is_known(config: Config) -> bool:
+    """Whether OFFICIAL_MFU is of this model and this device."""
+    o = config.objective
+    same = config.model == ModelConfig() and o.flow_steps == 3 and o.perceptual_weight > 0
+    return same and device_name() == PLANNED
+
+
+def project(config: Config, mfu: float | None = None) -> list[Projection]:
+    """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
     Empty where the device's peak is not known, and for images so small that no GPU would be kept busy.
     """
     peak = peak_of(device_name()) if config.model.image_size >= 64 else None
     o = config.objective
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)["total"]
-    return [Projection(mfu, mfu * peak / flops) for mfu in mfus] if peak else []
+    if not peak:
+        return []
+    known = official_is_known(config)
+    mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
+    return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU) for m in mfus]
 
 
 def expected_rate(config: Config) -> float | None:
@@ -77,7 +89,7 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
     expected = expected_rate(config)
     said = f"expected {expected:,.0f} images/s, " if expected else ""
-    projections = project(config, (mfu,))
+    projections = project(config, mfu)
     demand = projections[0].images_per_second if projections else 0.0
     said += f"measured {found.line(demand)}"
     return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

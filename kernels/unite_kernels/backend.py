@@ -27,12 +27,16 @@ HAS_TRITON = find_spec("triton") is not None
 
 def resolve(backend: str, *tensors: Tensor | None) -> str:
     """``backend`` for these tensors: "eager", "triton" or "cpp". Raises if unknown, absent, or on several devices."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown kernel backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     device = tensors[0].device
     for tensor in tensors[1:]:
         if tensor is not None and tensor.device != device:
             raise RuntimeError(f"tensors are on different devices: {device} and {tensor.device}")
+    return _resolve(backend, device)
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown kernel backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "eager":
         return "eager"
     if backend == "fused":
@@ -47,6 +51,21 @@ def resolve(backend: str, *tensors: Tensor | None) -> str:
                 f"backend 'triton' runs on CUDA tensors, not {device.type}: use 'fused', or set TRITON_INTERPRET=1"
             )
     return backend
+
+
+def obstacle(backend: str, device: torch.device, update: bool = False) -> str:
+    """Why ``backend`` cannot run on ``device``, a CPU or a GPU; empty if it can. Loads the library that it needs.
+
+    update: with the operations of ``multi_tensor``, which are C++ on GPUs as well.
+    """
+    from . import extension
+
+    try:
+        resolved = _resolve(backend, device)
+    except RuntimeError as error:
+        return str(error)
+    compiled = resolved == "cpp" or (update and resolved == "triton")
+    return extension.obstacle(device.type) if compiled else ""
 
 
 def cpu_op(name: str):

@@ -43,6 +43,11 @@ def _require(name: str) -> None:
         raise RuntimeError(reason)
 
 
+def obstacle(kind: str) -> str:
+    """Why the "cpu" or "cuda" library cannot be used here; empty once it is loaded."""
+    return _load(f"_C_{kind}.so")
+
+
 def load_cpu() -> None:
     """Make torch.ops.unite_kernels_cpu available. Raises RuntimeError with the reason if it cannot be."""
     _require("_C_cpu.so")
@@ -55,7 +60,7 @@ def load_cuda() -> None:
 
 def status() -> dict[str, Library]:
     """For "cpu" and "cuda": whether the library loads here, and if not the reason. Loads them."""
-    return {kind: Library(not (reason := _load(f"_C_{kind}.so")), reason) for kind in ("cpu", "cuda")}
+    return {kind: Library(not (reason := obstacle(kind)), reason) for kind in ("cpu", "cuda")}
 
 
 def sources_digest(checkout: Path = CHECKOUT) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from unite_fast.command import run
 from unite_fast.config import UserError
 from unite_fast.data.folder import files_of
-from unite_fast.data.program import run
 from unite_fast.data.tar import COMMAND, write_index
 
 

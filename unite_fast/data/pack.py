@@ -35,12 +35,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unite_fast.command import run
 from unite_fast.config import DataConfig, ModelConfig, UserError
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.loader import skip_limit
 from unite_fast.data.packed import FORMATS, Format, Index, Shard, shard_name
-from unite_fast.data.program import run
 from unite_fast.data.source import BadImage, WorkerError
 from unite_fast.data.verify import verify, write_stats
 from unite_fast.hashing import file_sha256

@@ -33,6 +33,7 @@ from unite_fast.data.folder import place
 from unite_fast.data.source import BadImage, Batch, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import is_mirrored
 from unite_fast.hashing import file_sha256
+from unite_kernels import extension
 from unite_kernels.gather import gather_rows
 
 VERSION = 1
@@ -182,6 +183,8 @@ class Packed(Source):
     """uint8 images of uint8 shards."""
 
     def __init__(self, root: Path, index: Index, flip: bool) -> None:
+        if why := extension.obstacle("cpu"):
+            raise UserError(f"data.source=packed: {why}")
         check_sizes(root, index)
         super().__init__(read_labels(root, index), index.class_names, flip)
         self.root, self.index, self.shards = root, index, Shards(root, index)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast.config import UserError
+from unite_fast.config import RunError, UserError
 from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 
@@ -41,7 +41,7 @@ class BadImage(Exception):
     """A file that cannot be read as an image. The message is the reason, without the path."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(RunError):
     """A decoding process died or hung: the machine's trouble rather than the data's. One line."""
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unite_fast.config import ModelConfig
+from unite_fast.config import ModelConfig, UserError
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.encoder import GenerativeEncoder
 from unite_fast.model.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_kernels import corruption
+from unite_kernels.backend import obstacle
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
@@ -105,7 +106,13 @@ class UNITE(nn.Module):
         return mode
 
     def use_kernels(self, backend: str) -> None:
-        """The implementation of the encoder's fused operations: "eager" or "fused" (``efficiency.kernels``)."""
+        """The implementation of the encoder's fused operations: "eager" or "fused" (``efficiency.kernels``).
+
+        The model is where it will run. Raises UserError when the implementation cannot run there.
+        """
+        device = self.latent_tokens.device
+        if device.type != "meta" and (why := obstacle(backend, device)):
+            raise UserError(f"kernels={backend}: {why}; or choose kernels=eager")
         for encoder in self.encoders():
             encoder.backend = backend
 

@@ -22,13 +22,13 @@ def learning_rate(
 ) -> float:
     """The rate of the next optimizer step; the first step of a warm-up has rate 0.
 
-    Epochs are true epochs. With ``epoch_unit="micro_batches"`` they are the official code's, which last
-    ``accumulation`` times as long because it counts micro-batches per epoch but advances once per step.
+    Epochs are true epochs, ``total_epochs`` always. With ``epoch_unit="micro_batches"`` those of ``optim`` are the
+    official code's, which last ``accumulation`` times as long because it counts micro-batches per epoch but advances
+    once per step.
     """
-    epoch = images_seen / images_per_epoch
-    if optim.epoch_unit == "micro_batches":
-        epoch /= accumulation
-    return lr_scale(optim, global_batch) * _rate(optim, epoch, total_epochs)
+    length = images_per_epoch * (accumulation if optim.epoch_unit == "micro_batches" else 1)
+    end = total_epochs * images_per_epoch / length
+    return lr_scale(optim, global_batch) * _rate(optim, images_seen / length, end)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

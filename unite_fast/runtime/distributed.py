@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unite_fast import launcher
 from unite_fast.config import CommonError, RunError, Stopped, UserError
 
 T = TypeVar("T")
-BUCKET_ELEMENTS = 1 << 25  # gradients are averaged in flat pieces of at most this many elements
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,10 @@ class Ranks:
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its mean over ranks. All ranks must pass tensors of equal shapes in equal order."""
-        if self.world_size == 1 or not tensors:
-            return
-        bucket: list[Tensor] = []
-        size = 0
-        for i, tensor in enumerate(tensors):
-            bucket.append(tensor)
-            size += tensor.numel()
-            following = tensors[i + 1] if i + 1 < len(tensors) else None
-            if following is None or following.dtype != tensor.dtype or size + following.numel() > BUCKET_ELEMENTS:
-                flat = torch.cat([t.reshape(-1) for t in bucket])
-                dist.all_reduce(flat)
-                flat /= self.world_size
-                pieces = [
-                    piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)
-                ]
-                torch._foreach_copy_(bucket, pieces)
-                bucket, size = [], 0
+        self.sum_(tensors)
+        if self.world_size > 1:
+            for tensor in tensors:
+                tensor /= self.world_size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over ranks. All ranks must pass tensors of equal shapes in equal order."""
@@ -111,27 +98,12 @@ class Ranks:
                 dist.all_reduce(tensor)
 
 
-def _environment(name: str, slurm: str, default: int) -> int:
-    return int(os.environ.get(name, os.environ.get(slurm, default)))
-
-
-def rank_of_environment() -> int:
-    """The rank that torchrun or SLURM gave this process, before anything is set up."""
-    return _environment("RANK", "SLURM_PROCID", 0)
-
-
-def world_of_environment() -> int:
-    """The number of processes that torchrun or SLURM started, before anything is set up."""
-    return _environment("WORLD_SIZE", "SLURM_NTASKS", 1)
-
-
 def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     """Joins the process group that the environment describes (none for a single process). Raises UserError.
 
     A collective that takes longer than ``timeout`` seconds raises on the ranks that wait in it.
     """
-    world, rank = world_of_environment(), rank_of_environment()
-    local = _environment("LOCAL_RANK", "SLURM_LOCALID", 0)
+    world, rank, local = launcher.world_size(), launcher.rank(), launcher.local_rank()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here; use device=cpu or check the driver")
     use_cuda = device != "cpu" and torch.cuda.is_available()
@@ -141,8 +113,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if world > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError(f"{world} processes but no MASTER_ADDR; launch with torchrun")
+        launcher.check_meeting_point()
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(world))
         limit = timedelta(seconds=timeout)

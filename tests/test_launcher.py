@@ -1,0 +1,69 @@
+"""What a process takes itself for: alone, a rank of torchrun, or a rank of srun, by the variables that each sets."""
+
+from __future__ import annotations
+
+import pytest
+from support import command
+
+from unite_fast import launcher
+from unite_fast.runtime import distributed
+
+# As SLURM sets them (its manual pages of sbatch, salloc and srun), for a job of 8 tasks on one node.
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_NTASKS_PER_NODE": "8"}
+BATCH = JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "5"}
+SHELL = BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  # salloc as an interactive step
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+FOUND = {
+    "nothing": ({}, (0, 1, 0)),
+    "torchrun": (TORCHRUN, (1, 2, 1)),
+    "shell of salloc": (JOB, (0, 1, 0)),
+    "shell of salloc in a step": (SHELL, (0, 1, 0)),
+    "shell of sbatch": (BATCH, (0, 1, 0)),
+    "srun": (STEP, (5, 8, 5)),
+    "torchrun in sbatch": (BATCH | TORCHRUN, (1, 2, 1)),
+    "torchrun in srun": (STEP | {"SLURM_STEP_NUM_TASKS": "1"} | TORCHRUN, (1, 2, 1)),
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that leaves of all launchers' variables those given."""
+
+    def only(values: dict[str, str]) -> None:
+        for name in JOB | BATCH | STEP | TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return only
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_rank_and_world(case, environment):
+    values, expected = FOUND[case]
+    environment(values)
+    assert (launcher.rank(), launcher.world_size(), launcher.local_rank()) == expected
+
+
+@pytest.mark.parametrize("values", [JOB, BATCH, SHELL], ids=["salloc", "sbatch", "interactive step"])
+def test_a_program_in_a_shell_of_slurm_is_alone(values, environment):
+    environment(values)
+    assert distributed.start("cpu").world_size == 1
+
+
+@pytest.mark.parametrize("known", [{}, {"MASTER_ADDR": "node1"}, {"MASTER_PORT": "29500"}], ids=str)
+def test_srun_without_a_meeting_point(known, environment, tiny, tmp_path):
+    """One line that names what is missing; of eight ranks the first prints it."""
+    words = ("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", "device=cpu")
+    environment(STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"} | known)
+    refused = command(*words)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    missing = " and no ".join(name for name in launcher.MEETING_POINT if name not in known)
+    assert f"8 processes, but no {missing} to meet at" in refused.stderr
+    assert "export MASTER_ADDR and MASTER_PORT before srun" in refused.stderr
+    environment(STEP | known)
+    assert command(*words).stderr == ""
+    assert not (tmp_path / "run").exists()
