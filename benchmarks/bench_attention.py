@@ -60,7 +60,13 @@ def bench(
             continue
         outputs[name] = attention(q, k, v, backend=name)
         found = [outputs[name], *torch.autograd.grad(outputs[name], (q, k, v), dy, retain_graph=True)]
-        require_equal(name, found, truth, 2e-2 if half else 1e-4)
+        try:
+            require_equal(name, found, truth, 2e-2 if half else 1e-4)
+        except SystemExit as wrong:
+            if name == "math":  # the others are compared with it
+                raise
+            print(f"  {wrong}")
+            del outputs[name]
     del truth
 
     def forward(name: str) -> Tensor:
@@ -117,18 +123,16 @@ def main() -> None:
     others = [n for n in dict.fromkeys(["math", *args.backends]) if n not in plugged]
     groups = [others] + [[*(n for n in others if n not in ("flash", "sdpa")), name] for name in plugged]
     totals: dict[tuple[int, int], dict[str, float]] = {}
-    rows = []
     for group in groups:
         for head_size in HEADS:
             for keys in args.keys:
                 print(f"{keys} keys, head size {head_size}, {HEADS[head_size]} heads, batch {batch}")
                 new, times = bench(device, batch, keys, head_size, args.rounds, group)
                 totals[keys, head_size] = times | totals.get((keys, head_size), {})
-                rows += new
+                if not args.no_record:  # at once: what follows may run out of time
+                    print(f"  {len(new)} rows in {record('attention', device, new).name}", flush=True)
     if device.type == "cuda" and sorted(args.keys) == sorted(KEYS):
         print("for PREFERRED in unite_fast/model/attention.py:\n" + table(totals, device))
-    if not args.no_record:
-        print(f"rows in {record('attention', device, rows)}")
 
 
 if __name__ == "__main__":

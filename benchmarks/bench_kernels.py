@@ -226,23 +226,26 @@ def main() -> None:
     shapes = tuple(SIZES[device.type])
     if arguments.shape not in (None, *shapes):
         parser.error(f"--shape on {device.type} is one of {', '.join(shapes)}")
-    (extension.load_cpu if device.type == "cpu" else extension.load_cuda)()
+    if device.type == "cpu":
+        extension.load_cpu()
+    elif arguments.only in (None, "update"):  # the others are Triton's there
+        extension.load_cuda()
     bandwidth = copy_bandwidth(device)
     print(
         f"copy {bandwidth:.1f} GB/s; a fused kernel's time, then how many times slower the other forms are (p20..p80)"
     )
     print("fused is the public function; direct the C++ calls without the registered operation around them")
-    rows = []
     for shape in (arguments.shape,) if arguments.shape else shapes:
+        rows = []
         for name in COMPONENTS:
             if arguments.only in (None, name):
                 rows += bench_component(name, shape, device, arguments.rounds, bandwidth)
         for name in OTHERS[device.type] if shape != "flow" else ():
             if arguments.only in (None, name) and not (name == "newton_schulz" and (device.type, shape) == SLOW):
                 rows += bench_others(name, shape, device, arguments.rounds, bandwidth)
-    if not arguments.no_record:
-        path = record("kernels", device, rows)
-        print(f"{len(rows)} rows in {path.relative_to(path.parents[3])}")
+        if rows and not arguments.no_record:  # at once: another shape may not fit, or time may run out
+            path = record("kernels", device, rows)
+            print(f"{len(rows)} rows in {path.relative_to(path.parents[3])}", flush=True)
 
 
 if __name__ == "__main__":

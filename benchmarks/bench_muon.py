@@ -18,7 +18,7 @@ import copy
 import torch
 from bench_newton_schulz import bench_newton_schulz
 from bench_update import parameter_shapes
-from harness import ROOT, interleaved, launches, quantiles, ratio, record
+from harness import interleaved, launches, quantiles, ratio, record
 from torch import Tensor, nn
 
 from unite_fast.config import OptimConfig
@@ -137,12 +137,19 @@ def main() -> None:
     shape = arguments.shape or ("base" if device.type == "cuda" else "digits")
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    rows = [bench_optimizers(shape, device, arguments.rounds)]
-    times, sizes = bench_newton_schulz(shape, device, arguments.rounds)
-    rows.append(report("newton_schulz", shape, times, "fused", sizes, arguments.rounds))
-    rows.append(bench_sharded(shape, device, arguments.rounds))
-    if not arguments.no_record:
-        print(f"{len(rows)} rows in {record('muon', device, rows).relative_to(ROOT)}")
+
+    def forms() -> dict:
+        times, sizes = bench_newton_schulz(shape, device, arguments.rounds)
+        return report("newton_schulz", shape, times, "fused", sizes, arguments.rounds)
+
+    for measure in (
+        lambda: bench_optimizers(shape, device, arguments.rounds),
+        forms,
+        lambda: bench_sharded(shape, device, arguments.rounds),
+    ):
+        row = measure()
+        if not arguments.no_record:  # at once: what follows may run out of time
+            print(f"1 row in {record('muon', device, [row]).name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,16 +29,11 @@ def exact(g: Tensor) -> Tensor:
     return x.mT if g.shape[0] > g.shape[1] else x
 
 
-def require_accurate(g: Tensor, method: str) -> float:
-    """Error of ``method`` over torch.optim.Muon's, for one matrix; stops the program above WORST."""
+def error_over_muon(g: Tensor, method: str) -> float:
+    """Error of ``method`` over torch.optim.Muon's, for one matrix."""
     truth = exact(g)
     ours, theirs = newton_schulz(g, method=method), torch_muon(g, COEFFICIENTS, 5, 1e-7)
-    ratio = ((ours.double() - truth).norm() / (theirs.double() - truth).norm()).item()
-    if not ratio <= WORST:
-        raise SystemExit(
-            f"newton_schulz {method} {tuple(g.shape)}: {ratio:.2f} times Muon's error; no speed is reported"
-        )
-    return ratio
+    return ((ours.double() - truth).norm() / (theirs.double() - truth).norm()).item()
 
 
 def bench_newton_schulz(shape: str, device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict]:
@@ -49,8 +44,18 @@ def bench_newton_schulz(shape: str, device: torch.device, rounds: int) -> tuple[
     methods = {"fused": "auto", "plain": "plain", "gram": "gram"}
     if device.type == "cuda":
         methods["symmetric"] = "symmetric"
-    errors = {name: max(require_accurate(g[0], method) for g in batches) for name, method in methods.items()}
-    variants = {name: (lambda m=m: [newton_schulz(g, method=m) for g in batches]) for name, m in methods.items()}
+    errors = {name: max(error_over_muon(g[0], method) for g in batches) for name, method in methods.items()}
+    wrong = [name for name, error in errors.items() if not error <= WORST]
+    said = "; ".join(f"newton_schulz {n}: {errors[n]:.2f} times Muon's error, no speed is reported" for n in wrong)
+    if "fused" in wrong:
+        raise SystemExit(said)
+    if wrong:
+        print(said, flush=True)
+    variants = {
+        name: (lambda m=m: [newton_schulz(g, method=m) for g in batches])
+        for name, m in methods.items()
+        if name not in wrong
+    }
     variants["torch_muon"] = lambda: [torch_muon(m, COEFFICIENTS, 5, 1e-7) for g in batches for m in g]
     sizes = {"matrices": {"x".join(map(str, s)): n for s, n in counts.items()}, "error_over_muon": errors}
     sizes["launches"] = launches(variants["fused"], device)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from harness import ROOT, interleaved, launches, quantiles, ratio, record
+from harness import RESULTS, ROOT, interleaved, launches, quantiles, ratio, record
 from official import wake
 
 from unite_fast import config_io, data, run
@@ -108,9 +108,7 @@ def attempt(name: str, overrides: tuple[str, ...], model: str, flow_steps: int, 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except (UserError, RunError, RuntimeError, NotImplementedError, ImportError) as error:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
         return None, float("nan"), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     if expected is not None and not abs(first - expected) <= tolerance * abs(expected):
         return None, first, f"its first loss is {first:.5g}, eager's {expected:.5g}: more than {tolerance:g} apart"
@@ -118,10 +116,21 @@ def attempt(name: str, overrides: tuple[str, ...], model: str, flow_steps: int, 
     return Variant(name, overrides, call, gib), first, ""
 
 
-def ladder(model: str, flow_steps: int, batch: int, device: torch.device, wanted: list[str], rounds: int) -> list[dict]:
-    """Times and prints all rungs that this device takes; their rows. Each is timed beside eager and then let go."""
+def release(device: torch.device) -> None:
+    """Gives the memory of variants that are gone back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def ladder(
+    model: str, flow_steps: int, batch: int, device: torch.device, wanted: list[str], rounds: int
+) -> Iterator[dict]:
+    """Times and prints all rungs that this device takes; their rows. Each is timed beside eager and then let go.
+
+    Where eager does not fit into memory, at all or beside another rung, the rungs from there on are timed alone.
+    """
     eager: Variant | None = None
-    rows: list[dict] = []
     overrides: tuple[str, ...] = ()
     expected = None
     print(f"{model}, N = {flow_steps}, micro-batch {batch}")
@@ -131,28 +140,32 @@ def ladder(model: str, flow_steps: int, batch: int, device: torch.device, wanted
         variant, first, why = attempt(name, overrides + more, model, flow_steps, batch, device, expected, tolerance)
         if variant is None:
             print(f"  {name:12} skipped: {why}", flush=True)
-            if name == "eager":
-                return []
             continue
         overrides += more
         expected = first if expected is None else expected
-        eager = eager or variant
-        times = interleaved({v.name: v.call for v in (eager, variant)}, device, rounds)
-        rows.append(row(variant, times, model, flow_steps, batch, device, rounds))
+        eager = variant if name == "eager" else eager
+        try:
+            times = interleaved({v.name: v.call for v in (eager, variant) if v is not None}, device, rounds)
+        except torch.OutOfMemoryError:
+            times = {}
+        if not times:
+            print(f"  {name:12} does not fit beside eager", flush=True)
+            eager = None
+            release(device)
+            times = interleaved({variant.name: variant.call}, device, rounds)
+        yield row(variant, times, model, flow_steps, batch, device, rounds)
         del variant
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+        release(device)
 
 
 def row(v: Variant, times: dict[str, list[float]], model: str, flow_steps: int, batch: int, device: torch.device,
         rounds: int) -> dict:  # fmt: skip
     """Prints a line. Absolute speed only of a GPU."""
-    faster = ratio(times, "eager", v.name)
+    faster = ratio(times, "eager", v.name) if "eager" in times else None
     found = {"model": model, "flow_steps": flow_steps, "rung": v.name, "overrides": v.overrides, "batch": batch,
              "n": rounds, "faster_than_eager": faster}  # fmt: skip
-    text = f"  {v.name:12}{faster['median']:6.2f}x eager ({faster['p20']:.2f}..{faster['p80']:.2f})"
+    ratios = f"{faster['median']:6.2f}x eager ({faster['p20']:.2f}..{faster['p80']:.2f})" if faster else "  timed alone"
+    text = f"  {v.name:12}{ratios}"
     if device.type == "cuda":
         config = configuration(model, flow_steps, batch, device, v.overrides)
         ms = quantiles(times[v.name])
@@ -192,13 +205,14 @@ def main() -> None:
     rows = []
     for model in models:
         for n in flow_steps:
-            found = ladder(model, n, arguments.batch or (64 if on_gpu else 8), device, wanted, arguments.rounds)
-            rows += found
-            if found and not arguments.no_record:  # at once: what follows may run out of time
-                path = record("step", device, found)
-                print(f"{len(found)} rows in {path.relative_to(ROOT)}", flush=True)
+            for found in ladder(model, n, arguments.batch or (64 if on_gpu else 8), device, wanted, arguments.rounds):
+                rows.append(found)
+                if not arguments.no_record:  # at once: what follows may run out of time
+                    record("step", device, [found])
     if not rows:
         raise SystemExit("no rung ran: nothing was measured")
+    if not arguments.no_record:
+        print(f"{len(rows)} rows in {RESULTS.name}/*/step.jsonl")
     if arguments.plot:
         from plots import step_ladder
 

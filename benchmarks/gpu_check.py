@@ -4,37 +4,53 @@
     OFFICIAL_DIR=PATH make gpu-check        with the official code, of which PATH is a clone, beside ours
 
 1. builds the compiled operations (setup.py build_ext --inplace); nothing is installed
-2. runs tests/ops on the GPU; when one fails, their output is printed and nothing is timed
+2. runs tests/ops on the GPU; a component whose tests fail is not timed, none is when it cannot be told whose they are
 3. runs bench_kernels.py, each component in a process of its own: rows in benchmarks/results/<device>/kernels.jsonl
 4. within a second limit, the tests of the training step on the GPU, then the programs of STEPS: the ladder of
    efficiency options, the official code where OFFICIAL_DIR names it, attention, Muon, LPIPS, the roofline
 
-PARTS=kernels or PARTS=steps runs one half: 1 to 3, or the build and 4. The package lpips is needed for 4.
-When the variable OUT names a folder, the device's rows are copied there after every program. Exit status: 0; 1 when
+What fails or takes too long costs its own rows alone; the last lines say what became of each part. PARTS=kernels or
+PARTS=steps runs one half: 1 to 3, or the build and 4. The package lpips is needed for 4. When the variable OUT names a
+folder, the device's rows and each program's output are copied there after every program. Exit status: 0; 1 when
 something failed or time ran out; 2 without a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # the packages need not be installed
 LIMIT = 480.0  # seconds for build, tests and components
 STEP_LIMIT = 480.0  # seconds for whole steps, after that
+MOST = 240.0  # seconds of one program, so that one that hangs leaves time for others
 WORKERS = 8  # of the tests, which compile some hundred kernels
 # Shortest first, so that a limit that is met costs the fewest components.
 COMPONENTS = (
     *("update", "corruption", "newton_schulz", "lpips_head"),
     *("qk_norm_rope", "swiglu", "adaln", "adaln_mid", "adaln_tail"),
 )
+# Whose tests a file has; of tests/ops/test_fused_ops.py a test names its component.
+TESTED = {
+    "test_multi_tensor": ("update",),
+    "test_corruption": ("corruption",),
+    "test_newton_schulz": ("newton_schulz",),
+    "test_lpips_head": ("lpips_head",),
+    "test_fused_ops": COMPONENTS[4:],
+    **dict.fromkeys(("test_split_linear", "test_extension", "test_gpu_check", "test_bytes"), ()),  # of none on a GPU
+}
 
 # The most telling first.
 STEPS = {
@@ -78,6 +94,48 @@ def step_commands(official: str | None) -> dict[str, list[str]]:
     return commands
 
 
+def launch(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, list[str]]:
+    """The exit status, None when time ran out, and the lines of the output, which go through as they come.
+
+    The processes that it has started end with it: left behind, they would slow down what is timed next.
+    """
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+
+    def forward() -> None:
+        for line in process.stdout or ():
+            lines.append(line)
+            print(line, end="", flush=True)
+
+    reader = threading.Thread(target=forward, daemon=True)
+    reader.start()
+    code: int | None = None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(max(seconds, 0.1))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    reader.join(10)
+    return code, lines
+
+
+class Result(NamedTuple):
+    """Of one part: "ok", "FAILED" or "not run"."""
+
+    state: str
+    name: str
+    seconds: float
+    why: str = ""
+
+    def line(self) -> str:
+        return f"{self.state:8} {self.name:30} {self.seconds:5.0f} s  {self.why}".rstrip()
+
+
 class Clock:
     """Runs commands within what is left of the limit."""
 
@@ -89,17 +147,31 @@ class Clock:
     def passed(self) -> float:
         return time.monotonic() - self.start
 
-    def run(self, title: str, command: list[str]) -> bool:
-        """Whether ``command`` succeeded; its output goes through."""
+    def run(self, title: str, command: list[str]) -> tuple[Result, list[str]]:
+        """What became of ``command``, and its output, which goes through as well."""
         begun = self.passed()
-        left = self.limit - begun
+        given = min(MOST, self.limit - begun)
+        if given <= 0:
+            return Result("not run", title, 0.0, f"out of time ({self.limit:.0f} s in all)"), []
         print(f"== {title}", flush=True)
-        try:
-            code = subprocess.run(command, cwd=ROOT, env=self.environment, timeout=max(left, 0.1)).returncode
-        except subprocess.TimeoutExpired:
-            code = f"out of time ({self.limit:.0f} s in all)"
-        print(f"== {title}: {'ok' if code == 0 else f'failed: {code}'}, {self.passed() - begun:.0f} s", flush=True)
-        return code == 0
+        code, lines = launch(command, self.environment, given)
+        why = "" if code == 0 else f"out of time ({given:.0f} s)" if code is None else f"exit status {code}"
+        if why and (last := next((text for line in reversed(lines) if (text := line.strip())), "")):
+            why += f": {last[:160]}"
+        result = Result("FAILED" if why else "ok", title, self.passed() - begun, why)
+        print(f"== {result.line()}", flush=True)
+        return result, lines
+
+
+def red_components(lines: list[str]) -> set[str]:
+    """The components that pytest's summary says failures of; all of them when a line names none that is known."""
+    red: set[str] = set()
+    for line in lines:
+        if found := re.match(r"(?:FAILED|ERROR) tests/ops/(\w+)\.py(.*)", line):
+            theirs = TESTED.get(found[1], COMPONENTS)
+            words = re.split(r"[\[\]-]", found[2].split(" - ")[0])
+            red |= set(theirs).intersection(words) or set(theirs)
+    return red if any(line.startswith(("FAILED tests/ops/", "ERROR tests/ops/")) for line in lines) else set(COMPONENTS)
 
 
 def collect(target: Path, since: float) -> list[Path]:
@@ -111,33 +183,36 @@ def collect(target: Path, since: float) -> list[Path]:
 
 def check(clock: Clock, out: str | None, official: str | None = None, parts: str = "kernels,steps") -> int:
     begun = time.time()
-    failed: list[str] = []
+    results: list[Result] = []
 
-    def time_all(commands: dict[str, list[str]], within: Clock) -> None:
-        for name, command in commands.items():
-            if not within.run(name, command):
-                failed.append(name)
-            if out:  # at once: what follows may outlive the machine's loan
-                collect(Path(out), begun - 1.0)
+    def do(within: Clock, name: str, command: list[str]) -> tuple[Result, list[str]]:
+        result, lines = within.run(name, command)
+        results.append(result)
+        if out:  # at once: what follows may outlive the machine's loan
+            collect(Path(out), begun - 1.0)
+            (Path(out) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.log").write_text("".join(lines))
+        return result, lines
 
-    if not clock.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"]):
-        return 1
+    built, lines = do(clock, "build", [sys.executable, "setup.py", "build_ext", "--inplace"])
+    if missing := [line.strip() for line in lines if " is not built: " in line]:  # which is no failure of setup.py's
+        results[-1] = built._replace(state="FAILED", why="; ".join(missing))
     if "kernels" in parts:
-        if not clock.run("tests of every operation", test_command()):
-            print("the operations are wrong on this GPU: nothing is timed", flush=True)
-            return 1
-        time_all({name: bench_command(name) for name in COMPONENTS}, clock)
-        print(f"{len(COMPONENTS) - len(failed)} of {len(COMPONENTS)} components timed in {clock.passed():.0f} s")
+        tested, lines = do(clock, "tests of every operation", test_command())
+        red = set() if tested.state == "ok" else red_components(lines)
+        for name in COMPONENTS:
+            if name in red:
+                results.append(Result("not run", name, 0.0, "its tests failed, so nothing is timed"))
+            else:
+                do(clock, name, bench_command(name))
     if "steps" in parts:
         second = Clock(STEP_LIMIT)
-        if not second.run("tests of the training step", step_test_command()):
-            failed.append("tests of the training step")
+        do(second, "tests of the training step", step_test_command())
         if not official:
             print("== official code: left out; OFFICIAL_DIR names no clone of it")
-        time_all(step_commands(official), second)
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+        for name, command in step_commands(official).items():
+            do(second, name, command)
+    print("== summary\n" + "\n".join(result.line() for result in results), flush=True)
+    return 0 if all(result.state == "ok" for result in results) else 1
 
 
 def main() -> int:

@@ -29,11 +29,17 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {name: ordered[round(q * last)] for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
 
 
-def _git(*arguments: str) -> str | None:
-    """Git's answer, or None where the sources are a copy without their history."""
-    if not (ROOT / ".git").exists():
+def _answer(*command: str) -> str | None:
+    """What a program prints, or None when it is missing or fails: rows that took minutes must not be lost to it."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _git(*arguments: str) -> str | None:
+    """Git's answer; None where the sources are a copy without their history, or another user's, which git refuses."""
+    return _answer("git", *arguments) if (ROOT / ".git").exists() else None
 
 
 def device_name(device: torch.device) -> str:
@@ -53,9 +59,8 @@ def _dirty() -> bool | None:
 def environment(device: torch.device) -> dict:
     """What a row must carry: date, commit, dirty flag, device, driver and versions."""
     driver = None
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    if device.type == "cuda" and (said := _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")):
+        driver = said.split()[0]
     triton = None
     if find_spec("triton"):
         import triton as module

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shlex
 import sys
 
 import pytest
@@ -121,6 +123,28 @@ def test_a_rung_that_computes_something_else_is_not_timed(program, monkeypatch):
     assert "fp9          skipped: CommonError: override efficiency.precision=fp9" in said
 
 
+def test_what_does_not_fit_beside_eager_is_timed_alone(program, monkeypatch, tmp_path):
+    """Rows are written one by one, so that what follows costs none of them."""
+    ladder = module("bench_step", monkeypatch)
+    timed = ladder.interleaved
+
+    def tight(variants, device, rounds):
+        if "+flow batch" in variants and "eager" in variants:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return timed(variants, device, rounds)
+
+    monkeypatch.setattr(ladder, "interleaved", tight)
+    rungs = {name: ladder.RUNGS[name] for name in ("eager", "+flow batch", "+fused")}
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
+    said = program("bench_step", "--rounds", "2", "--batch", "2")
+    assert "+flow batch  does not fit beside eager" in said
+    assert said.count("timed alone") == 2
+    (file,) = tmp_path.glob("*/step.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["rung"] for row in rows] == list(rungs)
+    assert [bool(row["faster_than_eager"]) for row in rows] == [True, False, False]
+
+
 def test_lpips_forms_agree(program):
     said = program("bench_lpips", "--no-record", "--rounds", "1", "--batch", "1", "--size", "32")
     assert "no_graph" in said
@@ -150,3 +174,34 @@ def test_plots(program, monkeypatch, tmp_path):
     ]
     assert plots.step_ladder(rows, "some GPU").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "imagenet_b_n3_prediction.png").stat().st_size > 10_000
+
+
+def commands_of_the_backlog() -> list[list[str]]:
+    """The words of every command that GPU_BACKLOG.md quotes, up to a pipe or "then"."""
+    text = (BENCHMARKS / "GPU_BACKLOG.md").read_text()
+    quoted = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:python|torchrun|nsys|make) [^`]+)`", text)
+    return [shlex.split(command) for command in quoted]
+
+
+def test_commands_of_the_backlog_can_be_given():
+    """Programs, tests and options that exist; keys and values that a configuration takes."""
+    commands = commands_of_the_backlog()
+    assert len(commands) > 30
+    for words in commands:
+        program = next((w for w in words if w.endswith(".py") and not w.startswith("tests/")), None)
+        if "pytest" in words:
+            files = [w for w in words if w.startswith("tests/")]
+            assert files
+            assert all((ROOT / w).is_file() for w in files), words
+            if "-k" in words:
+                wanted = words[words.index("-k") + 1]
+                assert any(f"def test_{wanted}" in (ROOT / f).read_text() for f in files), words
+        elif program is not None:
+            source = (ROOT / program).read_text()
+            options = [w for w in words[words.index(program) :] if w.startswith("--")]
+            assert all(f'"{option}"' in source for option in options), words
+        overrides = [w for w in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", w) and "..." not in w]
+        config_io.load(ROOT / "configs" / "imagenet_b.yaml", overrides)
+    keys = re.findall(r"`((?:[a-z]+\.[a-z_]+=[^`\s]+ ?)+)`", (BENCHMARKS / "GPU_BACKLOG.md").read_text())
+    for group in keys:
+        config_io.load(ROOT / "configs" / "imagenet_b.yaml", shlex.split(group))

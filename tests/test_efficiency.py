@@ -51,7 +51,8 @@ OLD = pytest.mark.skipif(OLD_TORCH, reason="a scale per row on CPUs needs torch 
 
 
 def losses(tiny, run, *overrides: str) -> list[list[float]]:
-    result = command("train.py", "--config", tiny, f"run_dir={run}", "train.max_steps=20", *overrides)
+    words = ("--config", tiny, f"run_dir={run}", "train.max_steps=20", "device=cpu")
+    result = command("train.py", *words, *overrides)
     assert result.returncode == 0, result.stderr
     return [[row[k] for k in COMPARED] for row in read_metrics(run / "metrics.jsonl")]
 

@@ -238,8 +238,10 @@ def test_launches_of_a_replayed_step():
         step(state, batch())
     b = batch()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         step(state, b)
+        torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if "Launch" in event.name]
     assert sum(name.startswith("cudaGraphLaunch") for name in launched) == 2
     assert len(launched) <= 120

@@ -46,7 +46,10 @@ def provenance(config: Config, ranks: Ranks) -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
-        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        try:
+            result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        except OSError:  # no git in this image
+            return ""
         return result.stdout.strip() if result.returncode == 0 else ""
 
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()

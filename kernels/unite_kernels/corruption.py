@@ -154,7 +154,8 @@ def _inject_kernel(
     tl.store(p_out + b * size + o, tl.where(masked, mixed, z), mask=m)
 
 
-@jit(do_not_specialize=["seed", "first_step"])
+# A number that is specialised to 1 has no dtype to be cast from.
+@jit(do_not_specialize=["seed", "first_step", "null_label", "batch"])
 def _flow_kernel(
     p_z,
     p_labels,

@@ -67,7 +67,7 @@ def _launch(batch: int, tokens: int, head_dim: int) -> tuple[Launch, tuple[int, 
     launch = NARROW if head_dim <= 64 else WIDE
     tiles, samples = triton.cdiv(tokens, launch.tokens), launch.samples
     while samples > 1 and tiles * triton.cdiv(batch, samples) < PROGRAMS:
-        samples //= 2
+        samples = samples // 2 if samples > 4 else 1  # a loop of two spills with Triton 3.6
     return launch, (tiles, triton.cdiv(batch, samples)), samples
 
 

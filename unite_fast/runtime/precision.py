@@ -89,7 +89,12 @@ class Scaled:
         self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        bias_copy = None if bias is None else self.bias[bounds[-2] : bounds[-1]]
+        bias_copy = None if bias is None else self.bias
+        if bias is not None and bounds != (
+            0,
+            self.outputs,
+        ):  # a slice of the copy is what Inductor of torch 2.11 fails on
+            bias_copy = bias.detach().to(self.bias.dtype)
         return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, bounds, self.groups)
 
 
