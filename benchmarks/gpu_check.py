@@ -188,7 +188,7 @@ def check(clock: Clock, out: str | None, official: str | None = None, parts: str
     def do(within: Clock, name: str, command: list[str]) -> tuple[Result, list[str]]:
         result, lines = within.run(name, command)
         results.append(result)
-        if out:  # at once: what follows may outlive the machine's loan
+        if out:  # at once: what follows may run out of time
             collect(Path(out), begun - 1.0)
             (Path(out) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.log").write_text("".join(lines))
         return result, lines
