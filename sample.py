@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from unite_fast import checkpoint, command, sampling
-from unite_fast.config import Config, UserError
-from unite_fast.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
-from unite_fast.reconstruct import reconstruct_folder
-from unite_fast.runtime import distributed, precision
+from unite_fast import checkpoint, sampling
+from unite_fast.base import command
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config
+from unite_fast.efficiency import precision
+from unite_fast.parallel import distributed
+from unite_fast.sampling.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
+from unite_fast.sampling.reconstruct import reconstruct_folder
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -12,14 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, command, config, config_io, data, launcher, monitor, plan, run
-from unite_fast.checkpoint import TrainState
-from unite_fast.losses import Perceptual, load_perceptual
-from unite_fast.optim.parts import local
-from unite_fast.runtime import compiling, distributed, faults, graph, precision, sharding, stats
-from unite_fast.runtime.flops import peak_flops, training_flops
-from unite_fast.session import Session, check_agreement, folder
-from unite_fast.step import METRICS, TrainStep
+from unite_fast import checkpoint, config, data, run
+from unite_fast.base import command, faults, launcher
+from unite_fast.base.errors import UserError
+from unite_fast.config import yaml_text
+from unite_fast.efficiency import compiling, graph, precision
+from unite_fast.modality.lpips import Perceptual, load_perceptual
+from unite_fast.model.flops import peak_flops, training_flops
+from unite_fast.parallel import distributed, sharding
+from unite_fast.parallel.tensors import local
+from unite_fast.run import dry_run, monitor, stats
+from unite_fast.run.session import Session, check_agreement, folder
+from unite_fast.training.means import Means
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import METRICS, TrainStep
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
@@ -27,7 +33,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         prog="train.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration keys and their defaults:\n" + config_io.help_text(),
+        epilog="configuration keys and their defaults:\n" + yaml_text.help_text(),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -42,13 +48,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    settings = config_io.load(arguments.config, arguments.overrides)
+    settings = yaml_text.load(arguments.config, arguments.overrides)
     if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
-        raise config.UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
+        raise UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
     if arguments.ranks is not None and not (arguments.dry_run and arguments.ranks > 0):
-        raise config.UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
+        raise UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
     if arguments.fast_dev_run < 0:
-        raise config.UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
+        raise UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
     if arguments.fast_dev_run:
         n = arguments.fast_dev_run
         train = dataclasses.replace(settings.train, max_steps=n, log_every=1, image_every=n, checkpoint_every=n)
@@ -145,11 +151,11 @@ def loop(
     t, device, source, path = settings.train, ranks.device, inputs.source, session.path
     total = run.last_step(settings, state, len(source))
     step, batches = open_step(settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
-    means = stats.Means(METRICS, ranks)
+    means = Means(METRICS, ranks)
     means.restore(sums)
     log = None
     if ranks.is_main:
-        log = stats.Log(path, state.step, stats.open_services(path, settings, config_io.to_dict(settings)))
+        log = stats.Log(path, state.step, stats.open_services(path, settings, yaml_text.to_dict(settings)))
     alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
@@ -211,11 +217,11 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
 def main(argv: list[str]) -> int:
     arguments, settings = parse(argv)
     if arguments.print_config:
-        print(config_io.to_yaml(settings), end="")
+        print(yaml_text.to_yaml(settings), end="")
         return 0
     if arguments.dry_run:
         if launcher.rank() == 0:
-            print(plan.dry_run(settings, arguments.mfu, arguments.ranks or 0))
+            print(dry_run.dry_run(settings, arguments.mfu, arguments.ranks or 0))
         return 0
     inputs = Inputs.check(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)

@@ -20,8 +20,8 @@ import torch
 from harness import ROOT, interleaved, quantiles, ratio, record, require_equal
 from torch import Tensor
 
-from unite_fast.losses import Perceptual
-from unite_fast.runtime import precision
+from unite_fast.efficiency import precision
+from unite_fast.modality.lpips import Perceptual
 
 GIB = 2**30
 

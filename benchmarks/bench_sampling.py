@@ -20,9 +20,10 @@ import torch
 from harness import interleaved, quantiles, ratio, record
 from torch import Tensor
 
-from unite_fast import checkpoint, flow, sampling, solvers
+from unite_fast import checkpoint, flow, sampling
+from unite_fast.flow import solvers
+from unite_fast.model.flops import encoder_forward
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime.flops import encoder_forward
 
 STEPS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 100, 140, 200)
 CLOSE = 1e-3

@@ -11,8 +11,7 @@ import torch
 from harness import ROOT, interleaved, quantiles, require_equal
 from torch import Tensor
 
-from unite_fast import config_io
-from unite_fast.config import ModelConfig
+from unite_fast.config import ModelConfig, yaml_text
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_kernels import multi_tensor
@@ -25,7 +24,7 @@ State = dict[
 
 def parameter_shapes(shape: str, device: torch.device) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of Muon's matrices and of AdamW's tensors."""
-    config = config_io.load(ROOT / "configs" / "digits.yaml").model if shape == "digits" else ModelConfig()
+    config = yaml_text.load(ROOT / "configs" / "digits.yaml").model if shape == "digits" else ModelConfig()
     with torch.device("meta"):
         muon, adamw = split_parameters(UNITE(config))
     keep = SAMPLED if shape == "base" and device.type == "cpu" else 1

@@ -24,9 +24,8 @@ from harness import RESULTS, ROOT, environment, record
 from roofline_measure import Ceilings, measured_ceilings
 from step_work import Work
 
-from unite_fast import config_io
-from unite_fast.config import Config
-from unite_fast.throughput import IMAGENET, NODE
+from unite_fast.config import Config, yaml_text
+from unite_fast.plan.throughput import IMAGENET, NODE
 
 PARTS = ("tokenize", "flow", "decode", "perceptual", "update")
 # What an independent estimate predicted, images/s, by flow steps. It does not say how; its "ceiling per kernel class"
@@ -166,7 +165,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    config = config_io.load(arguments.model, arguments.overrides)
+    config = yaml_text.load(arguments.model, arguments.overrides)
     device = torch.device(arguments.device)
     scenarios = SCENARIOS
     if device.type == "cuda" or arguments.measure:

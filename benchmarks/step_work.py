@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from unite_fast.config import Config, ModelConfig
+from unite_fast.model.flops import VGG16
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
-from unite_fast.runtime.flops import VGG16
 
 RESIDUAL, BRANCH = 4, 2  # bytes of an element
 NS_STEPS = 5

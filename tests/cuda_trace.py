@@ -22,15 +22,20 @@ from stepping import load_tiny  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 
-from unite_fast import config_io, run, sampling  # noqa: E402
-from unite_fast.config import Config, batch_split  # noqa: E402
+from unite_fast import run, sampling  # noqa: E402
+from unite_fast.config import (  # noqa: E402
+    Config,
+    batch_split,
+    yaml_text,
+)
 from unite_fast.data import Batch  # noqa: E402
-from unite_fast.field import Replays  # noqa: E402
-from unite_fast.losses import Perceptual  # noqa: E402
+from unite_fast.efficiency import precision  # noqa: E402
+from unite_fast.flow.field import Replays  # noqa: E402
+from unite_fast.modality.lpips import Perceptual  # noqa: E402
 from unite_fast.model.unite import UNITE  # noqa: E402
-from unite_fast.runtime import precision, stats  # noqa: E402
-from unite_fast.runtime.distributed import Ranks  # noqa: E402
-from unite_fast.step import METRICS, TrainStep  # noqa: E402
+from unite_fast.parallel.distributed import Ranks  # noqa: E402
+from unite_fast.training.means import Means  # noqa: E402
+from unite_fast.training.step import METRICS, TrainStep  # noqa: E402
 from unite_kernels import probe  # noqa: E402
 
 
@@ -53,7 +58,7 @@ def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTh
                 perceptual = Perceptual(None, backend=config.efficiency.kernels)
             moved(perceptual)
         step = TrainStep(config, Ranks(0, 1, DEVICE), batch_split(config.train, 1), 1000, perceptual)
-        means = stats.Means(METRICS, step.ranks)
+        means = Means(METRICS, step.ranks)
         for _ in range(steps):
             batch = batch_of(config, state.images_seen)
             with seen:
@@ -80,7 +85,7 @@ def published(*overrides: str) -> Config:
     """UNITE-B with fewer blocks, of which each kind is there: before, at and after the class tokens, and the last."""
     fewer = ("model.encoder.depth=4", "model.encoder.in_context_start=2", "model.decoder.depth=2")
     ours = ("train.global_batch=64", "efficiency.compile=none", "data.source=synthetic", "optim.ema_extra=[std0.05]")
-    return config_io.load(ROOT / "configs" / "imagenet_b.yaml", [*fewer, *ours, *overrides])
+    return yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", [*fewer, *ours, *overrides])
 
 
 def sample(recipe: str, order: str) -> Callable[[OnTheGpu], None]:

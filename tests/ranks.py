@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unite_fast.runtime import distributed
+from unite_fast.parallel import distributed
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

@@ -12,12 +12,12 @@ from support import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast import run
-from unite_fast.checkpoint import TrainState
 from unite_fast.config import Config, batch_split
-from unite_fast.config_io import load
+from unite_fast.config.yaml_text import load
 from unite_fast.data import Batch
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.step import TrainStep
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import TrainStep
 
 
 def load_tiny(*overrides: str) -> Config:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import sample
 import train
-import unite_fast.command
+import unite_fast.base.command
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -55,7 +55,7 @@ def command_of(main: Callable[[list[str]], int | None], *arguments: object) -> O
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = unite_fast.command.run(main, [str(a) for a in arguments])
+            code = unite_fast.base.command.run(main, [str(a) for a in arguments])
         except SystemExit as stop:  # argparse
             code = int(stop.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unite_fast import config, doctor
-from unite_fast.config import ENCODER_SIZES, ModelConfig, UserError
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.base.errors import UserError
+from unite_fast.config import ENCODER_SIZES, ModelConfig
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.model import attention as module
 from unite_fast.model.attention import attention, attention_varlen
 from unite_fast.model.unite import UNITE

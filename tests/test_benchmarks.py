@@ -12,8 +12,8 @@ import pytest
 import torch
 from support import ROOT
 
-from unite_fast import config_io
-from unite_fast.runtime.flops import training_flops
+from unite_fast.config import yaml_text
+from unite_fast.model.flops import training_flops
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -46,7 +46,7 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
     """The list that the roofline sums over, by part, against the analytic count; Newton-Schulz against the budget."""
     step_work = module("step_work", monkeypatch)
-    config = config_io.load(path, [f"objective.flow_steps={flow_steps}"])
+    config = yaml_text.load(path, [f"objective.flow_steps={flow_steps}"])
     work, images = step_work.step(config, 64), 64
     expected = training_flops(config.model, flow_steps, True)
     for part in ("tokenize", "flow", "decode", "perceptual"):
@@ -62,7 +62,7 @@ def test_least_bytes_are_the_budgets(monkeypatch):
     The budget has no bias gradients: those that no kernel sums on its way are a pass of 2 D bytes, of the values.
     """
     step_work = module("step_work", monkeypatch)
-    config = config_io.load(ROOT / "configs" / "imagenet_b.yaml")
+    config = yaml_text.load(ROOT / "configs" / "imagenet_b.yaml")
     blocks = 12 * 512 + 8 * 32 + 3 * (12 * 256 + 8 * 32)  # tokens times blocks of an image
     work = [w for w in step_work.step(config, 1) if w.kind == "elementwise" and w.part in ("tokenize", "flow")]
     assert sum(w.bytes * w.count for w in work) / blocks / 1e3 == pytest.approx(94, abs=0.5)
@@ -128,10 +128,10 @@ def test_what_does_not_fit_beside_eager_is_timed_alone(program, monkeypatch, tmp
     ladder = module("bench_step", monkeypatch)
     timed = ladder.interleaved
 
-    def tight(variants, device, rounds, **options):
+    def tight(variants, device, rounds):
         if "+flow batch" in variants and "eager" in variants:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return timed(variants, device, rounds, **options)
+        return timed(variants, device, rounds)
 
     monkeypatch.setattr(ladder, "interleaved", tight)
     rungs = {name: ladder.RUNGS[name] for name in ("eager", "+flow batch", "+fused")}
@@ -201,7 +201,7 @@ def test_commands_of_the_backlog_can_be_given():
             options = [w for w in words[words.index(program) :] if w.startswith("--")]
             assert all(f'"{option}"' in source for option in options), words
         overrides = [w for w in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", w) and "..." not in w]
-        config_io.load(ROOT / "configs" / "imagenet_b.yaml", overrides)
+        yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", overrides)
     keys = re.findall(r"`((?:[a-z]+\.[a-z_]+=[^`\s]+ ?)+)`", (BENCHMARKS / "GPU_BACKLOG.md").read_text())
     for group in keys:
-        config_io.load(ROOT / "configs" / "imagenet_b.yaml", shlex.split(group))
+        yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", shlex.split(group))

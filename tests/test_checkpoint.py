@@ -19,14 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from unite_fast import checkpoint, saving, shards
-from unite_fast.checkpoint import STEPS, TrainState, tensors_of
-from unite_fast.config import UserError
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast import checkpoint
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import saving, shards
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.optim.parts import local
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.tensors import local
+from unite_fast.training.state import STEPS, TrainState, tensors_of
 
 CONFIG = from_dict(parse_yaml(TINY, "tiny"))
 LAYOUTS = {"one process": 1, "DDP": 2, "FSDP2": 2, "FSDP2 on 3": 3, "HSDP": 4}

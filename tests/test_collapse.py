@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from unite_fast import config_io, data, objective
+from unite_fast import data, objective
+from unite_fast.config import yaml_text
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime.stats import CollapseAlarm
+from unite_fast.run.stats import CollapseAlarm
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
 SMALL = (
@@ -40,7 +41,7 @@ STEPS, WARMUP = 140, 20
 def spread_of_latents(*overrides: str) -> tuple[list[dict[str, float]], float]:
     """Trains for ``STEPS`` steps. Returns rows with "step" and "latent_std", and the alarm's threshold."""
     torch.set_flush_denormal(True)
-    config = config_io.load(DEMO, [*SMALL, *overrides])
+    config = yaml_text.load(DEMO, [*SMALL, *overrides])
     model = build(config.model, config.seed)
     optimizer = Optimizer(model, config.optim)
     source = data.open_source(config.data, config.model)

@@ -8,11 +8,11 @@ from stepping import load_tiny, trainer
 from support import command
 from torch._dynamo.utils import counters
 
-from unite_fast.checkpoint import TrainState
-from unite_fast.losses import Perceptual
+from unite_fast.efficiency import compiling
+from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.encoder import Block, Layout, Modulation
-from unite_fast.runtime import compiling
-from unite_fast.runtime.stats import read_metrics
+from unite_fast.run.stats import read_metrics
+from unite_fast.training.state import TrainState
 
 # One block: T before, among and behind the class tokens, in two sequence lengths; one decoder layer.
 BLOCKS, LAYERS = 6, 1
@@ -143,7 +143,7 @@ def test_a_run_reports_its_compilation(tiny, tmp_path):
 
 
 def test_configuration_of_the_published_run():
-    from unite_fast.config_io import load
+    from unite_fast.config.yaml_text import load
 
     assert load("configs/imagenet_b.yaml").efficiency.compile == "decoder"
     assert load_tiny().efficiency.compile == "none"

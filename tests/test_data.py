@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import SOURCES, all_images, open_source, stream, to_float
 from unite_fast.data.order import Order, permutation, share
 from unite_fast.data.source import Source

@@ -16,7 +16,8 @@ import torch
 from photographs import crop, jpeg, write_tars
 from PIL import Image
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import BadImage, Source, all_images, open_source
 from unite_fast.data import loader as loader_module
 from unite_fast.data.containers import open_container

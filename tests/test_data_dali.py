@@ -12,7 +12,8 @@ import torch
 from photographs import SIZES, check_streams, crop, equal, jpeg, photographs, take, write_folder, write_tars
 from PIL import Image
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import WorkerError, all_images, open_source
 from unite_fast.data.dali import cut, most_halvings
 from unite_fast.data.index import main as index_main

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import BadImage, WorkerError, all_images, open_source, stream
 from unite_fast.data import encoded as encoded_module
 from unite_fast.data.folder import Folder

@@ -21,7 +21,8 @@ from photographs import check_streams, equal, take, write_folder, write_tars
 from PIL import Image
 from support import ROOT
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import WorkerError, all_images, open_source
 from unite_fast.data import pack as pack_module
 from unite_fast.data.ahead import ahead

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import open_source
 from unite_fast.data.digits import Digits
 from unite_fast.data.rate import Waits, measure

@@ -14,7 +14,8 @@ import pytest
 import torch
 from photographs import add, check_streams, crop, equal, jpeg, take, write_folder, write_tars
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import all_images, open_source
 from unite_fast.data import tar as tar_module
 from unite_fast.data.ahead import spread

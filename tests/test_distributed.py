@@ -16,15 +16,18 @@ from ranks import on_ranks
 from support import TINY
 from torch import Tensor
 
-from unite_fast import checkpoint, data, run, saving
-from unite_fast.config import Config, UserError
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast import checkpoint, data, run
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import saving
+from unite_fast.config import Config
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.runtime import overlap, sharding
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.step import TrainStep
+from unite_fast.parallel import overlap, sharding
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.training.state import tensors_of
+from unite_fast.training.step import TrainStep
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 COMPARED = ("total", "l1", "flow", "grad_norm", "skipped")
@@ -65,7 +68,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Whole, on every rank."""
-        found = checkpoint.tensors_of(self.state).items()
+        found = tensors_of(self.state).items()
         return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in found}
 
 

@@ -20,8 +20,9 @@ import setuptools
 import torch
 from support import ROOT, TINY, command_of
 
-from unite_fast import doctor, machine
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast import doctor
+from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.doctor import machine
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.weights import Weights

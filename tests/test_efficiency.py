@@ -12,17 +12,19 @@ from tape import Tape
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from unite_fast import memory, objective
-from unite_fast.checkpoint import TrainState
+from unite_fast import objective
 from unite_fast.config import Config, EfficiencyConfig, ObjectiveConfig, batch_split
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import Batch
+from unite_fast.efficiency import compiling, graph
 from unite_fast.model.unite import UNITE, build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime import compiling, graph, stats
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.runtime.stats import read_metrics
-from unite_fast.step import METRICS, TrainStep
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.plan import memory
+from unite_fast.run.stats import read_metrics
+from unite_fast.training.means import Means
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import METRICS, TrainStep
 
 COMPARED = ("total", "l1", "flow", "grad_norm")
 # Relative tolerance over 20 steps, of (total, l1) and of (flow, grad_norm). The flow loss starts on latents close to
@@ -105,7 +107,7 @@ WAITING = (
 def test_a_step_never_waits_for_the_device(kernels):
     """The whole step, with its optimizer, the guards and the means of the log line."""
     step, state, batch = trainer(f"efficiency.kernels={kernels}", "efficiency.recompute=blocks")
-    means = stats.Means(METRICS, step.ranks)
+    means = Means(METRICS, step.ranks)
     batches = [batch() for _ in range(2)]
     with Dispatched() as seen:
         for b in batches:
@@ -137,7 +139,7 @@ def test_a_step_needs_no_values():
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_a_step_never_waits_for_the_gpu(kernels):
     step, state, batch = trainer(f"efficiency.kernels={kernels}", device="cuda")
-    means = stats.Means(METRICS, step.ranks)
+    means = Means(METRICS, step.ranks)
     step(state, batch())  # libraries load, kernels compile
     batches = [batch() for _ in range(2)]
     torch.cuda.set_sync_debug_mode("error")

@@ -15,12 +15,13 @@ import torch
 from support import TINY, command, command_of, process
 
 from unite_fast import checkpoint, evaluate, export, sampling
-from unite_fast.config import SampleConfig, UserError
-from unite_fast.config_io import from_dict
+from unite_fast.base.errors import UserError
+from unite_fast.config import SampleConfig
+from unite_fast.config.yaml_text import from_dict
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
 from unite_fast.evaluation.generation import Settings
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 

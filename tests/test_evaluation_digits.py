@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from unite_fast import checkpoint, reconstruct, saving
-from unite_fast.config import UserError
-from unite_fast.config_io import from_dict
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import saving
+from unite_fast.config.yaml_text import from_dict
 from unite_fast.evaluation import digits as D
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling import reconstruct
+from unite_fast.training.state import TrainState
 
 TINY = {
     "model": {
@@ -125,7 +127,7 @@ def save_untrained(folder, values):
     config = from_dict(values)
     model = build(config.model)
     writer = saving.Writer(folder / "checkpoints", config, Ranks(0, 1, torch.device("cpu")))
-    writer.save(checkpoint.TrainState(model, Optimizer(model, config.optim)), {})
+    writer.save(TrainState(model, Optimizer(model, config.optim)), {})
     writer.wait()
 
 

@@ -14,10 +14,10 @@ from support import ROOT, command_of, process
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unite_fast.config import UserError
-from unite_fast.config_io import from_dict
+from unite_fast.base.errors import UserError
+from unite_fast.config.yaml_text import from_dict
 from unite_fast.evaluation import features, fid, statistics
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
 
 COUNT, SUBSET = 50, 20
 ONE = Ranks(0, 1, torch.device("cpu"))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from support import TINY, command, command_of
 
 from unite_fast import checkpoint, evaluate, export
-from unite_fast.config import UserError
-from unite_fast.config_io import parse_yaml
+from unite_fast.base.errors import UserError
+from unite_fast.config.yaml_text import parse_yaml
 
 CONFIG = parse_yaml(TINY, "tiny")
 

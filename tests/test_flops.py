@@ -12,11 +12,12 @@ import torch
 from support import ROOT, command, command_of
 
 import unite_fast.doctor
-from unite_fast import config_io, objective, throughput
-from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig
-from unite_fast.losses import Perceptual
+from unite_fast import objective
+from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig, yaml_text
+from unite_fast.modality.lpips import Perceptual
+from unite_fast.model.flops import peak_flops, peak_of, training_flops
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime.flops import peak_flops, peak_of, training_flops
+from unite_fast.plan import throughput
 
 CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
 # GFLOP per image, counted on the official code.
@@ -91,7 +92,7 @@ def test_projection_is_the_official_speed():
     """10.5 % of an H200's peak is about 26 minutes per epoch on 8 GPUs, as the official README says."""
     if torch.cuda.is_available() and "H200" not in torch.cuda.get_device_name():
         pytest.skip("projects for the GPU that is here")
-    official, _, goal = throughput.project(config_io.load(ROOT / "configs" / "imagenet_b.yaml"))
+    official, _, goal = throughput.project(yaml_text.load(ROOT / "configs" / "imagenet_b.yaml"))
     assert official.images_per_second == pytest.approx(103, abs=1.5)
     assert official.minutes(8) == pytest.approx(26, abs=0.5)
     assert "26.1 on 8 GPUs (the official code)" in official.line()
@@ -100,7 +101,7 @@ def test_projection_is_the_official_speed():
 
 
 def test_the_official_speed_is_of_one_model_on_one_gpu(monkeypatch):
-    base = config_io.load(ROOT / "configs" / "imagenet_b.yaml")
+    base = yaml_text.load(ROOT / "configs" / "imagenet_b.yaml")
 
     def known(config: Config, gpu: str = "NVIDIA H200") -> bool:
         monkeypatch.setattr(throughput, "device_name", lambda: gpu)
@@ -111,7 +112,7 @@ def test_the_official_speed_is_of_one_model_on_one_gpu(monkeypatch):
         assert not known(base, gpu)
     for override in ("model.encoder=large", "model.decoder=small", "objective.flow_steps=14",
                      "objective.perceptual_weight=0"):  # fmt: skip
-        assert not known(config_io.load(ROOT / "configs" / "imagenet_b.yaml", [override]))
+        assert not known(yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", [override]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -120,7 +121,7 @@ def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = command("train.py", "--config", path, "--dry-run", "--ranks", "8")
     assert said.returncode == 0, said.stderr
-    config, header = config_io.load(path), path.read_text()
+    config, header = yaml_text.load(path), path.read_text()
     assert "1024 = 8 ranks x 2 accumulation x 64" in said.stdout
     assert "data.path is not given: 1,281,167 images" in said.stdout
     assert said.stdout.count("projection ") == (3 if path.stem == "imagenet_b" else 2)
@@ -134,7 +135,7 @@ def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     stated = re.search(r"([\d.]+) GiB of state and ([\d.]+) GiB of activations", header)
     assert stated is not None
     assert [float(x) for x in stated.groups()] == pytest.approx(planned, rel=0.1)
-    other = config_io.load(path, ["objective.flow_steps=14"])
+    other = yaml_text.load(path, ["objective.flow_steps=14"])
     assert other.objective.flow_steps == 14
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unite_fast import objective, sampling
 from unite_fast.config import ModelConfig, ObjectiveConfig, OptimConfig
-from unite_fast.config_io import from_dict
+from unite_fast.config.yaml_text import from_dict
 from unite_fast.flow import shift_time, time_grid
 from unite_fast.interop import load_reference, load_training, save_reference
 from unite_fast.model.unite import UNITE, build

@@ -11,11 +11,11 @@ from tape import Tape
 from torch import Tensor
 
 from unite_fast import objective
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
+from unite_fast.efficiency import graph
 from unite_fast.model.unite import build
-from unite_fast.runtime import graph
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.step import TrainStep
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.training.step import TrainStep
 
 STEPS = 20
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support import command
 
-from unite_fast import launcher
-from unite_fast.runtime import distributed
+from unite_fast.base import launcher
+from unite_fast.parallel import distributed
 
 # As SLURM sets them (its manual pages of sbatch, salloc and srun), for a job of 8 tasks on one node.
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_NTASKS_PER_NODE": "8"}

@@ -13,29 +13,26 @@ from support import ROOT
 
 # Each module may import the layers before its own, and its own package; the modules of one layer are strangers.
 LAYERS = (
-    {"config", "hashing"},
-    {"validation", "launcher"},
-    {"config_io", "command"},
-    {"flow", "losses", "optim", "data", "runtime", "model"},
-    {"solvers", "field"},
-    {"objective", "sampling", "interop", "pictures", "shards", "throughput"},
-    {"dcp"},
-    {"checkpoint", "memory"},
-    {"generate", "reconstruct", "step", "saving"},
-    {"session"},
-    {"run", "evaluation", "export"},
-    {"evaluate", "report", "monitor", "weights"},
-    {"machine", "plan"},
+    {"base"},
+    {"config"},
+    {"parallel", "data", "model"},
+    {"efficiency", "modality", "optim", "flow"},
+    {"objective", "interop", "sampling"},
+    {"plan", "training"},
+    {"checkpoint"},
+    {"evaluation"},
+    {"run"},
+    {"evaluate", "export", "report", "weights"},
     {"doctor"},
 )
 DOORS = {
-    "torchdiffeq": "sampling.py",
-    "lpips": "losses.py",
+    "torchdiffeq": "sampling/__init__.py",
+    "lpips": "modality/lpips.py",
     "torch_fidelity": "evaluation/",
     "nvidia": "data/",
     "flash_attn": "model/attention.py",
-    "transformer_engine": "runtime/precision.py",
-    "wandb": "runtime/stats.py",
+    "transformer_engine": "efficiency/precision.py",
+    "wandb": "run/stats.py",
 }
 FILES = sorted((ROOT / "unite_fast").rglob("*.py"))
 
@@ -104,8 +101,8 @@ def test_files_stay_readable():
 @pytest.mark.parametrize(
     ("pattern", "home"),
     [
-        (r"file_digest\(|read_bytes\(\)\)\.hexdigest", "hashing.py"),
-        (r"splitlines\(\) or \[type\(error\)", "config.py"),
+        (r"file_digest\(|read_bytes\(\)\)\.hexdigest", "files.py"),
+        (r"splitlines\(\) or \[type\(error\)", "errors.py"),
     ],
 )
 def test_helpers_are_written_once(pattern, home):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torchvision
 
-from unite_fast.config import ObjectiveConfig, UserError
-from unite_fast.losses import Perceptual, load_perceptual, pixel_loss
+from unite_fast.base.errors import UserError
+from unite_fast.config import ObjectiveConfig
+from unite_fast.modality.lpips import Perceptual, load_perceptual, pixel_loss
 
 
 @pytest.fixture(scope="module")

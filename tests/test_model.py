@@ -10,11 +10,11 @@ from support import TINY
 
 from unite_fast import objective
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, EncoderConfig, ModelConfig, ObjectiveConfig
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.efficiency import precision
 from unite_fast.model.encoder import GenerativeEncoder, Layout, Modulation
+from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import UNITE, build
-from unite_fast.runtime import precision
-from unite_fast.runtime.flops import training_flops
 
 
 def tiny(**changes) -> ModelConfig:

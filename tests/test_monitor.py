@@ -12,9 +12,10 @@ import torch
 from support import TINY, command, command_of, process
 from test_evaluation_fid import weights  # noqa: F401  (a fixture)
 
-from unite_fast import checkpoint, evaluate, monitor
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast import checkpoint, evaluate
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.evaluation import statistics
+from unite_fast.run import monitor
 
 # 16 images per step, 1,497 per epoch: the end of a tenth of an epoch, 150 images, falls into steps 10 and 19.
 SCORED = (

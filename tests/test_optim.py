@@ -9,8 +9,7 @@ import torch
 from support import ROOT
 from torch import nn
 
-from unite_fast import config_io
-from unite_fast.config import OptimConfig
+from unite_fast.config import OptimConfig, yaml_text
 from unite_fast.model.layers import adamw_parameter, use_adamw
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
@@ -143,13 +142,13 @@ def test_official_epochs_last_longer():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda path: path.stem)
 def test_configurations_have_the_published_schedule(path):
     """Of the official code with the published run's accumulation (8 GPUs x 64 x 2), on any number of ranks."""
-    ours, published = config_io.load(path).optim, OptimConfig(epoch_unit="micro_batches")
+    ours, published = yaml_text.load(path).optim, OptimConfig(epoch_unit="micro_batches")
     for epoch in range(0, 601, 5):
         expected = rate(published, epoch, 1024, accumulation=2)
         for accumulation in (1, 2, 16):
             assert rate(ours, epoch, 1024, accumulation=accumulation) == pytest.approx(expected), epoch
     paper = ("schedule=cosine", "warmup_epochs=20", "decay_epochs=0", "final_lr=1e-6")
-    o = config_io.load(path, [f"optim.{word}" for word in paper]).optim
+    o = yaml_text.load(path, [f"optim.{word}" for word in paper]).optim
     assert [rate(o, epoch, total=240) for epoch in (10, 20, 130, 240)] == pytest.approx([5e-5, 1e-4, 5.05e-5, 1e-6])
 
 

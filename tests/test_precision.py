@@ -18,15 +18,16 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast import objective, run
-from unite_fast.checkpoint import TrainState
-from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig, UserError
-from unite_fast.config_io import from_dict, parse_yaml
+from unite_fast.base.errors import UserError
+from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig
+from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import Batch
+from unite_fast.efficiency import precision
 from unite_fast.model.layers import Linear
 from unite_fast.model.unite import UNITE, build
-from unite_fast.runtime import precision
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.step import TrainStep
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import TrainStep
 from unite_kernels import copied_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,13 +14,14 @@ from PIL import Image
 from support import TINY, command, process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast import checkpoint, flow, sampling, solvers
-from unite_fast.config import UserError
-from unite_fast.config_io import from_dict, parse_yaml
-from unite_fast.field import GuidedField, Replay, Replays
-from unite_fast.generate import as_ranges, parse_labels, parse_seeds
+from unite_fast import checkpoint, flow, sampling
+from unite_fast.base.errors import UserError
+from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.efficiency import compiling
+from unite_fast.flow import solvers
+from unite_fast.flow.field import GuidedField, Replay, Replays
 from unite_fast.model.unite import UNITE, build
-from unite_fast.runtime import compiling
+from unite_fast.sampling.generate import as_ranges, parse_labels, parse_seeds
 
 
 @pytest.fixture(scope="module")

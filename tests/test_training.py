@@ -15,10 +15,11 @@ import torch
 from support import command, process
 
 from unite_fast import run
+from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import load_model, load_weights, read
-from unite_fast.config import Config, UserError
-from unite_fast.runtime import stats
-from unite_fast.runtime.stats import CollapseAlarm, read_metrics
+from unite_fast.config import Config
+from unite_fast.run import stats
+from unite_fast.run.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import config_io, doctor, evaluate, export, run, weights
-from unite_fast.config import EfficiencyConfig, UserError
+from unite_fast import doctor, evaluate, export, run, weights
+from unite_fast.base.errors import UserError
+from unite_fast.config import EfficiencyConfig, yaml_text
 from unite_kernels import backend, extension
 
 
@@ -99,7 +100,7 @@ def test_1e_4_is_a_number(tiny):
 def test_files_of_earlier_versions(tmp_path):
     def said(efficiency: str, *overrides: str) -> EfficiencyConfig:
         (tmp_path / "old.yaml").write_text(f"efficiency: {{{efficiency}}}")
-        return config_io.load(tmp_path / "old.yaml", overrides).efficiency
+        return yaml_text.load(tmp_path / "old.yaml", overrides).efficiency
 
     both = "compile_decoder: true, checkpoint_blocks: true"
     assert said(both) == replace(EfficiencyConfig(), compile="decoder", recompute="blocks")
@@ -187,7 +188,7 @@ def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
     assert not backend.obstacle("eager", gpu, update=True)
     monkeypatch.setattr(backend, "HAS_TRITON", False)
     assert "needs the package triton" in backend.obstacle("fused", gpu)
-    config = config_io.from_dict({"efficiency": {"kernels": "fused"}})
+    config = yaml_text.from_dict({"efficiency": {"kernels": "fused"}})
     with pytest.raises(UserError, match=r"efficiency\.kernels=fused: .* the package triton.*efficiency\.kernels=eager"):
         run.check_kernels(config, gpu)
 

@@ -33,16 +33,20 @@ from typing import Any
 
 import torch
 
-from unite_fast import checkpoint, command, losses, run, sampling
-from unite_fast.config import Config, EvaluationConfig, UserError
+from unite_fast import checkpoint, run, sampling
+from unite_fast.base import command
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config, EvaluationConfig
+from unite_fast.efficiency import precision
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import PLAIN, Options, Settings, digest, of_run, score
-from unite_fast.generate import parse_interval
+from unite_fast.modality import lpips
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import distributed, precision
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel import distributed
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.generate import parse_interval
 
 TABLE = (
     ("Heun 50, balanced", {"solver": "heun", "steps": 50, "labels": "equal"}),
@@ -338,7 +342,7 @@ def rfid_command(context: Context) -> None:
     perceptual = None
     if a.lpips:
         objective = dataclasses.replace(config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips)
-        perceptual = losses.load_perceptual(objective, config.model.channels)
+        perceptual = lpips.load_perceptual(objective, config.model.channels)
     perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
     extractor = statistics.open_extractor(a, config, context.ranks.device)
     result, said = reconstruction.score(context.model, config, extractor, context.ranks, perceptual)
@@ -348,7 +352,7 @@ def rfid_command(context: Context) -> None:
         "checkpoint": context.weights(),
         "extractor": extractor.identity(),
         "data": said,
-        "lpips": None if perceptual is None else {"trunk": losses.TORCHVISION_VGG16, "range": perceptual.input_range},
+        "lpips": None if perceptual is None else {"trunk": lpips.TORCHVISION_VGG16, "range": perceptual.input_range},
         "uint8": "truncated",
         "environment": run.provenance(config, context.ranks),
     }

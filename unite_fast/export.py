@@ -24,10 +24,11 @@ import torch
 from safetensors import safe_open
 
 from unite_fast import __version__, checkpoint, interop
-from unite_fast.command import run
-from unite_fast.config import Config, SampleConfig, UserError
-from unite_fast.config_io import to_dict
-from unite_fast.shards import write_tensors
+from unite_fast.base.command import run
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint.shards import write_tensors
+from unite_fast.config import Config, SampleConfig
+from unite_fast.config.yaml_text import to_dict
 
 ABSOLUTE = re.compile(r"^(~|[A-Za-z]:\\|/)|[\\/]")
 PATHS = ("run_dir", "resume", "init_from", "path", "heldout_path", "perceptual_trunk")

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.optim.parts import local, part_of
+from unite_fast.parallel.tensors import local, part_of
 
 DERIVED = re.compile(
     r"^lpips_loss\.|(^|\.)feat_rope\w*\.freqs_(cos|sin)$|^(encoder|denoiser)\.pos_embed$|^decoder\.decoder_pos_embed$"

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unite_fast import command
-from unite_fast.config import UserError
-from unite_fast.runtime.stats import read_metrics
+from unite_fast.base import command
+from unite_fast.base.errors import UserError
+from unite_fast.run.stats import read_metrics
 
 CURVES = (
     ("total", "loss"),

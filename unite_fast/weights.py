@@ -26,11 +26,11 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from unite_fast.command import run
-from unite_fast.config import UserError
+from unite_fast.base.command import run
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
 from unite_fast.evaluation.features import INCEPTION, INCEPTION_FILE
-from unite_fast.hashing import file_sha256
-from unite_fast.losses import TORCHVISION_VGG16
+from unite_fast.modality.lpips import TORCHVISION_VGG16
 
 BLOCK = 1 << 20
 LIMIT = 1 << 30  # bytes; no known file is larger

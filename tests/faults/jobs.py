@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unite_fast import checkpoint
-from unite_fast.runtime.stats import read_metrics
+from unite_fast.run.stats import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = Path(__file__).with_name("tiny.yaml").read_text()

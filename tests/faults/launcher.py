@@ -19,8 +19,9 @@ import torch
 
 import sample
 import train
-import unite_fast.command
-from unite_fast import dcp, export  # noqa: F401
+import unite_fast.base.command
+from unite_fast import export
+from unite_fast.checkpoint import dcp  # noqa: F401
 
 PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "export": export.main}
 
@@ -41,7 +42,7 @@ def run(request: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
         torch.set_num_threads(1)
         program, *arguments = request["start"]
-        code = unite_fast.command.run(PROGRAMS[program], arguments)
+        code = unite_fast.base.command.run(PROGRAMS[program], arguments)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:

@@ -10,7 +10,7 @@ import pytest
 from jobs import TINY, equal
 from photographs import add, crop, jpeg, write_folder, write_tars
 
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
 from unite_fast.data.index import main as index
 from unite_fast.data.pack import main as packing
 from unite_fast.data.pack import pack

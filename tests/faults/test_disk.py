@@ -8,9 +8,11 @@ import pytest
 import torch
 from jobs import STRAIGHT, equal
 
-from unite_fast import checkpoint, saving
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.runtime.stats import read_metrics
+from unite_fast import checkpoint
+from unite_fast.checkpoint import saving
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.stats import read_metrics
+from unite_fast.training.state import STEPS, TrainState, tensors_of
 
 fault = pytest.mark.fault
 
@@ -80,7 +82,7 @@ def test_slow_save(job, straight):
 def test_snapshot(tmp_path, monkeypatch):
     state, config = untrained()
     writer = saving.Writer(tmp_path, config, Ranks(0, 1, torch.device("cpu")))
-    entered, expected = [], {k: v.clone() for k, v in checkpoint.tensors_of(state).items() if k != checkpoint.STEPS}
+    entered, expected = [], {k: v.clone() for k, v in tensors_of(state).items() if k != STEPS}
 
     def slow(phase: str, step: int, tensors: object = ()) -> None:
         entered.append((phase, time.monotonic()))
@@ -107,7 +109,7 @@ def test_snapshot(tmp_path, monkeypatch):
 
 
 def untrained():
-    from unite_fast.config_io import from_dict, parse_yaml
+    from unite_fast.config.yaml_text import from_dict, parse_yaml
     from unite_fast.model.unite import build
     from unite_fast.optim.optimizer import Optimizer
 
@@ -115,7 +117,7 @@ def untrained():
 
     config = from_dict(parse_yaml(TINY, "tiny"))
     model = build(config.model)
-    return checkpoint.TrainState(model, Optimizer(model, config.optim)), config
+    return TrainState(model, Optimizer(model, config.optim)), config
 
 
 @fault("F37", "metrics that cannot be written", "one warning; training goes on, to the same end")

@@ -156,7 +156,7 @@ def test_killed_worker(jobs, images):
 @fault("F24", "stalled storage", "data.timeout ends the job with a line that names the image, not a hang")
 def test_stalled_storage(jobs, images, monkeypatch, capsys):
     import train
-    from unite_fast import command
+    from unite_fast.base import command
     from unite_fast.data.folder import Folder
 
     real = Folder.read

@@ -8,7 +8,7 @@ import math
 import pytest
 from jobs import STRAIGHT, equal
 
-from unite_fast.runtime.stats import read_metrics
+from unite_fast.run.stats import read_metrics
 
 fault = pytest.mark.fault
 EVERY = ("train.checkpoint_every=1", "train.keep_last=30")

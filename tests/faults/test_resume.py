@@ -197,7 +197,7 @@ def test_other_model(job, straight):
 @fault("F44", "clock that jumps, saves at step 0", "folders are named by step; a run stopped before a step saves none")
 def test_clock_and_step_zero(job, straight, monkeypatch):
     import train
-    from unite_fast import command
+    from unite_fast.base import command
 
     monkeypatch.setattr("time.time", lambda: 0.0)
     counter = iter(range(10**9, 0, -1))

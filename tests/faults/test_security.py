@@ -17,7 +17,7 @@ from jobs import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from unite_fast.runtime.rank_log import redact
+from unite_fast.run.rank_log import redact
 
 fault = pytest.mark.fault
 BLOCK = """
@@ -39,7 +39,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @fault("F38", "optional packages that are missing", "the run works; doctor lists them with the remedy")
 def test_without_optional_packages(job):
-    code = BLOCK.format(names=OPTIONAL) + "import train, unite_fast.command as c; sys.exit(c.run(train.main))"
+    code = BLOCK.format(names=OPTIONAL) + "import train, unite_fast.base.command as c; sys.exit(c.run(train.main))"
     words = ("--config", job.config, f"run_dir={job.run}", "train.max_steps=2")
     result = python(code, *words)
     assert result.returncode == 0, result.stderr
@@ -76,7 +76,7 @@ def test_offline(job):
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('a connection was tried')\n"
         "socket.socket.connect = refuse; socket.create_connection = refuse\n"
-        "import train, unite_fast.command as c; sys.exit(c.run(train.main))"
+        "import train, unite_fast.base.command as c; sys.exit(c.run(train.main))"
     )
     words = ("--config", job.config, f"run_dir={job.run}", "train.max_steps=1")
     result = python(code, *words, "objective.perceptual_weight=1", "model.channels=3")

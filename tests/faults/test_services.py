@@ -10,8 +10,8 @@ import pytest
 from jobs import equal
 
 import train
-from unite_fast import command
-from unite_fast.runtime.stats import read_metrics
+from unite_fast.base import command
+from unite_fast.run.stats import read_metrics
 
 fault = pytest.mark.fault
 

@@ -17,10 +17,11 @@ import torch
 from jobs import ROOT
 from photographs import crop, jpeg
 
-from unite_fast import losses
-from unite_fast.config import DataConfig, ModelConfig, ObjectiveConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig, ObjectiveConfig
 from unite_fast.data import encoded, open_source
 from unite_fast.evaluation.features import inception
+from unite_fast.modality import lpips
 
 FILES = [*(ROOT / "unite_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "torch.hub", "flash_attn.utils"}
@@ -78,9 +79,9 @@ def digest(path: Path) -> str:
 def test_trunk_with_code_and_the_asked_hash(evil):
     asked = ObjectiveConfig(perceptual_trunk=str(evil), perceptual_sha256=digest(evil))
     with pytest.raises(UserError, match="perceptual_trunk"):
-        losses.load_perceptual(asked, 3)
+        lpips.load_perceptual(asked, 3)
     with pytest.raises(UserError, match="has sha256"):
-        losses.load_perceptual(replace(asked, perceptual_sha256=""), 3)
+        lpips.load_perceptual(replace(asked, perceptual_sha256=""), 3)
     assert not Path("executed").exists()
 
 
@@ -93,7 +94,7 @@ def test_inception_with_code_and_the_asked_hash(evil):
 
 
 def test_heads_of_the_lpips_package_are_pinned(tmp_path, monkeypatch):
-    losses.check_heads()
+    lpips.check_heads()
     package = tmp_path / "lpips"
     heads = package / "weights" / "v0.1" / "vgg.pth"
     heads.parent.mkdir(parents=True)
@@ -104,13 +105,13 @@ def test_heads_of_the_lpips_package_are_pinned(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     spec = importlib.util.spec_from_file_location("lpips", package / "__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    losses.check_heads()
+    lpips.check_heads()
     heads.write_bytes(pickle.dumps(Executes()))
     with pytest.raises(UserError, match="not the published ones"):
-        losses.Perceptual(None)
+        lpips.Perceptual(None)
     heads.unlink()
     with pytest.raises(UserError, match="no such file"):
-        losses.check_heads()
+        lpips.check_heads()
 
 
 def folder_of(tmp_path: Path, content: bytes):

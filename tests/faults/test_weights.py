@@ -15,8 +15,8 @@ import pytest
 from support import command_of
 
 from unite_fast import weights
-from unite_fast.config import UserError
-from unite_fast.hashing import file_sha256
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
 from unite_fast.weights import KNOWN, Weights, fetch
 
 fault = pytest.mark.fault

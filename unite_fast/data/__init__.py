@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.dali import open_dali
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder

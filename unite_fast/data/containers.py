@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.folder import Folder, files_of, list_folder
 from unite_fast.data.packed import PackedEncoded, read_index

@@ -27,7 +27,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.ahead import ahead, spread
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource, explain, open_image

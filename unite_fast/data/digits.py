@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.order import permutation
 from unite_fast.data.source import ResidentSource, check_channels, check_classes, to_device
 

@@ -19,7 +19,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import fast
 from unite_fast.data.source import BadImage, FileSource
 from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, is_mirrored, transform

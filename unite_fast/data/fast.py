@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
 from unite_fast.data.source import BadImage
 from unite_fast.data.transforms import MAX_PIXELS, resized_shape
 

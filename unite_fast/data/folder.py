@@ -10,7 +10,8 @@ import os
 import stat
 from pathlib import Path
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
 from unite_fast.data.source import BadImage, check_channels, check_classes
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from unite_fast.command import run
-from unite_fast.config import UserError
+from unite_fast.base.command import run
+from unite_fast.base.errors import UserError
 from unite_fast.data.folder import files_of
 from unite_fast.data.tar import COMMAND, write_index
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
 from unite_fast.data.source import BadImage, Batch, Request, Source, WorkerError, to_device
 
 CHUNK = 32  # images; bounds shared memory to 2 * workers * CHUNK images

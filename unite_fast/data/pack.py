@@ -35,15 +35,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unite_fast.command import run
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.command import run
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.loader import skip_limit
 from unite_fast.data.packed import FORMATS, Format, Index, Shard, shard_name
 from unite_fast.data.source import BadImage, WorkerError
 from unite_fast.data.verify import verify, write_stats
-from unite_fast.hashing import file_sha256
 
 PARTS = ".parts"  # of an unfinished pack: plan.json, and one .json per finished shard
 

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.ahead import ahead
 from unite_fast.data.encoded import EncodedSource, check_bytes
 from unite_fast.data.folder import place
 from unite_fast.data.source import BadImage, Batch, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import is_mirrored
-from unite_fast.hashing import file_sha256
 from unite_kernels import extension
 from unite_kernels.gather import gather_rows
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource, check_bytes
 from unite_fast.data.source import BadImage
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast.config import RunError, UserError
+from unite_fast.base.errors import RunError, UserError
 from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 

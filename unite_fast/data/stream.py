@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
 from unite_fast.data.order import Order, share
 from unite_fast.data.source import Batch, Request, Source
 

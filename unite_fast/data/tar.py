@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
 from unite_fast.data.folder import files_of, place
 from unite_fast.data.source import BadImage, check_channels, check_classes

@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from unite_fast.config import DataConfig, ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.packed import Index, open_packed, read_index, shard_name
 from unite_fast.data.source import BadImage
-from unite_fast.hashing import file_sha256
 
 
 def _open(dest: Path, index: Index):

@@ -32,11 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast import checkpoint, data, pictures, sampling
-from unite_fast.command import run
-from unite_fast.config import Config, SampleConfig, UserError
+from unite_fast import checkpoint, data, sampling
+from unite_fast.base.command import run
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config, SampleConfig
+from unite_fast.efficiency import precision
+from unite_fast.modality import pictures
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import precision
 
 COMPONENTS = 32  # principal components of the 64 pixels; they hold 97 % of the variance
 SAMPLE_BATCH = 250

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from unite_fast import data
-from unite_fast.config import Config, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config
 
 # The sha256 of torch-fidelity's weights, whose name has its first digits.
 INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import UserError
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.base.errors import UserError
+from unite_fast.parallel.distributed import Ranks
 
 PARTS = 10
 SEED = 2020  # torch-fidelity's

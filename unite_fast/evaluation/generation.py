@@ -16,24 +16,18 @@ from typing import Any
 
 import torch
 
-from unite_fast import pictures, sampling
-from unite_fast.config import (
-    Config,
-    EfficiencyConfig,
-    EvaluationConfig,
-    ModelConfig,
-    SampleConfig,
-    Stopped,
-    UserError,
-)
+from unite_fast import sampling
+from unite_fast.base.errors import Stopped, UserError
+from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
+from unite_fast.efficiency import precision
 from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
-from unite_fast.field import Replays
-from unite_fast.generate import parse_labels
+from unite_fast.flow.field import Replays
+from unite_fast.modality import pictures
+from unite_fast.model.flops import sampling_flops
 from unite_fast.model.unite import UNITE
-from unite_fast.runtime import precision
-from unite_fast.runtime.distributed import Ranks
-from unite_fast.runtime.flops import sampling_flops
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.generate import parse_labels
 
 SAVE_SECONDS = 60.0
 

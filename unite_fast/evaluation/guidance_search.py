@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unite_fast.config import UserError
+from unite_fast.base.errors import UserError
 from unite_fast.evaluation.generation import Settings
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
 
 STEP = 0.2
 MOST = 7  # further scales after the first two

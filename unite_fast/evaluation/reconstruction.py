@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from unite_fast import data, pictures
-from unite_fast.config import Config, Stopped, UserError
+from unite_fast import data
+from unite_fast.base.errors import Stopped, UserError
+from unite_fast.config import Config
 from unite_fast.evaluation import fid, statistics
 from unite_fast.evaluation.features import Extractor
-from unite_fast.losses import Perceptual
+from unite_fast.modality import pictures
+from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
-from unite_fast.reconstruct import psnr
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.reconstruct import psnr
 from unite_kernels import corruption
 
 

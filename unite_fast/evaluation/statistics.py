@@ -20,15 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from unite_fast import command, config_io, data, pictures
-from unite_fast.config import Config, UserError
+from unite_fast import data
+from unite_fast.base import command
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.config import Config, yaml_text
 from unite_fast.data import Source
+from unite_fast.efficiency import precision
 from unite_fast.evaluation import features
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Accumulator, Statistics
-from unite_fast.hashing import file_sha256
-from unite_fast.runtime import distributed, precision
-from unite_fast.runtime.distributed import Ranks
+from unite_fast.modality import pictures
+from unite_fast.parallel import distributed
+from unite_fast.parallel.distributed import Ranks
 
 
 def read(path: str) -> tuple[Statistics, dict[str, Any]]:
@@ -144,7 +148,7 @@ def main(argv: list[str]) -> None:
     add("overrides", nargs="*", metavar="section.key=value")
     add_extractor_options(parser)
     arguments = parser.parse_intermixed_args(argv)
-    config = config_io.load(arguments.config, arguments.overrides)
+    config = yaml_text.load(arguments.config, arguments.overrides)
     ranks = distributed.start(arguments.device)
     try:
         precision.setup(ranks.device)

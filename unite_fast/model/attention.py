@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unite_fast.config import ModelConfig, UserError, first_line
+from unite_fast.base.errors import UserError, first_line
+from unite_fast.config import ModelConfig
 
 BACKENDS = ("sdpa", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
 HALF_ONLY = ("flash", "cudnn", "fa2", "fa3", "fa4")  # on CUDA devices

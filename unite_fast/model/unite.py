@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unite_fast.config import ModelConfig, UserError
+from unite_fast.base.errors import UserError
+from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.encoder import GenerativeEncoder
 from unite_fast.model.layers import Linear, adamw_parameter, sincos_1d, use_adamw

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unite_fast.config import OptimConfig
 from unite_fast.optim import ema, muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.optim.parts import local, locals_of, part_of, shard_group
+from unite_fast.parallel.tensors import local, locals_of, part_of, shard_group
 from unite_kernels import multi_tensor
 from unite_kernels.newton_schulz import fastest_dtype
 

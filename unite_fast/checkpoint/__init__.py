@@ -1,0 +1,375 @@
+"""Training state on disk: tensors in safetensors, counters in JSON, a sha256 manifest. ``saving`` writes it.
+
+    checkpoints/step-0000200/   training-00001-of-00002.safetensors ...   one file per rank that wrote; of one rank:
+                                training.safetensors   model.* ema.* momentum.* exp_avg.* exp_avg_sq.*
+                                                       ema_0.9999.* ... (optim.ema_extra)
+                                state.json             counters, running means, the resolved configuration
+                                manifest.json          size and sha256 of all of them
+
+A folder named ``*.incomplete`` is an unfinished save or removal and is never read. Parameter names are the stock ones,
+and any number of ranks, sharded or not, loads what any other number has saved. No file here can execute code when it
+is loaded. Format 1, before files were written by several ranks, is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unite_fast import interop
+from unite_fast.base import launcher
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.checkpoint import shards
+from unite_fast.checkpoint.shards import Stored
+from unite_fast.config import Config, ModelConfig
+from unite_fast.config.checks import validate
+from unite_fast.config.yaml_text import current, from_dict, to_dict
+from unite_fast.model.unite import UNITE
+from unite_fast.optim import ema
+from unite_fast.parallel.tensors import local
+from unite_fast.training.guards import first_nonfinite
+from unite_fast.training.state import STEPS, TrainState, tensors_of
+
+FORMAT = 2
+READABLE = (1, 2)
+NO_PICKLE = "this program executes nothing while it loads"
+EXPORTED = "model.safetensors"  # what ``export`` writes: one set of weights, the configuration in its metadata
+NAME = re.compile(r"step-(\d{7,})$")
+TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
+
+
+def counters_of(state: TrainState) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "step": state.step, "images_seen": state.images_seen, "best_cfg_scale": state.best_cfg_scale,
+    }  # fmt: skip
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other path."""
+    found = NAME.search(path.name)
+    return int(found.group(1)) if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    found = [(step, p) for p in folder.glob("step-*") if (step := step_of(p)) is not None and p.is_dir()]
+    return [p for _, p in sorted(found, reverse=True)]
+
+
+def verify(path: Path, content: bool = True) -> str:
+    """An empty string for a whole checkpoint, else what is wrong with it. Without ``content``, sizes alone count."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        if (path / ".metadata").exists():
+            return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
+        return "it has no readable manifest.json"
+    for name, size, sha256 in files:
+        file = path / Path(name).name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
+        if content and file_sha256(file) != sha256:
+            return f"{name} does not have the recorded sha256: its content changed"
+    return "" if "state.json" in manifest and _is_complete(manifest) else "its manifest is incomplete"
+
+
+def _is_complete(names: Iterable[str]) -> bool:
+    """Whether the numbered files of tensors among ``names`` are all there."""
+    found = [match for name in names if (match := TENSORS.match(name))]
+    counts = {int(match[3] or 1) for match in found}
+    return len(counts) == 1 and len(found) == counts.pop()
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
+    """(the newest checkpoint that verifies or None, one line for each newer one that does not, those themselves)."""
+    lines: list[str] = []
+    rejected: list[Path] = []
+    for path in newest_first(folder):
+        problem = verify(path)
+        if not problem:
+            return path, lines, rejected
+        lines.append(f"skipping {path}: {problem}")
+        rejected.append(path)
+    return None, lines, rejected
+
+
+def locate(path: str | Path, quiet: bool = False) -> Path:
+    """A checkpoint folder, exported or official file from what a user names: one, or a folder of them.
+
+    Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
+    UserError.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / "manifest.json").is_file() or NAME.search(path.name):
+        if not path.is_dir():
+            raise UserError(f"no checkpoint at {path}")
+        problem = verify(path)
+        if problem:
+            raise UserError(f"checkpoint {path} is damaged: {problem}; choose another one")
+        return path
+    for folder in (path / "checkpoints", path):
+        found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
+        if found:
+            if rejected and not quiet and launcher.rank() == 0:
+                print(*rejected, sep="\n", file=sys.stderr)
+            return found
+        if rejected:
+            raise UserError(f"no usable checkpoint in {folder}: {rejected[0]}")
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
+    raise UserError(f"no checkpoint at {path}; give a run folder, a step-N folder, an export, or an official .pt file")
+
+
+def identity(located: Path) -> str:
+    """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
+    return file_sha256(located if located.is_file() else located / "manifest.json")
+
+
+def recorded_step(located: Path) -> int | None:
+    """The step at which weights were saved, where they say so. That of an official .pt counts micro-batches."""
+    if located.is_dir():
+        return step_of(located)
+    if located.suffix == ".safetensors":
+        with safe_open(located, "pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+        return int(step) if step.isdecimal() else None
+    return step_in(interop.read_official(located))
+
+
+def step_in(content: dict[str, Any]) -> int | None:
+    """That of an official .pt."""
+    step = content.get("step")
+    return step if isinstance(step, int) else None
+
+
+def _read_counters(path: Path) -> dict[str, Any]:
+    """state.json, of a format that is known. Raises UserError."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: state.json: {error}") from None
+    if not isinstance(state, dict) or state.get("format") not in READABLE:
+        state = state if isinstance(state, dict) else {}
+        raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {READABLE}")
+    return state
+
+
+def stored(path: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, by its name in ``tensors_of``. Raises UserError."""
+    try:
+        names = sorted(name for name in json.loads((path / "manifest.json").read_text()) if TENSORS.match(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: manifest.json: {error}") from None
+    return shards.index([path / name for name in names])
+
+
+def read(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Those tensors of a checkpoint folder, or all, whole on the CPU. Raises UserError."""
+    return shards.read(stored(path), names)
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "state.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
+    return current(config) if isinstance(config, dict) else {}
+
+
+def saved_config(path: Path) -> Config:
+    """The configuration of the run that wrote a checkpoint folder. Raises UserError."""
+    return from_dict(_saved_config(path), str(path))
+
+
+def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
+    """What an official .pt, which knows no run of ours, is sampled and scored with unless options say otherwise.
+
+    Guidance: the scale that the official search found, which the file records, on the interval of that search.
+    """
+    values = {"model": to_dict(model), "evaluation": {"precision": "fp32"}, "efficiency": {"kernels": "fused"}}
+    scale = content.get("current_best_cfg_scale")
+    if isinstance(scale, (int, float)) and 0 < scale < math.inf:
+        values["sample"] = {"cfg_scale": float(scale), "cfg_interval": [0.1, 1.0]}
+    return from_dict(values)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
+    found = []
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            found += _differences(old[key], new[key], f"{path}{key}.")
+        elif old[key] != new[key]:
+            found.append((path + key, old[key], new[key]))
+    return sorted(found)
+
+
+def check_same_model(saved: dict[str, Any], config: Config, where: str) -> None:
+    """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
+    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(config)["model"]})
+    if changed:
+        listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
+        raise UserError(f"{where} holds another model: {listed}")
+
+
+def changes(path: Path, config: Config) -> list[str]:
+    """A line for each setting that a run changes by resuming from ``path``. Raises UserError for another model."""
+    if path.is_file():  # an official .pt says nothing of its run
+        return []
+    saved = _saved_config(path)
+    check_same_model(saved, config, str(path))
+    sections = ("objective", "optim", "data", "efficiency")
+    old, new = ({k: c.get(k, {}) for k in (*sections, "seed")} for c in (saved, to_dict(config)))
+    watched = _differences(old, new)
+    batch = [c.get("train", {}).get("global_batch") for c in (saved, to_dict(config))]
+    if batch[0] != batch[1]:
+        watched.append(("train.global_batch", *batch))
+    quiet = ("data.workers", "data.timeout", "data.path", "objective.perceptual_trunk")
+    return [f"changed since {path.name}: {key} {old} -> {new}" for key, old, new in watched if key not in quiet]
+
+
+def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iterable[str]) -> list[str]:
+    """What of a checkpoint does not fit the state that it is to fill. ``averages``: those that the run keeps."""
+    wrong = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name].shape != tuple(tensor.shape):
+            wrong.append(f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}")
+        elif found[name].dtype != tensor.dtype:
+            wrong.append(f"{name} is {found[name].dtype}, expected {tensor.dtype}".replace("torch.", ""))
+    kept = tuple(f"{average}." for average in averages)
+    return wrong + [
+        f"{name} is unknown to the model"
+        for name in found
+        if name not in wanted and (name.startswith(kept) or not name.startswith("ema_"))
+    ]
+
+
+def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[str, float]]:
+    """(step, images seen, optimizer steps, running sums) of state.json. Raises UserError."""
+    counts: list[int] = []
+    for name in ("step", "images_seen", "optimizer_steps"):
+        value = state.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+            raise UserError(f"checkpoint {path}: {name} in state.json is missing or malformed")
+        counts.append(value)
+    means = state.get("means")
+    numbers = means.values() if isinstance(means, dict) else [None]
+    if not all(isinstance(v, (int, float)) for v in numbers):
+        raise UserError(f"checkpoint {path}: means in state.json is missing or malformed")
+    return counts[0], counts[1], counts[2], state["means"]
+
+
+def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
+    """Fills ``state`` from a checkpoint folder or an official .pt; returns the running sums of its log line.
+
+    Every rank calls it and reads what it holds. Raises UserError when the checkpoint belongs to another model or is
+    not what this program writes; ``state`` is then unchanged, unless a number in it is not finite.
+    """
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds weights without a training state; start from them with init_from={path}")
+    if path.is_file():
+        content = interop.read_official(path)
+        interop.load_training(content, state.model, state.optimizer, str(path))
+        # The official counter counts micro-batches; the optimizer's counts updates.
+        state.step = int(state.optimizer.steps)
+        state.images_seen = state.step * config.train.global_batch
+        state.best_cfg_scale = float(content.get("current_best_cfg_scale", 0.0))
+        return {}
+    counters = _read_counters(path)
+    step, images_seen, optimizer_steps, means = _counters(counters, path)
+    best = counters.get("best_cfg_scale", 0.0)
+    if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
+        raise UserError(f"checkpoint {path}: best_cfg_scale in state.json is malformed")
+    found, wanted = stored(path), tensors_of(state)
+    del wanted[STEPS]
+    fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
+    wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
+    if wrong := _misfits(found, wanted, state.optimizer.averages):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")
+    from unite_fast.checkpoint import dcp
+
+    try:
+        dcp.load(wanted, found)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
+        raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
+    state.optimizer.restart(fresh)
+    state.optimizer.steps.fill_(optimizer_steps)
+    state.step, state.images_seen, state.best_cfg_scale = step, images_seen, best
+    return means
+
+
+def _exported(path: Path, weights: str) -> tuple[dict[str, Tensor], Config]:
+    """What ``load_weights`` returns, of a file that ``export`` wrote. Raises UserError."""
+    found = shards.index([path])
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        values, held = json.loads(metadata["config"]), metadata["weights"]
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(f"{path} does not say what it holds; python -m unite_fast.export makes files that do") from None
+    if weights != held:
+        raise UserError(f"{path} holds the weights '{held}' alone, not '{weights}'")
+    config = from_dict(current(values), str(path))
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors = shards.read(found)
+    if bad := first_nonfinite(tensors):
+        raise UserError(f"{path}: {bad} is not finite; export an older checkpoint")
+    return tensors, config
+
+
+def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
+    """(state dict of the weights, the run's Config or None for an official .pt).
+
+    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), or "model", the raw ones; an exported
+    file has one of them. Raises UserError.
+    """
+    path = locate(path)
+    if path.suffix == ".safetensors":
+        return _exported(path, weights)
+    if path.is_file():
+        return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
+    _read_counters(path)
+    config, found = saved_config(path), stored(path)
+    known = [*ema.names(config.optim), "model"]
+    if weights not in known:
+        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
+    names = {k.removeprefix("model."): k for k in found if k.startswith("model.")}
+    names |= {k.removeprefix(f"{weights}."): k for k in found if k.startswith(f"{weights}.")}
+    tensors = shards.read(found, names.values())
+    if bad := first_nonfinite(tensors):
+        raise UserError(f"checkpoint {path}: {bad} is not finite; take an older one")
+    return {name: tensors[key] for name, key in names.items()}, config
+
+
+def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:
+    """A model in evaluation mode and its run's Config, from whatever ``locate`` finds."""
+    located = locate(path)
+    if located.is_file() and located.suffix != ".safetensors":
+        model = interop.load_reference(located, weights)
+        return model, official_config(interop.read_official(located), model.config)
+    state, config = load_weights(located, weights)
+    assert config is not None
+    model = UNITE(config.model)
+    interop.load_weights(model, state, str(located))
+    return model.eval(), config

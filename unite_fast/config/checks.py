@@ -1,0 +1,93 @@
+"""What a configuration must satisfy beyond its types: the bounds of its numbers, and what spans several fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config, ModelConfig, OptimConfig
+
+HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def _numbers(section: Any, path: str = "") -> Iterator[tuple[str, float, dict[str, float]]]:
+    """(whole key, value, bounds) of every number in a section and those within it; of a list's numbers one by one."""
+    for f in dataclasses.fields(section):
+        value, key = getattr(section, f.name), path + f.name
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                yield key, number, f.metadata["bounds"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def validate(config: Config) -> None:
+    """Checks the bounds of every number, and what spans several fields. Raises UserError that names whole keys."""
+    for key, number, bounds in _numbers(config):
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        _require(
+            all(HOLDS[word](number, bound) for word, bound in bounds.items()), f"{key} must be {words}, got {number}"
+        )
+    o, s = config.objective, config.sample
+    _check_model(config.model)
+    _check_averages(config.optim)
+    _check_efficiency(config)
+    low, high = o.noising_t
+    _require(low <= high, f"objective.noising_t {[low, high]} must satisfy low <= high")
+    low, high = s.cfg_interval
+    _require(low < high, f"sample.cfg_interval {[low, high]} must satisfy low < high")
+    _require(s.solver != "dopri5" or s.steps >= 2, "sample.steps must be at least 2 for sample.solver=dopri5")
+
+
+def _check_model(m: ModelConfig) -> None:
+    e, d = m.encoder, m.decoder
+    _require(
+        m.image_size % m.patch_size == 0,
+        f"model.image_size {m.image_size} is not a multiple of model.patch_size {m.patch_size}",
+    )
+    for key, part in (("model.encoder", e), ("model.decoder", d)):
+        _require(part.width % part.heads == 0, f"{key}.width {part.width} does not divide by {key}.heads {part.heads}")
+    _require(e.width % 2 == 0, f"model.encoder.width {e.width} must be even (sin-cos positions)")
+    _require(d.width % 4 == 0, f"model.decoder.width {d.width} must be a multiple of 4 (2-D sin-cos)")
+    size = e.width // e.heads
+    _require(not e.rope or size % 2 == 0, f"model.encoder.rope needs an even width of heads, this is {size}")
+    _require(int(2 / 3 * e.mlp_ratio * e.width) >= 1, f"model.encoder.mlp_ratio {e.mlp_ratio} is too small")
+    _require(
+        e.in_context_start < e.depth,
+        f"model.encoder.in_context_start {e.in_context_start} must be below its depth {e.depth}",
+    )
+
+
+def _check_averages(o: OptimConfig) -> None:
+    for entry in o.ema_extra:
+        if isinstance(entry, str):
+            width = entry.removeprefix("std")
+            good = entry.startswith("std") and width.replace(".", "", 1).isdecimal() and 0 < float(width) < 0.288
+            _require(good, f"optim.ema_extra: {entry!r} is neither a decay between 0 and 1 nor std0.01 to std0.28")
+    _require(len(set(o.ema_extra)) == len(o.ema_extra), "optim.ema_extra: an entry stands twice")
+
+
+def _check_efficiency(config: Config) -> None:
+    e, micro_batch = config.efficiency, config.train.micro_batch
+    asked = f"efficiency.precision={e.precision}"
+    _require(
+        e.residual == "fp32" or e.precision != "fp32", "efficiency.residual=bf16 needs a precision other than fp32"
+    )
+    if e.precision.startswith("fp8_te"):
+        _require(micro_batch % 8 == 0, f"{asked} needs train.micro_batch to be a multiple of 8, got {micro_batch}")
+    if "_te" in e.precision:
+        for key, value in {"recompute": e.recompute, "compile": e.compile}.items():
+            _require(
+                value == "none",
+                f"efficiency.{key}={value} does not work with {asked}: Transformer Engine's layers keep state between "
+                "passes; use fp8 or bf16, or none",
+            )

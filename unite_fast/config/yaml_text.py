@@ -1,0 +1,247 @@
+"""Configurations in and out: strict YAML, dotted overrides, and the text of ``--help``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from unite_fast.base.errors import CommonError, UserError
+from unite_fast.config import SIZES, Config
+from unite_fast.config.checks import validate
+
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_DEPTH = 50
+
+# Keys of earlier versions: the key of the same section that took their place, and what their values mean there.
+RETIRED: dict[str, tuple[str, dict[bool, str]]] = {
+    "efficiency.compile_decoder": ("compile", {True: "decoder", False: "none"}),
+    "efficiency.checkpoint_blocks": ("recompute", {True: "blocks", False: "none"}),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and refuses duplicate keys and extreme nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):  # type: ignore[override]
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise UserError(f"nesting deeper than {MAX_YAML_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"line {line}: a key must be a plain name")
+            if key in seen:
+                raise UserError(f"line {line}: key '{key}' stands twice (first in line {seen[key]}); remove one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes; this is not a configuration")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{where}: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _unknown(key: str, known: list[str], path: str, where: str) -> UserError:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{path}{close[0]}'?" if close else "known: " + ", ".join(known)
+    return UserError(f"{where}: unknown key '{path}{key}'; {hint}")
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    """``value`` as the annotated type ``kind``, or a UserError that names the key."""
+    wrong = UserError(f"{where}: {key} must be {_describe(kind)}, got {value!r}")
+    origin = get_origin(kind)
+    if origin is Literal:
+        if value in get_args(kind) and not isinstance(value, bool):
+            return value
+        close = difflib.get_close_matches(str(value), [str(a) for a in get_args(kind)], n=1)
+        raise UserError(f"{wrong}; did you mean '{close[0]}'?") if close else wrong
+    if origin in (typing.Union, types.UnionType):
+        for option in get_args(kind):
+            try:
+                return _convert(value, option, key, where)
+            except UserError:
+                continue
+        raise wrong
+    if origin is tuple:
+        items = get_args(kind)
+        if isinstance(value, (list, tuple)) and items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if not isinstance(value, (list, tuple)) or len(value) != len(items):
+            raise wrong
+        return tuple(_convert(v, k, key, where) for v, k in zip(value, items, strict=True))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+            return value
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif kind is str:
+        if isinstance(value, str) and "\0" not in value:
+            return value
+        if value is None:
+            return ""
+    raise wrong
+
+
+def _describe(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + "|".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is tuple:
+        return f"[{', '.join('...' if a is Ellipsis else _describe(a) for a in args)}]"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _merge(base: Any, values: Any, path: str, where: str) -> Any:
+    """``base`` (a config dataclass) with ``values`` (a mapping, or a size's name) laid over it."""
+    sizes = SIZES.get(type(base))
+    if sizes is not None and isinstance(values, str):
+        if values not in sizes:
+            raise _unknown(values, list(sizes), path, where)
+        return sizes[values]
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {path.rstrip('.') or 'the file'} must be a section of keys, got {values!r}")
+    hints = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key == "size" and sizes is not None:
+            continue
+        if key not in hints:
+            raise _unknown(str(key), list(hints), path, where)
+        if dataclasses.is_dataclass(hints[key]):
+            changes[key] = _merge(getattr(base, key), value, f"{path}{key}.", where)
+        else:
+            changes[key] = _convert(value, hints[key], path + key, where)
+    if sizes is not None and "size" in values:
+        base = _merge(base, str(values["size"]), path, where)
+    return dataclasses.replace(base, **changes)
+
+
+def from_dict(values: dict[str, Any], where: str = "config", base: Config | None = None) -> Config:
+    """A checked Config from nested dictionaries. Raises UserError."""
+    return _merge(base or Config(), values, "", where)
+
+
+def current(values: Any) -> Any:
+    """What a file of an earlier version says, in today's keys. Of two keys for the same thing today's counts."""
+    for old, (new, meaning) in RETIRED.items():
+        section, key = old.split(".")
+        found = values.get(section) if isinstance(values, dict) else None
+        if isinstance(found, dict) and isinstance(found.get(key), bool):
+            kept = {k: v for k, v in found.items() if k != key}
+            values = values | {section: {new: meaning[found[key]]} | kept}
+    return values
+
+
+def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises CommonError."""
+    try:
+        return _load(path, overrides)
+    except UserError as error:
+        raise CommonError(str(error)) from None
+
+
+def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
+    config = Config()
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--config {path}: not a text file") from None
+        values = parse_yaml(text, str(path))
+        config = from_dict({} if values is None else current(values), str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}': write it as section.key=value")
+        nested: Any = parse_yaml(text, f"override {override}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = from_dict(nested, f"override {override}", config)
+    validate(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of plain values, ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def help_text() -> str:
+    """Every key with its default, meaning and type, a line each, grouped by section, for ``--help``."""
+    lines: list[str] = []
+
+    def section(kind: type, path: str) -> None:
+        hints = typing.get_type_hints(kind)
+        default = kind()
+        nested = []
+        for f in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[f.name]):
+                nested.append(f.name)
+            else:
+                shown = f"{path}{f.name}={to_yaml_value(getattr(default, f.name))}"
+                lines.append(f"  {shown:<40} {f.metadata['meaning']} [{_describe(hints[f.name])}]")
+        for name in nested:
+            sizes = SIZES.get(hints[name])
+            lines.append(f"\n{path}{name}" + (f"  (or a size: {', '.join(sizes)})" if sizes else ""))
+            section(hints[name], f"{path}{name}.")
+
+    section(Config, "")
+    return "\n".join(lines)
+
+
+def to_yaml_value(value: Any) -> str:
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return text.replace("\n...", "").strip()

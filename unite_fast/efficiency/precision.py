@@ -1,0 +1,278 @@
+"""Precision recipes: the one place that decides which dtype runs where.
+
+    fp32            everything in float32
+    bf16            products in bfloat16; weights, their gradients and updates, norms and losses in float32
+    bf16_te         the same, the large layers through Transformer Engine
+    fp8             bf16 with the large layers' outputs and input gradients in float8, by torch's scaled product, one
+                    scale per tensor, taken from its values; weight gradients in bfloat16
+    fp8_rowwise     fp8 with one scale per row
+    fp8_te          the large layers in float8 through Transformer Engine, scales from the current values
+    fp8_te_delayed  the same, scales from the last steps' largest values
+
+The large layers are the encoder's qkv, proj, w12 and w3 and the decoder's qkv, attn_proj, ffn_up and ffn_down
+(``Linear(large=True)`` in model/layers.py). Embeddings, modulations and final layers stay in bfloat16, the time MLP in
+float32. Parameters stay float32 under their stock names, so a checkpoint of any recipe goes on under any other.
+
+A recipe rules the forward and backward passes of training, within ``Recipe.step()``, which copies the weights anew. A
+model in evaluation mode computes as its caller says (float32, or ``autocast``), from its parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.base.errors import UserError, first_line
+from unite_fast.config import EfficiencyConfig
+from unite_kernels import copied_linear
+
+E4M3 = torch.float8_e4m3fn
+TE = ("bf16_te", "fp8_te", "fp8_te_delayed")
+TE_FLOAT8 = ("fp8_te", "fp8_te_delayed")
+SCALED = ("fp8", "fp8_rowwise")
+
+
+def setup(device: torch.device) -> None:
+    """Process-wide switches: float32 is float32 in convolutions, too; denormals are flushed on CPUs, where they cost a
+    factor in AdamW and EMA."""
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+
+
+def autocast(recipe: str, device: torch.device) -> AbstractContextManager[object]:
+    """For passes outside training: "fp32", or "bf16" for matrix products in bfloat16, residual and losses in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe != "fp32")
+
+
+def uncached(recipe: str, device: torch.device) -> AbstractContextManager[object]:
+    """As ``autocast``, within it as well, but every use casts anew: a CUDA graph has no earlier cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe != "fp32", cache_enabled=False)
+
+
+class Half:
+    """Products in bfloat16, from copies of the parameters, padded where the layer allows it."""
+
+    def __init__(self, layer: Any) -> None:
+        shape = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+        self.outputs, self.groups = shape[0], layer.groups
+        self.weight = layer.weight.new_zeros(shape, dtype=torch.bfloat16, requires_grad=False)
+        self.bias = layer.bias.new_zeros(shape[0], dtype=torch.bfloat16, requires_grad=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        bias_copy = None if bias is None else self.bias[bounds[-2] : bounds[-1]]
+        return copied_linear.half_linear(x, weight, bias, self.weight, bias_copy, bounds, self.groups)
+
+
+class Scaled:
+    """Output and input gradient in float8, from quantised copies of the weight, padded where the layer allows it."""
+
+    def __init__(self, layer: Any, per_row: bool) -> None:
+        outputs, inputs = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+        self.outputs, self.groups = outputs, layer.groups
+        device = layer.weight.device
+
+        def factors(rows: int) -> Tensor:
+            return torch.empty((rows, 1) if per_row else (), device=device)
+
+        self.copies = (
+            torch.empty(outputs, inputs, dtype=E4M3, device=device),
+            factors(outputs),
+            torch.empty(inputs, outputs, dtype=E4M3, device=device),
+            factors(inputs),
+        )
+        self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        bias_copy = None if bias is None else self.bias
+        if bias is not None and bounds != (
+            0,
+            self.outputs,
+        ):  # a slice of the copy is what Inductor of torch 2.11 fails on
+            bias_copy = bias.detach().to(self.bias.dtype)
+        return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, bounds, self.groups)
+
+
+class TransformerEngine:
+    """Output and input gradient by a Transformer Engine layer on our parameters' memory; weight gradient by us.
+
+    Transformer Engine has a switch for the precision of the whole backward pass, none for weight gradients alone, so it
+    sees constants and the weight gradient is added in bfloat16. What it keeps (``_extra_state``: the largest values of
+    fp8_te_delayed) is not part of the model's state dict: such a run begins its history anew when it resumes.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.ours, self.outputs = layer, layer.out_features
+        # By first and last column, and whether the bias is added here. Made by the first pass that asks for them.
+        self.theirs: dict[tuple[int, int, bool], nn.Module] = {}
+        self.quantised: set[tuple[int, int, bool]] = set()  # in this step; the other passes use what was kept
+
+    def _make(self, start: int, stop: int, with_bias: bool) -> nn.Module:
+        import transformer_engine.pytorch as te
+
+        theirs = te.Linear(
+            self.ours.in_features, stop - start, bias=with_bias, params_dtype=torch.float32, device="cuda"
+        )
+        theirs.weight = nn.Parameter(self.ours.weight.detach()[start:stop], requires_grad=False)
+        if with_bias:
+            theirs.bias = nn.Parameter(self.ours.bias.detach()[start:stop], requires_grad=False)
+        return theirs
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+        one = len(bounds) == 2
+        key = bounds[0], bounds[-1], bias is not None and one
+        if key not in self.theirs:
+            self.theirs[key] = self._make(*key)
+        x = x.to(torch.bfloat16)
+        y = self.theirs[key](x, is_first_microbatch=key not in self.quantised)
+        self.quantised.add(key)
+        y = copied_linear.with_weight_gradient(y, x, weight, bias, bounds[0])
+        if one:
+            return (y,)
+        *others, last = y.split([b - a for a, b in itertools.pairwise(bounds)], dim=-1)
+        # Its gradient is taken above.
+        last = last.contiguous() if bias is None else last + bias.detach().to(last.dtype)
+        return *(part.contiguous() for part in others), last
+
+
+class Recipe:
+    """A resolved recipe on a model. ``step()`` is the context of a training step's forward and backward passes."""
+
+    def __init__(self, name: str = "fp32", device: torch.device | None = None) -> None:
+        self.name, self.device = name, device or torch.device("cpu")
+        self.halves: list[tuple[Tensor, Tensor]] = []  # (copy, parameter)
+        self.scaled: list[tuple[Scaled, Tensor]] = []
+        self.engines: list[TransformerEngine] = []
+        self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16
+        self.residual = "fp32"
+
+    def follow(self, copy: Tensor, parameter: Tensor, groups: int) -> None:
+        """``refresh`` will write the parameter into its copy."""
+        parameter = parameter.detach()
+        if copy.shape != parameter.shape:
+            copy = copied_linear.own_part(copy, parameter.shape, groups)
+            parameter = parameter.unflatten(0, copy.shape[:2])
+        self.halves.append((copy, parameter))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies every weight anew, once per optimizer step."""
+        if self.halves:
+            torch._foreach_copy_([copy for copy, _ in self.halves], [parameter for _, parameter in self.halves])
+        for products, weight in self.scaled:
+            copied_linear.write_scaled_(weight, *products.copies, products.groups)
+        for engine in self.engines:
+            engine.quantised.clear()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Refreshes the copies, then the context. autocast covers what has no copies: convolution and norms."""
+        self.refresh()
+        with ExitStack() as stack:
+            stack.enter_context(autocast(self.name, self.device))
+            if self.name in TE:
+                stack.enter_context(_te_autocast(self.name))
+            yield
+
+    def __str__(self) -> str:
+        text = self.name
+        if self.residual != "fp32":
+            text += f" with a {self.residual} residual"
+        if self.scaled or self.name in TE_FLOAT8:
+            text += f" ({len(self.scaled) or len(self.engines)} layers in float8"
+            text += f"; in bfloat16, sizes no multiples of 16: {', '.join(self.left)})" if self.left else ")"
+        return text
+
+
+def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, sharded: bool = False) -> Recipe:
+    """Prepares the linear layers of ``model``, which is on ``device``, for training. Raises UserError.
+
+    Called once for a model: parameters may be written to afterwards, but not replaced. sharded: they will be, by shards
+    (runtime/sharding.py), of which no copies are kept: bf16 then leaves all casts to autocast.
+    """
+    name = efficiency.precision
+    check(name, device)
+    recipe = Recipe(name, device)
+    recipe.residual = efficiency.residual
+    for module in model.modules():
+        if efficiency.residual == "bf16" and hasattr(module, "residual"):
+            module.residual = torch.bfloat16  # type: ignore[assignment]
+    if sharded and name not in ("fp32", "bf16"):
+        raise UserError(
+            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
+        )
+    if name == "fp32" or sharded:
+        return recipe
+    for path, layer in model.named_modules():
+        if hasattr(layer, "products"):
+            _prepare(recipe, path, layer)
+    if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.engines):
+        raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
+    recipe.refresh()
+    return recipe
+
+
+def _prepare(recipe: Recipe, path: str, layer: Any) -> None:
+    def fits(shape: Iterable[int]) -> bool:
+        return all(size % copied_linear.MULTIPLE == 0 for size in shape)
+
+    shape = layer.weight.shape
+    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape))):
+        layer.products = TransformerEngine(layer)
+        recipe.engines.append(layer.products)
+        return
+    padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
+    if layer.large and recipe.name in SCALED and fits(padded):
+        layer.products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
+        recipe.scaled.append((layer.products, layer.weight))
+    else:
+        layer.products = Half(layer)
+        recipe.follow(layer.products.weight, layer.weight, layer.groups)
+        pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
+        if layer.large and recipe.name != "bf16" and pattern not in recipe.left:
+            recipe.left.append(pattern)
+    recipe.follow(layer.products.bias, layer.bias, layer.groups)
+
+
+def check(name: str, device: torch.device) -> None:
+    """Whether a recipe can run on ``device``. Raises UserError with the reason and what to do."""
+    asked = f"efficiency.precision={name}"
+    if name in SCALED and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        found = torch.cuda.get_device_name(device)
+        raise UserError(f"{asked} needs a GPU with float8 products (sm_89 or later), this is {found}; use bf16")
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if name == "fp8_rowwise" and device.type == "cpu" and release < (2, 13):
+        raise UserError(f"{asked} on a CPU needs torch 2.13 or later, this is {torch.__version__}; use fp8")
+    if name in TE:
+        if device.type != "cuda":
+            raise UserError(f"{asked}: Transformer Engine needs a CUDA device; use {name.split('_')[0]} on a CPU")
+        try:
+            import transformer_engine.pytorch as te
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(
+                f"{asked} needs Transformer Engine ({reason}); pip install 'unite-fast[fp8]', or use bf16 or fp8"
+            ) from None
+        if name in TE_FLOAT8:
+            available, reason = te.is_fp8_available(return_reason=True)
+            if not available:
+                raise UserError(f"{asked}: {reason}; use bf16")
+
+
+def _te_autocast(name: str) -> AbstractContextManager[object]:
+    """Transformer Engine's context. Scales are not shared between ranks, which each see other images."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
+
+    if name == "bf16_te":
+        return te.autocast(enabled=False)
+    if name == "fp8_te":
+        return te.autocast(enabled=True, recipe=recipe.Float8CurrentScaling())
+    # A layer runs several times in one context, which a reduction of the largest values at its end would not allow.
+    return te.autocast(enabled=True, recipe=recipe.DelayedScaling(amax_history_len=16, reduce_amax=False))

@@ -1,0 +1,132 @@
+"""Reconstruction losses: pixels, and LPIPS with the lpips package's heads on a VGG16 trunk the user provides."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.base.errors import UserError
+from unite_fast.base.files import file_sha256
+from unite_fast.config import ObjectiveConfig
+from unite_kernels.lpips_head import lpips_head
+
+# The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
+TORCHVISION_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+# The heads that come with the lpips package (v0.1, vgg.pth), which are those of the official code.
+LPIPS_HEADS = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+MEND = (
+    "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set "
+    "objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
+)
+
+
+def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
+    """Mean absolute ("l1") or squared ("l2") difference of (B, Q, S, S) images, a float32 scalar."""
+    difference = reconstruction.float() - images.float()
+    return difference.abs().mean() if kind == "l1" else difference.square().mean()
+
+
+class Perceptual(nn.Module):
+    """LPIPS (Zhang et al., CVPR 2018): VGG16, v0.1 linear heads; a frozen module returning the batch mean."""
+
+    def __init__(
+        self, trunk: dict[str, Tensor] | None, input_range: str = "0_1", dropout: bool = False, backend: str = "eager"
+    ) -> None:
+        """trunk: torchvision VGG16 state dict; None leaves random weights (for benchmarks and tests only).
+
+        backend: of the head, as ``efficiency.kernels``. The trunk runs in channels_last.
+        """
+        super().__init__()
+        check_heads()
+        import lpips  # here: it imports torchvision, which takes seconds
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's deprecated "pretrained" argument
+            self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if trunk is not None:
+            own = self.net.net.state_dict()
+            wanted = {name: f"features.{re.sub(r'^slice[0-9]+.', '', name)}" for name in own}
+            missing = [source for source in wanted.values() if source not in trunk]
+            if missing:
+                raise UserError(f"the perceptual trunk is not a VGG16: it lacks {missing[0]}; {MEND}")
+            self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
+        self.net.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.input_range, self.dropout, self.backend = input_range, dropout, backend
+        self.run_trunk: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__  # or the trunk's forward, compiled
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Perceptual:
+        """The heads' dropout follows the configuration, not the training mode of whoever holds this module."""
+        super().train(False)
+        for head in self.net.lins:
+            head.train(self.dropout)
+        return self
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Two (B, 3, S, S) image batches in [0, 1] -> scalar; differentiable in ``reconstruction``."""
+        if self.input_range == "-1_1":
+            images, reconstruction = images * 2 - 1, reconstruction * 2 - 1
+        if self.dropout:  # a quirk kept for comparison; it has no kernel
+            return self.net(images, reconstruction).mean()
+        with torch.no_grad():  # the real branch needs no graph
+            real = self.features(images)
+        weights = [p.flatten() for name, p in self.net.named_parameters() if name.startswith("lin")]
+        return lpips_head(real, self.features(reconstruction), weights, backend=self.backend).mean()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The five feature maps of (B, 3, S, S) images, before normalisation."""
+        scaled: Tensor = self.net.scaling_layer(images).contiguous(memory_format=torch.channels_last)
+        return list(self.run_trunk(self.net.net, scaled))
+
+    def compile_trunk(self, region: Callable[..., Any]) -> None:
+        """region: makes a compiled function of the trunk's forward (``runtime.compiling``)."""
+        self.run_trunk = region(type(self.net.net).forward, inference=True)
+
+
+def check_heads() -> None:
+    """Raises UserError unless the weights within the lpips package are the known ones."""
+    package = importlib.util.find_spec("lpips")
+    if package is None or package.origin is None:
+        raise UserError("LPIPS needs the package lpips; pip install lpips")
+    file = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    digest = file_sha256(file) if file.is_file() else "no such file"
+    if digest != LPIPS_HEADS:
+        raise UserError(f"the heads of the lpips package are not the published ones ({digest}); reinstall lpips")
+
+
+def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eager") -> Perceptual | None:
+    """The LPIPS module that ``config`` asks for, or None at weight 0. Raises UserError on a missing or altered file."""
+    if config.perceptual_weight <= 0:
+        return None
+    if channels != 3:
+        raise UserError(f"LPIPS needs 3 colour channels, the model has {channels}; set objective.perceptual_weight=0")
+    if not config.perceptual_trunk:
+        raise UserError(
+            f"objective.perceptual_weight is {config.perceptual_weight} but no VGG16 weights are named; {MEND}"
+        )
+    path = Path(config.perceptual_trunk)
+    if not path.is_file():
+        raise UserError(f"objective.perceptual_trunk: no file {path}; {MEND}")
+    digest = file_sha256(path)
+    if not digest.startswith(config.perceptual_sha256 or TORCHVISION_VGG16):
+        raise UserError(
+            f"objective.perceptual_trunk {path} has sha256 {digest}, expected "
+            f"{config.perceptual_sha256 or TORCHVISION_VGG16}; {MEND}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            trunk = load_file(path)
+        else:
+            trunk = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"objective.perceptual_trunk {path}: {str(error).splitlines()[0]}; {MEND}") from None
+    return Perceptual(trunk, config.perceptual_range, config.perceptual_dropout, backend)

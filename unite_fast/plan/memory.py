@@ -1,0 +1,134 @@
+"""Device memory of a training step, from sizes: what stays, and what the forward passes keep for their backward.
+
+The activations are counted on fake tensors, which have shapes and no data: each tensor that autograd saves, once per
+storage, without the parameters. Compiled code keeps at most as much.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from unite_fast import objective
+from unite_fast.config import Config, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
+from unite_fast.efficiency import precision
+from unite_fast.modality.lpips import Perceptual
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.groups import split_parameters
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.sharding import shard_size
+
+FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
+WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
+
+
+class Recompute(NamedTuple):
+    """Whether blocks compute their activations again in backward, and why."""
+
+    blocks: bool
+    reason: str
+
+
+class Saved:
+    """Counts the bytes of the storages that autograd keeps while it is entered."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.known = {p.untyped_storage()._cdata for p in parameters}
+        self.kept: list[Tensor] = []  # so that no storage's place is taken by another
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.kept.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@functools.cache
+def activation_bytes(
+    m: ModelConfig, o: ObjectiveConfig, e: EfficiencyConfig, micro_batch: int
+) -> dict[Literal["reconstruction", "flow"], int]:
+    """Bytes kept for backward by the two passes, that of one flow mini-batch among them, without recomputation.
+
+    Only the larger of them is ever there: each pass's backward follows its forward.
+    """
+    perceptual = Perceptual(None, o.perceptual_range, backend=e.kernels) if o.perceptual_weight > 0 else None
+    sizes: dict[Literal["reconstruction", "flow"], int] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = UNITE(m)
+        for encoder in model.encoders():
+            encoder.backend = e.kernels
+        images = torch.empty(micro_batch, m.channels, m.image_size, m.image_size)
+        draws = objective.Draws.make(model, o, 0, torch.arange(micro_batch))
+        count = micro_batch * min(e.flow_mini_batch, max(o.flow_steps, 1))
+        zt, t, labels = torch.empty(count, *model.latent_shape), torch.empty(count), torch.arange(count)
+        parameters = list(model.parameters()) + (list(perceptual.parameters()) if perceptual else [])
+        passes: dict[Literal["reconstruction", "flow"], Callable[[], object]] = {
+            "reconstruction": lambda: objective.reconstruction_losses(model, images, draws, o, perceptual),
+            "flow": lambda: objective.flow_loss(model, zt, zt, t, labels, o),
+        }
+        for name, run in passes.items():
+            saved = Saved(parameters)
+            with precision.autocast(e.precision, torch.device("cpu")), saved_tensors_hooks(saved.pack, lambda x: x):
+                kept = run()
+            del kept
+            sizes[name] = saved.bytes
+    return sizes
+
+
+def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies.
+
+    Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
+    rank's part (gathered layers aside). The linear layers' copies (runtime/precision.py) take 2 bytes per weight, one
+    in bfloat16 or two in float8.
+    """
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    muon, adamw = split_parameters(model, config.optim.muon)
+    matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
+    each = 4 * (matrices + others)
+    sent = 1 + (config.train.strategy == "ddp" and world_size > 1)
+    averages = 1 + len(config.optim.ema_extra)
+    parts = {"parameters": each, "gradients": sent * each, "optimizer": 4 * (matrices + 2 * others)}
+    shards = shard_size(config, world_size)
+    parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
+    if config.efficiency.precision != "fp32" and config.train.strategy == "ddp":
+        copied = [module for module in model.modules() if hasattr(module, "products")]
+        parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
+    return parts
+
+
+def persistent_bytes(config: Config, world_size: int) -> int:
+    """The sum of ``persistent_parts``."""
+    return sum(persistent_parts(config, world_size).values())
+
+
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def recompute(config: Config, ranks: Ranks) -> Recompute:
+    """Applies ``efficiency.recompute``. It changes memory and time, never the results, so ranks may differ in it."""
+    choice = config.efficiency.recompute
+    if choice != "auto":
+        return Recompute(choice == "blocks", "as asked")
+    if ranks.device.type != "cuda":
+        return Recompute(False, "auto: a CPU has no memory of its own to fit into")
+    micro_batch = batch_split(config.train, ranks.world_size)[0]
+    activations = max(activation_bytes(config.model, config.objective, config.efficiency, micro_batch).values())
+    needed = persistent_bytes(config, ranks.world_size) + activations + WORKSPACE
+    device = torch.cuda.mem_get_info(ranks.device)[1]
+    reason = f"auto: {needed / 2**30:.1f} GiB without it, {FILL * device / 2**30:.1f} GiB to use"
+    return Recompute(needed > FILL * device, reason)

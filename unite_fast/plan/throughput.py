@@ -1,0 +1,95 @@
+"""How fast a run could go and how fast its images come: projections from FLOPs, and the rate of its source."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from unite_fast import data
+from unite_fast.config import Config, ModelConfig
+from unite_fast.data import rate
+from unite_fast.model.flops import peak_of, training_flops
+
+IMAGENET = 1_281_167  # images of ImageNet-1k's training set
+NODE = 8  # GPUs
+PLANNED = "NVIDIA H200"  # the device of projections where there is no GPU
+OFFICIAL_MFU = 0.105  # the official code's UNITE-B with 3 flow steps on 8 H200: 26 minutes per epoch, by its README
+MFUS = (0.3, 0.4)
+
+# Images/s per core of 256 x 256 images, CPU time (LOG.md, 2026-11-22, AMD EPYC): data.source and data.crop. DALI's are
+# of its CPU pipeline. Random crops cost about what their exact sibling does.
+PER_CORE = {
+    ("folder", "exact"): 358, ("folder", "fast"): 892, ("tar", "exact"): 358, ("tar", "fast"): 892,
+    ("packed", "exact"): 37_669, ("dali", "exact"): 357,
+}  # fmt: skip
+
+
+class Projection(NamedTuple):
+    mfu: float
+    images_per_second: float  # on one GPU
+    official: bool = False  # the official code's
+
+    def minutes(self, gpus: int) -> float:
+        """Per epoch of ImageNet."""
+        return IMAGENET / (self.images_per_second * gpus) / 60
+
+    def line(self) -> str:
+        official = " (the official code)" if self.official else ""
+        return (
+            f"MFU {self.mfu:.1%}: {self.images_per_second:,.0f} images/s per GPU, {self.minutes(1):,.0f} minutes per "
+            f"ImageNet epoch, {self.minutes(NODE):,.1f} on {NODE} GPUs{official}"
+        )
+
+
+def device_name() -> str:
+    """The GPU that is here, or the one that is planned for."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else PLANNED
+
+
+def official_is_known(config: Config) -> bool:
+    """Whether OFFICIAL_MFU is of this model and this device."""
+    o = config.objective
+    same = config.model == ModelConfig() and o.flow_steps == 3 and o.perceptual_weight > 0
+    return same and device_name() == PLANNED
+
+
+def project(config: Config, mfu: float | None = None) -> list[Projection]:
+    """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
+
+    Empty where the device's peak is not known, and for images so small that no GPU would be kept busy.
+    """
+    peak = peak_of(device_name()) if config.model.image_size >= 64 else None
+    o = config.objective
+    flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    if not peak:
+        return []
+    known = official_is_known(config)
+    mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
+    return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU) for m in mfus]
+
+
+def expected_rate(config: Config) -> float | None:
+    """Images/s that one rank's workers should deliver, from the table and the cores that they can have."""
+    d = config.data
+    per_core = PER_CORE.get((d.source, "fast" if d.crop == "fast" else "exact"))
+    if per_core is None or config.model.image_size != 256:
+        return None
+    return per_core * min(max(1, d.workers), len(os.sched_getaffinity(0)))
+
+
+def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: float = 2.0) -> str:
+    """One line: images/s of the source, expected and measured here for one rank, against what training takes.
+
+    Raises as ``rate.measure``.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    batch = min(128, config.train.micro_batch)
+    found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
+    expected = expected_rate(config)
+    said = f"expected {expected:,.0f} images/s, " if expected else ""
+    projections = project(config, mfu)
+    demand = projections[0].images_per_second if projections else 0.0
+    said += f"measured {found.line(demand)}"
+    return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

@@ -1,0 +1,75 @@
+"""What ``train.py --dry-run`` prints: sizes, FLOPs, memory, speed and data of a run. The model takes no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from unite_fast import data, run
+from unite_fast.base import launcher
+from unite_fast.config import Config, batch_split
+from unite_fast.efficiency import graph
+from unite_fast.modality.lpips import load_perceptual
+from unite_fast.model.unite import UNITE
+from unite_fast.parallel import sharding
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.plan import memory, throughput
+from unite_fast.run import monitor
+
+
+def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
+    """What the passes keep for their backward, and the sum with what stays on a rank."""
+    kept = memory.activation_bytes(config.model, config.objective, config.efficiency, micro_batch)
+    peak = max(kept.values())
+    by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
+    total = memory.amount(peak + memory.persistent_bytes(config, world_size))
+    return (
+        f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
+        f"{total} with what stays (counted from sizes)"
+    )
+
+
+def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
+    """The run's source, None where no path is given yet, and what is missing. A path that is wrong is a UserError."""
+    missing = []
+    o = config.objective
+    if o.perceptual_weight > 0 and not o.perceptual_trunk:
+        missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
+    else:
+        load_perceptual(o, config.model.channels, config.efficiency.kernels)
+    if config.data.source not in ("digits", "synthetic") and not config.data.path:
+        return None, [*missing, f"data.path is not given: {throughput.IMAGENET:,} images of ImageNet-1k are assumed"]
+    return data.open_source(config.data, config.model), missing
+
+
+def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
+    """The plan of a run by ``ranks`` processes of one node, or by as many as were started. Raises UserError.
+
+    mfu: utilisation for which speed is projected; None for a table of several.
+    """
+    run.check_paths(config)
+    world = ranks or launcher.world_size()
+    if ranks and config.train.strategy == "hsdp" and not config.train.shard_size:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))
+    split = batch_split(config.train, world)
+    sharding.check(config, world)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    run.check_kernels(config, device)
+    if device.type == "cuda":  # a plan made on another machine is for one with a GPU
+        graph.check(config, device)
+    source, missing = open_inputs(config)
+    monitor.open_files(config, world)
+    planned = Ranks(0, world, device)
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    # The whole model, whoever else there is: shapes need no other ranks.
+    state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
+    lines = [run.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
+    lines.append(activations_line(config, split[0], world))
+    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]
+    if source is not None:
+        lines.append(
+            f"data           {config.data.source}: {throughput.supply(config, source, mfu or throughput.MFUS[-1])}"
+        )
+    return "\n".join([*lines, *(f"note           {text}" for text in missing)])

@@ -1,0 +1,236 @@
+"""Scores while a run trains, on all ranks, of averaged weights: FID with the published search for the guidance scale,
+its sweep over intervals and orders, and reconstructions of held-out images.
+
+    scores/training/step_0050040_search.json    {"kind", "step", "epoch", "protocol", "rows", "best", "result"}
+
+Nothing of the run changes but ``best_cfg_scale``, from which the next search begins: the raw weights are put back bit
+for bit, and the samples' noise is a function of seeds. When a score is due is a function of the images seen. A stop
+ends it after the tile in work, and the run that goes on from there finishes it first; what fails on one rank fails on
+all and is dealt with by train.on_eval_error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unite_fast import data, run
+from unite_fast.base import faults
+from unite_fast.base.errors import Stopped, UserError
+from unite_fast.config import Config
+from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
+from unite_fast.evaluation.features import Extractor
+from unite_fast.evaluation.fid import Statistics
+from unite_fast.evaluation.generation import Options, Settings
+from unite_fast.modality.lpips import Perceptual
+from unite_fast.optim import ema
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.session import Session
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import sampling_model
+
+NAMES = {"search": "the guidance search", "sweep": "the guidance sweep", "rfid": "the reconstruction score"}
+
+
+class Files(NamedTuple):
+    """What scores are computed with, opened before the first step."""
+
+    extractor: Extractor
+    reference: Statistics | None
+    about: dict[str, Any]  # of the reference
+
+
+def open_files(config: Config, world_size: int) -> Files | None:
+    """None when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
+    e = config.evaluation
+    generates = e.fid_epoch > 0 or e.sweep_epoch > 0
+    if not generates and not e.rfid_epoch:
+        return None
+    known = [*ema.names(config.optim), "model"]
+    if e.weights not in known:
+        raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
+    # Ranks with fewer tiles would leave the others waiting for their shards.
+    if config.train.strategy != "ddp" and world_size > 1:
+        raise UserError(
+            f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
+            "score its checkpoints with python -m unite_fast.evaluate"
+        )
+    try:
+        if generates:
+            generation.of_run(config).check(config.model)
+            if not e.reference:
+                raise UserError("evaluation.reference names no statistics of the real images; make them with "
+                                "python -m unite_fast.evaluation.statistics")  # fmt: skip
+        if e.rfid_epoch:
+            data.open_source(config.data, config.model, "heldout")
+        reference, about = statistics.read(e.reference) if generates else (None, {})
+        extractor = features.open_extractor(config, e.extractor, e.inception, e.inception_sha256)
+        if reference is not None:
+            statistics.check_extractor(about, len(reference.mean), extractor, e.reference)
+    except UserError as error:
+        raise UserError(f"evaluation while training: {error}") from None
+    return Files(extractor, reference, about)
+
+
+def due(config: Config, images_seen: int, images_per_epoch: int, last: bool = False) -> list[str]:
+    """What has to be scored after the step that reached ``images_seen``: at the end of every so many epochs.
+
+    last: no step follows. An epoch of which less than a batch is missing then counts as ended.
+    """
+    e, batch = config.evaluation, config.train.global_batch
+    reached = images_seen + (batch - 1 if last else 0)
+
+    def ends(epochs: float) -> bool:
+        period = max(1, round(epochs * images_per_epoch))
+        return epochs > 0 and images_seen > 0 and reached // period > max(0, images_seen - batch) // period
+
+    generated = ["sweep"] if ends(e.sweep_epoch) else ["search"] if ends(e.fid_epoch) else []
+    return generated + (["rfid"] if ends(e.rfid_epoch) else [])
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and values."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The content of a score; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Monitor:
+    """Calls of ``monitor(state)`` after each step, on all ranks, score what is due."""
+
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        files: Files,
+        state: TrainState,
+        images_per_epoch: int,
+        last_step: int,
+        perceptual: Perceptual | None,
+    ) -> None:
+        """Removes scores later than ``state``: they will come again. Unfinished ones are taken up then."""
+        self.config, self.session, self.files, self.perceptual = config, session, files, perceptual
+        self.ranks: Ranks = session.ranks
+        self.images_per_epoch, self.last_step = images_per_epoch, last_step
+        self.folder = session.path / "scores" / "training"
+        self.ranks.decide(functools.partial(self._tidy, state.step))
+
+    def _tidy(self, step: int) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("step_*"):
+                if int(path.name.split("_")[1]) > step and path.suffix == ".json":
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"{self.folder}: {error.strerror}") from None
+
+    def __call__(self, state: TrainState) -> str:
+        """Scores what is due and not done yet; an empty string, or the state in which a stop ends all ranks."""
+        for kind in due(self.config, state.images_seen, self.images_per_epoch, state.step == self.last_step):
+            path = self.folder / f"step_{state.step:07d}_{kind}.json"
+            finished = self.ranks.decide(functools.partial(_finished, path))
+            if finished is not None:  # perhaps after the checkpoint was saved, which then has an older scale
+                if "best" in finished:
+                    state.best_cfg_scale = finished["best"]["cfg_scale"]
+                continue
+            try:
+                self.session.guarded(NAMES[kind], functools.partial(self._score, kind, state, path))
+            except Stopped:
+                return self.session.settle()
+        return ""
+
+    def _score(self, kind: str, state: TrainState, path: Path) -> None:
+        self.ranks.together(functools.partial(faults.strike, "eval", state.step))
+        name = self.config.evaluation.weights
+        tensors = state.optimizer.parameters if name == "model" else state.optimizer.averages[name]
+        weights = {
+            "run": self.config.name, "step": state.step, "weights": name,
+            "sha256": self.ranks.decide(functools.partial(digest, tensors)),
+        }  # fmt: skip
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        restore = sampling_model(state, tensors)
+        state.model.eval()
+        try:
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                found = self._rfid(state) if kind == "rfid" else self._search(kind, state, path, weights)
+        finally:
+            restore()
+            state.model.train()
+        protocol = {"checkpoint": weights, "extractor": self.files.extractor.identity()} | found.pop("protocol")
+        protocol["environment"] = run.provenance(self.config, self.ranks)
+        epoch = state.images_seen / self.images_per_epoch
+        content = {"kind": kind, "step": state.step, "epoch": epoch, "protocol": protocol} | found
+        self.ranks.together(functools.partial(self._write, path, content))
+        if kind != "rfid":
+            state.best_cfg_scale = found["best"]["cfg_scale"]
+
+    def _search(self, kind: str, state: TrainState, path: Path, weights: dict[str, Any]) -> dict[str, Any]:
+        """The published search from the best scale so far; "sweep" also tries other intervals and cfg_first."""
+        extractor, reference, about = self.files
+        progress = path.with_suffix(".jsonl")
+        identity = generation.digest([weights, extractor.identity(), about["sha256"]])
+        options = Options(progress, stopping=self.session.stopping)
+
+        def compute(chosen: Settings) -> dict[str, Any]:
+            return generation.score(state.model, chosen, extractor, reference, self.ranks, identity, options=options)
+
+        scored = guidance_search.Scored(progress, identity, compute, self.ranks, discard=True)
+        start = state.best_cfg_scale or self.config.sample.cfg_scale
+        best = guidance_search.search(scored, generation.of_run(self.config, cfg_scale=start))
+        overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
+        rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
+        protocol = {"reference": about, "seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
+        return {
+            "protocol": protocol,
+            "rows": rows,
+            "best": dataclasses.asdict(best),
+            "best_overall": dataclasses.asdict(overall),
+            "result": scored.row(overall)["result"],
+        }
+
+    def _rfid(self, state: TrainState) -> dict[str, Any]:
+        perceptual = self.perceptual
+        dropout = perceptual is not None and perceptual.dropout
+        if perceptual is not None:  # a quirk of the training loss, which has no place in a score
+            perceptual.dropout = False
+            perceptual.train(False)
+        try:
+            result, said = reconstruction.score(
+                state.model, self.config, self.files.extractor, self.ranks, perceptual, stopping=self.session.stopping
+            )
+        finally:
+            if perceptual is not None:
+                perceptual.dropout = dropout
+                perceptual.train(False)
+        return {"protocol": {"data": said, "uint8": "truncated"}, "result": result}
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        if not self.ranks.is_main:
+            return
+        temporary = path.with_name(f"{path.name}.incomplete")
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(path)
+        for left in self.folder.glob(f"{path.stem}.jsonl*"):  # of other numbers of ranks, too
+            left.unlink(missing_ok=True)
+        shown = {k: v for k, v in content["result"].items() if k in ("fid", "is", "rfid", "psnr", "lpips")}
+        scale = f" at w = {content['best_overall']['cfg_scale']:g}" if "best_overall" in content else ""
+        said = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
+        print(f"{NAMES[content['kind']]} at step {content['step']}{scale}: {said}", flush=True)

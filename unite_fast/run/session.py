@@ -1,0 +1,255 @@
+"""What surrounds a training loop: the run folder with its lock, status and logs, and the ways in which a run ends.
+
+status.json    {state, reason, step, last_good, rank, time}; state is running, finished, time_limit, preempted,
+               failed or diverged
+run.lock       held by rank 0 while the run lives; names its process and host
+logs/          one file per rank
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from unite_fast import checkpoint
+from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
+from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
+from unite_fast.config import Config
+from unite_fast.config.yaml_text import to_dict
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.rank_log import RankLog, redact
+from unite_fast.run.stop import Stop
+from unite_fast.training.state import TrainState
+
+LOCK_PATIENCE = 10.0  # seconds for the processes of an earlier start, which torchrun or the scheduler is ending
+
+
+class Diverged(RunError):
+    """The model or its gradients are not finite any more."""
+
+
+def folder(config: Config) -> Path:
+    return Path(config.run_dir or f"runs/{config.name}")
+
+
+# --- ranks that do not run the same thing ----------------------------------------------------------------------------
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What has to be equal on all ranks: every configuration key, the package's code, and torch."""
+    flat: dict[str, Any] = {}
+
+    def flatten(values: dict[str, Any], path: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                flatten(value, f"{path}{key}.")
+            else:
+                flat[path + key] = value
+
+    flatten(to_dict(config), "")
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return flat | {"the code of unite_fast": digest.hexdigest()[:12], "torch": torch.__version__}
+
+
+def check_agreement(config: Config, ranks: Ranks) -> None:
+    """Raises UserError on all ranks when they run different configurations or code, with the differing keys."""
+    everyone = ranks.gather(fingerprint(config))
+    for rank, other in enumerate(everyone):
+        keys = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
+        if keys:
+            shown = "; ".join(f"{k} is {everyone[0][k]!r} on rank 0, {other.get(k)!r} on rank {rank}" for k in keys[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CommonError(f"the ranks differ: {shown}{more}; start all of them with the same command and code")
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+
+def lock(path: Path) -> int:
+    """Takes the run folder for this process; returns the lock's descriptor. Raises UserError naming who holds it.
+
+    A POSIX lock: the system frees it however the process ends, forked children do not inherit it, and it works on
+    network file systems that support locks.
+    """
+    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
+            if not _is_ending(holder) or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise UserError(f"{path} is in use by {holder}; end it, or choose another name or run_dir") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def _is_ending(holder: str) -> bool:
+    """Whether the holder is a process of this host that is gone or about to be: its parent has ended."""
+    found = re.match(r"pid (\d+) on (.*)", holder)
+    if not found or found[2] != socket.gethostname():
+        return False
+    try:
+        text = Path(f"/proc/{found[1]}/stat").read_text()
+    except OSError:
+        return True
+    return text.rpartition(")")[2].split()[0] in "ZX"
+
+
+# --- the session -----------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A context around the training loop. All ranks enter it; rank 0 owns the folder."""
+
+    def __init__(self, config: Config, ranks: Ranks, started: float) -> None:
+        """started: time.monotonic() at which train.max_minutes began."""
+        self.config, self.ranks, self.path = config, ranks, folder(config)
+        self.stop = Stop(ranks, config.train.max_minutes, started)
+        self.step = 0
+        self.begun = False
+        self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
+        self.writer = Writer(self.path / "checkpoints", config, ranks)
+        self.descriptor: int | None = None
+        self.log: RankLog | None = None
+
+    def __enter__(self) -> Session:
+        self.descriptor = self.ranks.decide(self._prepare)
+        self.log = RankLog(self.path / "logs", self.ranks.rank, 0.8 * self.config.comm.train_timeout)
+        self.log.logger.info("pid %d of %d ranks", os.getpid(), self.ranks.world_size)
+        self.stop.install()
+        self.log.alive()
+        return self
+
+    def _prepare(self) -> int:
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            return lock(self.path)
+        except OSError as error:
+            raise UserError(f"run folder {self.path}: {error.strerror}; choose another with run_dir=PATH") from None
+
+    def begin(self, step: int) -> None:
+        self.step, self.begun = step, True
+        if self.ranks.is_main:
+            self.status("running")
+
+    def boundary(self, step: int) -> str:
+        """After each step, on all ranks: an empty string, or the state in which all of them stop now."""
+        self.step = step
+        if self.log is not None:
+            self.log.alive()
+        state, reason = self.stop.agreed()
+        if state == "running":
+            return ""
+        if state == "failed":
+            raise RunError(reason)
+        self.outcome = (state, reason)
+        return state
+
+    def stopping(self) -> bool:
+        """For loops that run between steps: whether this rank was asked to stop. Also a sign of life."""
+        if self.log is not None:
+            self.log.alive()
+        return self.stop.requested()
+
+    def settle(self) -> str:
+        """After Stopped, on all ranks: the state in which all of them end."""
+        while not (state := self.boundary(self.step)):
+            pass
+        return state
+
+    def save(self, state: TrainState, means: dict[str, float]) -> None:
+        """Starts a save; what became of the one before may end the run. All ranks together."""
+        self.writer.save(state, means)
+        if self.writer.failures >= MAX_FAILURES:
+            self.stop.fail(
+                f"the disk refused {self.writer.failures} checkpoints in a row; free some space, then start again"
+            )
+
+    def finish_saving(self) -> None:
+        """Waits for the save in flight. Raises RunError when the state could not be saved at the end."""
+        self.writer.wait()
+        if self.writer.failures:
+            raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good()}")
+
+    def status(self, state: str, reason: str = "") -> None:
+        """Writes status.json, for schedulers and people; a full disk is no reason to stop."""
+        content = {
+            "state": state,
+            "reason": redact(reason),
+            "step": self.step,
+            "last_good": self.last_good(),
+            "rank": self.ranks.rank,
+            "time": time.time(),
+        }
+        temporary = self.path / f"status.json.{self.ranks.rank}.tmp"
+        try:
+            temporary.write_text(json.dumps(content))
+            temporary.replace(self.path / "status.json")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if self.log is not None:
+                self.log.logger.warning("status.json cannot be written (%s)", error)
+
+    def last_good(self) -> int | None:
+        """The step of the newest checkpoint whose files are all there."""
+        whole = (p for p in checkpoint.newest_first(self.path / "checkpoints") if not checkpoint.verify(p, False))
+        newest = next(whole, None)
+        return checkpoint.step_of(newest) if newest else None
+
+    def guarded(self, what: str, function: Callable[[], None]) -> None:
+        """Evaluation inside training: what it raises is noted, and ends the run only by train.on_eval_error=fail."""
+        try:
+            function()
+        except Stopped:
+            raise
+        except Exception as error:
+            if self.config.train.on_eval_error == "fail":
+                raise RunError(f"{what} at step {self.step} failed: {first_line(error)}") from error
+            assert self.log is not None
+            self.log.logger.warning("%s at step %d failed, training goes on: %s", what, self.step, first_line(error))
+            self.log.logger.info("traceback", exc_info=error)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        state, reason = self.outcome
+        if error is not None:
+            state, reason = ("diverged" if isinstance(error, Diverged) else "failed"), first_line(error)
+            if self.log is not None and not isinstance(error, (RunError, UserError)):
+                self.log.logger.info("the run ends by an error", exc_info=error)
+            self.writer.abandon()
+        else:
+            self.stop.close()
+        refused = isinstance(error, UserError) and not self.begun  # the status stays that of the run so far
+        if not refused and (self._is_first_failure() if error is not None else self.ranks.is_main):
+            self.status(state, reason)
+        self.stop.remove()
+        if self.log is not None:
+            self.log.close()
+        if self.descriptor is not None and self.ranks.is_main:
+            os.close(self.descriptor)
+
+    def _is_first_failure(self) -> bool:
+        """Whether no rank has yet said why the run ends: what follows on the others is a consequence."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"] not in ("failed", "diverged")
+        except (OSError, ValueError, KeyError):
+            return True

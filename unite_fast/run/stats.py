@@ -1,0 +1,259 @@
+"""What a run reports: means of device-side metrics, one progress line, metrics.csv and metrics.jsonl.
+
+Whoever asks gets the rows in TensorBoard or Weights & Biases as well; what fails there costs one warning.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from unite_fast.base.errors import UserError, first_line
+from unite_fast.config import Config, TrainConfig
+from unite_fast.training.means import SKIPPED
+
+log = logging.getLogger("unite_fast.stats")
+
+
+class Service(Protocol):
+    """Where rows go besides the run folder."""
+
+    def write(self, row: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A resumed run goes on under its own id, which wandb_id.txt in the run folder keeps."""
+
+    def __init__(self, folder: Path, config: Config, values: dict[str, Any]) -> None:
+        """values: the configuration as it is shown there."""
+        import wandb
+
+        t, file = config.train, folder / "wandb_id.txt"
+        known = file.read_text().strip() if file.is_file() else None
+        self.run = wandb.init(
+            project=t.wandb_project, name=t.wandb_name or config.name, dir=str(folder), config=values, id=known,
+            mode="offline" if t.wandb_offline else "online", resume="allow",
+        )  # fmt: skip
+        file.write_text(self.run.id)
+
+    def write(self, row: dict[str, float]) -> None:
+        self.run.log({name: value for name, value in row.items() if not math.isnan(value)}, step=int(row["step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def check_services(train: TrainConfig) -> None:
+    """Raises UserError when a service is asked for whose package is not installed."""
+    for package in ("tensorboard", "wandb"):
+        if getattr(train, package) and importlib.util.find_spec(package) is None:
+            raise UserError(f"train.{package}=true needs {package}; pip install 'unite-fast[log]'")
+
+
+def open_services(folder: Path, config: Config, values: dict[str, Any]) -> list[Service]:
+    """The services that ``config`` asks for and that can be reached; the others cost a warning each."""
+    makers: dict[str, Callable[[], Service]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: WeightsAndBiases(folder, config, values),
+    }
+    services = []
+    for name, make in makers.items():
+        if getattr(config.train, name):
+            try:
+                services.append(make())
+            except Exception as error:  # whatever a service does, the run does not depend on it
+                log.warning("%s cannot be used (%s); training goes on without it", name, first_line(error))
+    return services
+
+
+class Log:
+    """metrics.jsonl and metrics.csv of a run folder: one row per log line, kept in step with checkpoints on resume."""
+
+    def __init__(self, folder: Path, resumed_step: int, services: list[Service] | None = None) -> None:
+        self.json_path, self.csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.header: list[str] = []
+        self.services = services or []
+        self.warned: set[object] = set()
+        try:
+            self._cut(resumed_step)
+        except OSError as error:
+            self._warn(self, error)
+
+    def _cut(self, resumed_step: int) -> None:
+        """Removes rows later than the checkpoint from which the run goes on: they will come again."""
+        rows = [r for r in read_metrics(self.json_path) if r["step"] <= resumed_step]
+        temporary = self.json_path.with_suffix(".tmp")
+        temporary.write_text("".join(_json(row) for row in rows))
+        os.replace(temporary, self.json_path)
+        self.header = list(rows[0]) if rows else []
+        table = [self.header, *([row.get(k, "") for k in self.header] for row in rows)]
+        self.csv_path.write_text(_csv(table) if rows else "")
+
+    def _warn(self, who: object, error: Exception) -> None:
+        """Once for the files and once for each service."""
+        if who not in self.warned:
+            where = "" if who is self else f" to {type(who).__name__}"
+            log.warning("metrics cannot be written%s (%s); training goes on", where, first_line(error))
+        self.warned.add(who)
+
+    def write(self, row: dict[str, float]) -> None:
+        """A full or read-only disk costs the row and one warning, never the run. JSON has no NaN: it becomes null."""
+        try:
+            with self.json_path.open("a") as file:
+                file.write(_json(row))
+            with self.csv_path.open("a", newline="") as file:
+                if not self.header:
+                    self.header = list(row)
+                    file.write(_csv([self.header]))
+                file.write(_csv([[row.get(k, "") for k in self.header]]))
+        except OSError as error:
+            self._warn(self, error)
+        for service in self.services:
+            try:
+                service.write(row)
+            except Exception as error:  # of somebody else's code, over a network
+                self._warn(service, error)
+
+    def close(self) -> None:
+        """At the end of the run: what the services hold back is sent."""
+        for service in self.services:
+            try:
+                service.close()
+            except Exception as error:
+                self._warn(service, error)
+
+
+def _json(row: dict[str, float]) -> str:
+    return json.dumps({k: None if math.isnan(v) else v for k, v in row.items()}) + "\n"
+
+
+def _csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+                row["step"] = int(row["step"])
+            except (ValueError, AttributeError, KeyError, TypeError):
+                break
+            rows.append(row)
+    return rows
+
+
+class Meter:
+    """Images per second and time to go, from the wall clock."""
+
+    def __init__(
+        self, total_images: int, images_seen: int, flops_per_image: float, peak: float | None, world: int
+    ) -> None:
+        self.total, self.flops, self.peak, self.world = total_images, flops_per_image, peak, world
+        self.last_time, self.last_images = time.perf_counter(), images_seen
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place inside does not count as training time."""
+        begun = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - begun
+
+    def rates(self, images_seen: int) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (images_seen - self.last_images) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_images = now, images_seen
+        values = {
+            "images_per_second": rate,
+            "tflops": rate * self.flops / 1e12,
+            "seconds_left": (self.total - images_seen) / max(rate, 1e-9),
+        }
+        values["mfu"] = rate * self.flops / (self.peak * self.world) if self.peak else math.nan
+        return values
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most that tensors have held of a GPU's memory so far, from counters on the host; empty for a CPU."""
+    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+def progress_line(row: dict[str, float], total_steps: int) -> str:
+    """One line of the terminal: step, images, losses, gradient norm, speed, memory, time to go."""
+    left = int(row["seconds_left"])
+    speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
+    lpips = f" lpips {row['lpips']:.4f}" if row["lpips"] else ""
+    skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
+    memory = f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""
+    return (
+        f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
+        f"pixel {row['l1']:.4f}{lpips}  flow {row['flow']:.4f}  latent std {row['latent_std']:.3f}  "
+        f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
+        f"data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    )
+
+
+class CollapseAlarm:
+    """Latents that stop varying over samples carry nothing to decode.
+
+    Speaks once: when the standard deviation falls below the threshold after having been above it, or when it never
+    rose above it in the first ``patience`` steps.
+    """
+
+    def __init__(self, threshold: float, patience: int = 200) -> None:
+        self.threshold, self.patience = threshold, patience
+        self.seen_healthy = self.spoken = False
+
+    def check(self, row: dict[str, float]) -> str:
+        """The warning, or an empty string. A row of skipped steps says nothing."""
+        if math.isnan(row["latent_std"]):
+            return ""
+        healthy = row["latent_std"] >= self.threshold
+        self.seen_healthy |= healthy
+        if healthy or self.spoken or not (self.seen_healthy or row["step"] >= self.patience):
+            return ""
+        self.spoken = True
+        return (
+            f"warning: the latents collapse: their standard deviation over samples is {row['latent_std']:.3f}, below "
+            f"train.collapse_std {self.threshold}; lower objective.flow_weight"
+        )
+
+
+def tell(row: dict[str, float], total_steps: int, log: Log, alarm: CollapseAlarm) -> None:
+    """A log line: to the files and services of the run, and to the terminal, with the alarm if it goes off."""
+    log.write(row)
+    print(progress_line(row, total_steps), flush=True)
+    if warning := alarm.check(row):
+        print(warning, file=sys.stderr)

@@ -1,0 +1,310 @@
+"""Batch sampling to files: the same bits for a seed, whatever the batch size and the number of processes.
+
+Images are first written one by one to a folder (``OUT`` itself, or ``OUT.parts`` for a grid, npz or tar). Folder and
+file keep the protocol: a rerun makes only what is missing, and what was made with other options or another checkpoint
+is refused, or replaced if that is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast import sampling
+from unite_fast.base.errors import UserError
+from unite_fast.flow.field import Replays
+from unite_fast.modality import pictures
+from unite_fast.model.flops import sampling_flops
+from unite_fast.model.unite import UNITE
+from unite_fast.parallel.distributed import Ranks
+from unite_kernels import philox
+
+LABEL_STREAM = 1 << 17
+MAX_SEEDS = 10_000_000
+GRID_COLUMNS = 10
+PROTOCOL = "protocol.json"
+FILES = (".png", ".npz", ".tar")
+
+
+@dataclass(frozen=True)
+class Request:
+    seeds: list[int]
+    labels: list[int]
+    solver: str
+    steps: int
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    cfg_order: str
+    batch: int
+
+    def check(self) -> None:
+        """Raises UserError on options that make no sense."""
+        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise UserError(f"guidance scale {self.cfg_scale} must be a finite number of at least 0")
+
+    def protocol(self, identity: str) -> dict[str, object]:
+        """What an image depends on besides its own seed and label."""
+        return {
+            "checkpoint": identity,
+            "solver": self.solver,
+            "steps": self.steps,
+            "cfg_scale": self.cfg_scale,
+            "cfg_interval": list(self.cfg_interval),
+            "cfg_order": self.cfg_order,
+            "tile": sampling.TILE,
+        }
+
+    def whole(self, identity: str) -> dict[str, object]:
+        """What a grid, npz or tar depends on."""
+        labels = hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()[:16]
+        return self.protocol(identity) | {"seeds": as_ranges(self.seeds), "labels": labels}
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-3,8" -> [0, 1, 2, 3, 8]. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        try:
+            first = int(low)
+            last = int(high) if dash else first
+        except ValueError:
+            raise UserError(f"--seeds {text}: write ranges and numbers such as 0-49,100") from None
+        if max(abs(first), abs(last)) >= 1 << 62:
+            raise UserError(f"--seeds {text}: {part} is too large a number")
+        if last < first or len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"--seeds {text}: the range {part} is empty or too long")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text}: a seed stands twice; each makes one image")
+    return seeds
+
+
+def as_ranges(seeds: list[int]) -> str:
+    """The inverse of ``parse_seeds``."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "0.1,1.0" -> (0.1, 1.0). Raises UserError."""
+    try:
+        low, high = (float(x) for x in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-interval {text}: write LOW,HIGH such as 0.1,1.0") from None
+    return low, high
+
+
+def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
+    """One class per seed. "equal": seed modulo classes; "random": a function of the seed; else a list used in turn."""
+    if text == "equal":
+        return [seed % num_classes for seed in seeds]
+    if text == "random":
+        u = philox.uniform(0, LABEL_STREAM, torch.tensor(seeds))
+        return (u * num_classes).long().clamp(max=num_classes - 1).tolist()
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels {text}: write equal, random, or classes such as 3,7") from None
+    wrong = [c for c in classes if not 0 <= c < num_classes]
+    if wrong:
+        raise UserError(f"--labels {text}: class {wrong[0]} does not exist; this model has 0 to {num_classes - 1}")
+    return [classes[i % len(classes)] for i in range(len(seeds))]
+
+
+def _parts(out: str) -> Path:
+    path = Path(out)
+    if path.suffix in FILES:
+        if path.is_dir():
+            raise UserError(f"--out {out} is a folder; name a file that can be written")
+        return path.with_name(path.name + ".parts")
+    if path.suffix.lower() in (*FILES, ".jpg", ".jpeg", ".webp", ".zip", ".gz"):
+        raise UserError(f"--out {out}: write a folder, or a file that ends in {', '.join(FILES)}")
+    return path
+
+
+def _name(seed: int, label: int) -> str:
+    return f"{seed:07d}_class{label}.png"
+
+
+def _carried(path: Path) -> dict[str, object] | None:
+    """The protocol that a folder of images, a grid, npz or tar carries; None when there is none."""
+    try:
+        if path.is_dir():
+            text = (path / PROTOCOL).read_text()
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as content:
+                text = str(content["protocol"])
+        elif path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                text = tar.pax_headers["comment"]
+        else:
+            from PIL import Image
+
+            with Image.open(path) as grid:
+                text = grid.info["protocol"]
+        return json.loads(text)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError):
+        return None
+
+
+def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool:
+    """Whether OUT is a grid, npz or tar of just these images. For one process, before ``generate``.
+
+    Raises UserError when it was made otherwise; with ``overwrite`` it may be replaced, and images that were made
+    otherwise are removed from a folder.
+    """
+    path, folder = Path(out), _parts(out)
+    if folder != path and path.exists():
+        found = _carried(path)
+        if found == request.whole(identity):
+            return True
+        if not overwrite:
+            why = "was made with other seeds, options or another checkpoint"
+            why = why if found else "does not say what it was made with"
+            raise UserError(f"{out} {why}; choose another --out, or replace it with --overwrite")
+    file = folder / PROTOCOL
+    if overwrite and file.is_file() and _carried(folder) != request.protocol(identity):
+        try:
+            for image in folder.glob("[0-9]*_class[0-9]*.png"):
+                image.unlink()
+            file.write_text(json.dumps(request.protocol(identity), indent=1))
+        except OSError as error:
+            raise UserError(f"--overwrite {folder}: {error.strerror}") from None
+    return False
+
+
+def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
+    """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
+    file = folder / PROTOCOL
+    if file.is_file():
+        if _carried(folder) != protocol:
+            raise UserError(
+                f"{folder} holds images of another checkpoint or other options; choose another --out, or replace them "
+                "with --overwrite"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
+    ranks.barrier()
+    if ranks.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(protocol, indent=1))
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error.strerror}") from None
+    ranks.barrier()
+
+
+def chunks(pairs: list[tuple[int, int]], batch: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs of (seed, label), sorted by seed, of whole tiles: as many as hold ``batch`` places, at least one."""
+    per_chunk = max(1, batch // sampling.TILE)
+    tiles = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0] // sampling.TILE)]
+    for begin in range(0, len(tiles), per_chunk):
+        yield list(itertools.chain.from_iterable(tiles[begin : begin + per_chunk]))
+
+
+def speed(model: UNITE, images: int, counts: dict[str, int], seconds: float, processes: int) -> str:
+    """One line: images/s, NFE, passes, FLOPs. Places of a tile that nobody asked for cost, but are no images."""
+    solutions, passes = counts["solutions"], counts["passes"] / counts["solutions"]
+    flops = sampling_flops(model.config, passes)
+    done = flops * solutions * sampling.TILE / seconds
+    return (
+        f"{images / seconds:.1f} images/s on each of {processes} processes, "
+        f"NFE {counts['evaluations'] / solutions:.4g}, {passes:.4g} passes, "
+        f"{flops / 1e9:.4g} GFLOP per image, {done / 1e12:.3g} TFLOP/s"
+    )
+
+
+def generate(
+    model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, replays: Replays | None = None
+) -> str:
+    """Writes this rank's missing images; returns a line on the speed."""
+    folder = _parts(out)
+    _open(folder, request.protocol(identity), ranks)
+    pairs = sorted(zip(request.seeds, request.labels, strict=True))
+    tiles = sorted({seed // sampling.TILE for seed in request.seeds})[ranks.rank :: ranks.world_size]
+    own = set(tiles)
+    pairs = [(s, y) for s, y in pairs if s // sampling.TILE in own]
+    missing = [(s, y) for s, y in pairs if not (folder / _name(s, y)).is_file()]
+    started = time.perf_counter()
+    counts: dict[str, int] = {}
+    for chunk in chunks(missing, request.batch):
+        images = sampling.sample_tiles(
+            model,
+            [s for s, _ in chunk],
+            [y for _, y in chunk],
+            solver=request.solver,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+            cfg_interval=request.cfg_interval,
+            cfg_order=request.cfg_order,
+            counts=counts,
+            replays=replays,
+        )
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        if not all(finite):
+            raise UserError(f"the model gives an image that is not finite (seed {chunk[finite.index(False)][0]})")
+        for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
+            pictures.save_png(folder / _name(seed, label), image)
+    seconds = time.perf_counter() - started
+    rate = speed(model, len(missing), counts, seconds, ranks.world_size) if missing else "nothing was missing"
+    return f"made {len(missing)} of {len(pairs)} ({rate})" if ranks.world_size == 1 else rate
+
+
+def _read(path: Path) -> Tensor:
+    from PIL import Image
+
+    array = np.asarray(Image.open(path))
+    return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def merge(request: Request, out: str, identity: str) -> None:
+    """Turns OUT.parts into the grid, npz (uint8 "images" (n, S, S, Q), "labels", "seeds") or tar that OUT names.
+
+    Each holds its protocol as JSON: the grid in the PNG's text, the npz in "protocol", the tar in its header's comment.
+    """
+    folder, path = _parts(out), Path(out)
+    if folder == path:
+        return
+    names = [_name(s, y) for s, y in zip(request.seeds, request.labels, strict=True)]
+    temporary, protocol = path.with_name(path.name + ".incomplete"), json.dumps(request.whole(identity))
+    if path.suffix == ".tar":
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": protocol}) as tar:
+            for name in names:
+                content = (folder / name).read_bytes()
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        images = torch.stack([_read(folder / name) for name in names])
+        if path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                labels, seeds = np.array(request.labels), np.array(request.seeds)
+                pixels = images.permute(0, 2, 3, 1).numpy()
+                np.savez(file, images=pixels, labels=labels, seeds=seeds, protocol=np.array(protocol))
+        else:
+            rows = list((images.float() / 255).split(GRID_COLUMNS))
+            pictures.save_grid(temporary, rows, text={"protocol": protocol})
+    os.replace(temporary, path)
+    shutil.rmtree(folder)

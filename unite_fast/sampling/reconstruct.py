@@ -1,0 +1,67 @@
+"""Reconstruction of a folder of images: each original beside what the tokenizer and decoder make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unite_fast.base.errors import UserError
+from unite_fast.data.encoded import EXTENSIONS, decode
+from unite_fast.data.folder import read_file
+from unite_fast.data.transforms import transform
+from unite_fast.modality import pictures
+from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
+from unite_fast.parallel.distributed import Ranks
+from unite_kernels import corruption
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B,), from two (B, Q, S, S) batches in [0, 1]."""
+    error = (images - reconstruction).square().flatten(1).mean(1).clamp_min(1e-12)
+    return -10 * torch.log10(error)
+
+
+@torch.no_grad()
+def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: Ranks) -> str:
+    """Writes OUT/<name>.png (original | reconstruction) for every image of a folder; returns a line with the mean PSNR.
+
+    Images are center-cropped as in training. Raises UserError for a missing or empty folder and unreadable images.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(f"--reconstruct {source}: no such folder")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
+    folder = Path(out)
+    if folder.suffix:
+        raise UserError(f"--out {out}: reconstructions go to a folder; leave out the suffix {folder.suffix}")
+    stems = Counter(p.with_suffix("") for p in files)
+    twins = {p for p in files if stems[p.with_suffix("")] > 1}  # a.jpg beside a.png: both keep their suffix
+    mine = files[ranks.rank :: ranks.world_size]
+    mode = "L" if model.config.channels == 1 else "RGB"
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for begin in range(0, len(mine), batch):
+        chunk = mine[begin : begin + batch]
+        tensors = []
+        for path in chunk:
+            try:
+                image = decode(read_file(str(path)), mode)
+            except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
+                raise UserError(f"cannot read {path}: {error}; mend or remove it") from None
+            tensors.append(transform(image, model.config.image_size, "adm", False, None))
+        images = torch.stack(tensors).to(ranks.device).float() / 255
+        places = torch.arange(len(files))[ranks.rank :: ranks.world_size][begin : begin + batch].to(ranks.device)
+        noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places, model.latent_shape, TOKENIZE_T_MAX)
+        reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+        total += torch.stack([psnr(images, reconstruction).double().sum(), torch.tensor(len(chunk)).to(total)])
+        for path, image, made in zip(chunk, images, reconstruction, strict=True):
+            target = folder / path.relative_to(root)
+            target = target.with_name(target.name + ".png") if path in twins else target.with_suffix(".png")
+            pictures.save_grid(target, [torch.stack([image, made])])
+    if ranks.world_size > 1:
+        ranks.average_([total])
+    return f"{len(files)} images, mean PSNR {float(total[0] / total[1]):.2f} dB, in {out}"
