@@ -165,6 +165,7 @@ class BuildLibraries(build_ext):
 setup(
     packages=[*find_packages(".", include=["unite_fast*"]), *find_packages("kernels", include=["unite_kernels*"])],
     package_dir={"unite_kernels": "kernels/unite_kernels"},
+    package_data={"unite_kernels": ["launch_tables/*.json"]},
     ext_modules=[Extension(name, sources=[], optional=True) for name in (CPU, CUDA)],
     cmdclass={"build_ext": BuildLibraries},
 )

@@ -3,9 +3,10 @@
     python benchmarks/bench_attention.py --device cuda     rows in results/<device>/attention.jsonl, PREFERRED's entry
     python benchmarks/bench_attention.py                   on this CPU, as ratios to torch's plain operations
 
-544 keys: tokenization with class tokens; 288: a flow pass; 257: the decoder. Head size 64 with 12 heads (Base), 72 with
-16 (XL). The tensors have the strides that the encoder gives them. Before a backend is timed, its output and gradients
-are compared with float32 ones. FLOPs are the useful ones: 4 B H T S E forward, 2.5 times that backward.
+544 keys: tokenization with class tokens, of which all ask or, in the last block, the 256 registers alone; 288: a flow
+pass; 257: the decoder. Head size 64 with 12 heads (Base), 72 with 16 (XL). The tensors have the strides that the
+encoder gives them. Before a backend is timed, its output and gradients are compared with float32 ones.
+FLOPs are the useful ones: 4 B H T S E forward, 2.5 times that backward.
 
 fa3 and fa4 take the place of torch's flash kernel, so each has its own round, beside the others but flash.
 """
@@ -22,11 +23,17 @@ from unite_fast.model import attention as module
 from unite_fast.model.attention import attention
 
 KEYS = (544, 288, 257)
+PRUNED = (256, 544)  # queries, keys of the encoder's last block
 HEADS = {64: 12, 72: 16}  # by head size
 
 
-def tensors(batch: int, keys: int, head_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v (B, H, T, E) as the encoder has them: q and k in one tensor, v in another. The decoder's are in one."""
+def tensors(
+    batch: int, keys: int, head_size: int, device: torch.device, dtype: torch.dtype, queries: int = 0
+) -> tuple[Tensor, ...]:
+    """q, k, v (B, H, T, E) as the encoder has them: q and k in one tensor, v in another. The decoder's are in one.
+
+    queries: the first of the tokens, which alone ask; 0: all.
+    """
     generator = torch.Generator(device).manual_seed(0)
     shape = batch, keys, 2, HEADS[head_size], head_size
 
@@ -34,21 +41,23 @@ def tensors(batch: int, keys: int, head_size: int, device: torch.device, dtype: 
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     q, k = (x.detach().requires_grad_() for x in draw(*shape).permute(2, 0, 3, 1, 4).unbind(0))
+    if queries:
+        q = q.detach()[:, :, :queries].requires_grad_()
     return q, k, draw(*shape[:2], *shape[3:]).transpose(1, 2).requires_grad_()
 
 
 def bench(
-    device: torch.device, batch: int, keys: int, head_size: int, rounds: int, backends: list[str]
+    device: torch.device, batch: int, keys: int, head_size: int, rounds: int, backends: list[str], queries: int = 0
 ) -> tuple[list[dict], dict[str, float]]:
     """The rows, and milliseconds of forward and backward together, of the backends that run here."""
     half = device.type == "cuda"
-    q, k, v = tensors(batch, keys, head_size, device, torch.bfloat16 if half else torch.float32)
+    q, k, v = tensors(batch, keys, head_size, device, torch.bfloat16 if half else torch.float32, queries)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     reference = attention(*exact, backend="math")
     dy = torch.randn(reference.shape, device=device)
     truth = [reference, *torch.autograd.grad(reference, exact, dy)]
     del exact, reference
-    flops = 4.0 * batch * HEADS[head_size] * keys**2 * head_size
+    flops = 4.0 * batch * HEADS[head_size] * keys * (queries or keys) * head_size
     dy = dy.to(q.dtype)
 
     outputs: dict[str, Tensor] = {}
@@ -85,7 +94,8 @@ def bench(
             rate = factor * flops / spread["median"] / 1e9
             rows.append(
                 {"op": "attention", "pass": kind, "backend": name, "beside": list(outputs), "batch": batch}
-                | {"heads": HEADS[head_size], "keys": keys, "head_size": head_size, "n": rounds}
+                | {"heads": HEADS[head_size], "keys": keys, "queries": queries or keys}
+                | {"head_size": head_size, "n": rounds}
                 | {"dtype": str(q.dtype).removeprefix("torch."), "tflops": rate}
                 | {f"{quantile}_ms": value for quantile, value in spread.items()}
             )

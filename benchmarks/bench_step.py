@@ -1,36 +1,31 @@
-"""Whole optimizer steps on the ladder of efficiency options: each rung against eager, interleaved in one process.
+"""Training steps on the ladder of efficiency options: each rung against eager, interleaved in one process.
 
     python benchmarks/bench_step.py --device cuda                        UNITE-B, L and XL, N = 3 and 14
     python benchmarks/bench_step.py --device cuda --models b --flow-steps 3
     python benchmarks/bench_step.py                                      CPU: a tiny model, float32, ratios only
 
 A rung is a row of RUNGS: overrides laid over those of the rungs before it. What this device or this build refuses is
-skipped with its reason, and so is a rung whose first loss is off: it would compare different computations. One step is
-forward, backward, clip, Muon, AdamW and EMA over one micro-batch of synthetic uint8 images with random LPIPS weights.
-MFU counts the model's FLOPs by definition, whatever a rung saves or computes again. Rows go to
+skipped with its reason, and so is a rung whose first loss is off: it would compare different computations. The passes
+(forward and backward of one micro-batch of synthetic uint8 images, random LPIPS weights) and the update (clip, Muon,
+AdamW and EMA) are timed apart; images/s are composed of both for 128 and 1,024 images per update. MFU, at 1,024, counts
+the model's FLOPs by definition, whatever a rung saves or computes again. Rows go to
 benchmarks/results/<device>/step.jsonl; with --plot the ladder is drawn beside the roofline.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from harness import RESULTS, ROOT, interleaved, launches, quantiles, ratio, record
-from official import wake
+from harness import RESULTS, interleaved, launches, quantiles, ratio, record
+from training import MODELS, Origin, OurStep, composed, configuration, median, peak_memory, release
 
-from unite_fast import data, run
 from unite_fast.base.errors import RunError, UserError
-from unite_fast.config import Config, yaml_text
-from unite_fast.efficiency import compiling, graph, precision
-from unite_fast.modality.lpips import Perceptual
+from unite_fast.efficiency import precision
 from unite_fast.model.flops import peak_flops, training_flops
-from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan.throughput import NODE, Projection
-from unite_fast.training.step import TrainStep
 
 # A rung: overrides over the rungs before it, and how far its first loss may be from eager's, relative.
 RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -41,18 +36,7 @@ RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
     "+graph": (("efficiency.cuda_graph=step",), 2e-2),
     "+fp8": (("efficiency.precision=fp8",), 1e-1),
 }
-GIB = 2**30
-MODELS = {
-    "b": "imagenet_b.yaml", "l": "imagenet_l.yaml", "xl": "imagenet_xl.yaml", "digits": "digits.yaml",
-}  # fmt: skip
-# Eager is eager: what the configurations switch on is taken off first.
-PLAIN = {"kernels": "eager", "compile": "none", "cuda_graph": "none", "recompute": "none", "flow_mini_batch": "1"}
-FIXED = ("data.source=synthetic", "data.flip=false", "optim.schedule=constant", "optim.warmup_epochs=1")
-TINY = (
-    "model.image_size=32", "model.patch_size=8", "model.num_latents=16", "model.latent_dim=8", "model.num_classes=10",
-    "model.encoder={depth: 3, width: 64, heads: 4, in_context_start: 1, in_context_len: 4}",
-    "model.decoder={depth: 2, width: 64, heads: 4, mlp_hidden: 128, in_features: 64}", "objective.perceptual_weight=0",
-)  # fmt: skip
+PER_UPDATE = (128, 1024)  # images: of a node's eight GPUs at 1,024 per step, and of one GPU alone
 
 
 @dataclass
@@ -61,84 +45,42 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...]
-    call: Callable[[], dict[str, torch.Tensor]]
+    step: OurStep
     gib: float | None  # memory that it has taken at its peak, the first step and its captures included
 
 
-def configuration(model: str, flow_steps: int, batch: int, device: torch.device, overrides: tuple[str, ...]) -> Config:
-    """Raises UserError where an option is unknown or does not go with others."""
-    tiny = model == "tiny"
-    path = ROOT / "configs" / ("imagenet_b.yaml" if tiny else MODELS[model])
-    plain = [f"efficiency.{key}={value}" for key, value in PLAIN.items()]
-    sizes = (f"objective.flow_steps={flow_steps}", f"train.global_batch={batch}", f"train.micro_batch={batch}",
-             f"efficiency.precision={'fp32' if device.type == 'cpu' else 'bf16'}")  # fmt: skip
-    return yaml_text.load(path, [*(TINY if tiny else ()), *plain, *FIXED, *sizes, *overrides])
-
-
-def build(config: Config, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
-    """A function that does one optimizer step; every variant has the same weights, images and draws."""
-    graph.check(config, device)
-    ranks = Ranks(0, 1, device)
-    state = run.fresh_state(config, ranks)
-    perceptual = None
-    if config.objective.perceptual_weight > 0:
-        torch.manual_seed(0)
-        perceptual = Perceptual(None, config.objective.perceptual_range, backend=config.efficiency.kernels).to(device)
-        if config.efficiency.compile == "all":
-            perceptual.compile_trunk(compiling.region)
-    source = data.open_source(config.data, config.model)
-    batch = next(data.stream(source, 0, global_batch=config.train.global_batch, device=device))
-    step = TrainStep(config, ranks, (config.train.micro_batch, 1), len(source), perceptual)
-    wake(state.model)  # else the first losses say nothing of the blocks, whose gates begin at 0
-    state.model.train()
-    return lambda: step(state, batch)
-
-
-def attempt(name: str, overrides: tuple[str, ...], model: str, flow_steps: int, batch: int, device: torch.device,
-            expected: float | None, tolerance: float) -> tuple[Variant | None, float, str]:  # fmt: skip
-    """(the rung, its first loss, "") or (None, nan, why not)."""
-    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def attempt(
+    name: str, overrides: tuple[str, ...], origin: Origin, sizes: tuple[str, int, int], expected: float | None,
+    tolerance: float,
+) -> tuple[Variant | None, float, str]:  # fmt: skip
+    """(the rung, its first loss, "") or (None, nan, why not). sizes: model, flow steps, images of a micro-batch."""
     try:
-        config = configuration(model, flow_steps, batch, device, overrides)
-        call = build(config, device)
-        first = float(call()["total"])
-        for _ in range(graph.WARM_UP + 1):  # captures included
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        with peak_memory(origin.device) as gib:
+            step = OurStep(configuration(*sizes, origin.device, overrides), origin)
+            first = step.warm_up()
     except (UserError, RunError, RuntimeError, NotImplementedError, ImportError) as error:
-        release(device)
+        release(origin.device)
         return None, float("nan"), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     if expected is not None and not abs(first - expected) <= tolerance * abs(expected):
         return None, first, f"its first loss is {first:.5g}, eager's {expected:.5g}: more than {tolerance:g} apart"
-    gib = (torch.cuda.max_memory_allocated(device) - base) / GIB if device.type == "cuda" else None
-    return Variant(name, overrides, call, gib), first, ""
+    return Variant(name, overrides, step, gib()), first, ""
 
 
-def release(device: torch.device) -> None:
-    """Gives the memory of variants that are gone back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def ladder(
-    model: str, flow_steps: int, batch: int, device: torch.device, wanted: list[str], rounds: int
-) -> Iterator[dict]:
+def ladder(sizes: tuple[str, int, int], device: torch.device, wanted: list[str], rounds: int) -> Iterator[dict]:
     """Times and prints all rungs that this device takes; their rows. Each is timed beside eager and then let go.
 
     Where eager does not fit into memory, at all or beside another rung, the rungs from there on are timed alone.
     """
+    plain = configuration(*sizes, device, ())
+    origin = Origin(plain.model, device, plain.objective.perceptual_weight > 0)
     eager: Variant | None = None
     overrides: tuple[str, ...] = ()
     expected = None
-    print(f"{model}, N = {flow_steps}, micro-batch {batch}")
+    print(f"{sizes[0]}, N = {sizes[1]}, micro-batch {sizes[2]}")
     for name, (more, tolerance) in RUNGS.items():
         if name not in wanted:
             continue
-        variant, first, why = attempt(name, overrides + more, model, flow_steps, batch, device, expected, tolerance)
+        variant, first, why = attempt(name, overrides + more, origin, sizes, expected, tolerance)
         if variant is None:
             print(f"  {name:12} skipped: {why}", flush=True)
             continue
@@ -146,37 +88,49 @@ def ladder(
         expected = first if expected is None else expected
         eager = variant if name == "eager" else eager
         try:
-            times = interleaved({v.name: v.call for v in (eager, variant) if v is not None}, device, rounds)
+            times = timed([v for v in (eager, variant) if v is not None], device, rounds)
         except torch.OutOfMemoryError:
             times = {}
         if not times:
             print(f"  {name:12} does not fit beside eager", flush=True)
             eager = None
             release(device)
-            times = interleaved({variant.name: variant.call}, device, rounds)
-        yield row(variant, times, model, flow_steps, batch, device, rounds)
+            times = timed([variant], device, rounds)
+        yield row(variant, times, sizes, device, rounds)
         del variant
         release(device)
 
 
-def row(v: Variant, times: dict[str, list[float]], model: str, flow_steps: int, batch: int, device: torch.device,
-        rounds: int) -> dict:  # fmt: skip
+def timed(variants: list[Variant], device: torch.device, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of "passes" and "update" of each, one call a sample."""
+    return {
+        part: interleaved({v.name: getattr(v.step, part) for v in variants}, device, rounds, sample_ms=1.0, warmup=1)
+        for part in ("passes", "update")
+    }
+
+
+def row(
+    v: Variant, times: dict[str, dict[str, list[float]]], sizes: tuple[str, int, int], device: torch.device, rounds: int
+) -> dict:
     """Prints a line. Absolute speed only of a GPU."""
-    faster = ratio(times, "eager", v.name) if "eager" in times else None
+    model, flow_steps, batch = sizes
+    faster = ratio(times["passes"], "eager", v.name) if "eager" in times["passes"] else None
     found = {"model": model, "flow_steps": flow_steps, "rung": v.name, "overrides": v.overrides, "batch": batch,
              "n": rounds, "faster_than_eager": faster}  # fmt: skip
     ratios = f"{faster['median']:6.2f}x eager ({faster['p20']:.2f}..{faster['p80']:.2f})" if faster else "  timed alone"
     text = f"  {v.name:12}{ratios}"
     if device.type == "cuda":
-        config = configuration(model, flow_steps, batch, device, v.overrides)
-        ms = quantiles(times[v.name])
-        rate = batch * 1e3 / ms["median"]
+        ms = {part: quantiles(of[v.name]) for part, of in times.items()}
+        passes, update = (median(times[part][v.name]) for part in ("passes", "update"))
+        rates = {images: composed(passes, update, batch, images) for images in PER_UPDATE}
+        rate = rates[PER_UPDATE[-1]]
+        config = v.step.config
         flops = training_flops(config.model, flow_steps, config.objective.perceptual_weight > 0)["total"]
         peak = peak_flops(device)
         mfu = rate * flops / peak if peak else None
         minutes = Projection(mfu or 0.0, rate).minutes(NODE)
-        count = launches(v.call, device)
-        found |= {"ms": ms, "images_per_second": rate, "mfu": mfu, "gib": v.gib, "minutes_per_epoch_8": minutes}
+        count = launches(v.step.whole, device)
+        found |= {"ms": ms, "images_per_second": rates, "mfu": mfu, "gib": v.gib, "minutes_per_epoch_8": minutes}
         found["launches"] = count
         text += f"{rate:9.1f} images/s  MFU {mfu or float('nan'):.1%}  {v.gib:.1f} GiB  {count} launches"
         text += f"  {minutes:.1f} min/epoch on {NODE}"
@@ -206,7 +160,8 @@ def main() -> None:
     rows = []
     for model in models:
         for n in flow_steps:
-            for found in ladder(model, n, arguments.batch or (64 if on_gpu else 8), device, wanted, arguments.rounds):
+            sizes = (model, n, arguments.batch or (64 if on_gpu else 8))
+            for found in ladder(sizes, device, wanted, arguments.rounds):
                 rows.append(found)
                 if not arguments.no_record:  # at once: what follows may run out of time
                     record("step", device, [found])

@@ -6,6 +6,7 @@ ratios are taken within a round and their median is reported. A row says where, 
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import re
@@ -15,11 +16,21 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PACK = ROOT / "gpu-pack"  # what travels to a lent machine, which has no history of git: gpu_pack.py
+
+
+class Target:
+    """Where rows go: by device and benchmark into RESULTS, or all into one file, as gpu_check.py has it."""
+
+    file: Path | None = None
+    facts: ClassVar[dict[str, object]] = {}  # in every row
+    written: Callable[[], None] = staticmethod(lambda: None)  # called when a row is there
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -56,8 +67,22 @@ def _dirty() -> bool | None:
     return None if changed is None else bool(changed)
 
 
+@functools.cache
+def _source() -> dict[str, object]:
+    """The commit of the sources and whether they differ from it; of a copy without history what was packed with it."""
+    if commit := _git("rev-parse", "HEAD"):
+        return {"commit": commit, "dirty": _dirty()}
+    packed = PACK / "commit.json"
+    return json.loads(packed.read_text()) if packed.is_file() else {"commit": None, "dirty": None}
+
+
 def environment(device: torch.device) -> dict:
     """What a row must carry: date, commit, dirty flag, device, driver and versions."""
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds")} | _source() | _machine(device)
+
+
+@functools.cache
+def _machine(device: torch.device) -> dict[str, object]:
     driver = None
     if device.type == "cuda" and (said := _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")):
         driver = said.split()[0]
@@ -67,9 +92,6 @@ def environment(device: torch.device) -> dict:
 
         triton = module.__version__
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": _dirty(),
         "device": device_name(device),
         "driver": driver,
         "torch": torch.__version__,
@@ -154,11 +176,12 @@ def require_equal(name: str, ours: list[torch.Tensor], reference: list[torch.Ten
 
 
 def record(benchmark: str, device: torch.device, rows: list[dict]) -> Path:
-    """Append rows to results/<device>/<benchmark>.jsonl and return that path."""
+    """Append rows to results/<device>/<benchmark>.jsonl, or to Target.file, at once, and return that path."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}.jsonl"
-    where = environment(device)
+    path = Target.file or folder / f"{benchmark}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = environment(device) | (Target.facts | {"benchmark": benchmark} if Target.file else {})
     with path.open("a") as file:
         file.writelines(json.dumps(where | row) + "\n" for row in rows)
+    Target.written()
     return path

@@ -1,7 +1,12 @@
-"""A clone of the official UNITE code as something that compare_official.py can run: loaded as it is, never changed.
+"""A clone of the official UNITE code as something that a benchmark can run: loaded as it is, never changed.
 
 The clone's own modules are imported from its folder. What is replaced is what a benchmark must control: the download
 of LPIPS weights (random ones, unless a VGG16 file is given), and, for the comparison of losses alone, its draws.
+It runs with all that its main_train.py and its YAML switch on (cudnn.benchmark, TF32, the compiled decoder), and
+without DDP, which one process does not need. FORMS:
+
+    official    as published
+    compiled    as an expert would run it: its encoder compiled as well, at fixed sizes, and LPIPS in channels_last
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ from torch import Tensor, nn
 from unite_fast.objective import Draws
 
 CONFIG = Path("configs/imagenet.yaml")
+FORMS = ("official", "compiled")
+# Sizes of a rehearsal, in the places of Base: depth, width, heads; depth, width, heads, hidden width.
+TOY = {"ENCODER_CONFIGS": {"Base": (2, 64, 2)}, "DECODER_CONFIGS": {"Base": (1, 64, 1, 128)}}
 
 
 class Official:
@@ -32,11 +40,16 @@ class Official:
     missing.
     """
 
-    def __init__(self, folder: Path, device: torch.device, flow_steps: int, trunk: dict[str, Tensor] | None) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, flow_steps: int, trunk: dict[str, Tensor] | None = None,
+        toy: bool = False,
+    ) -> None:  # fmt: skip
+        folder = folder.resolve()
         if not (folder / "models" / "unite.py").is_file():
             raise SystemExit(f"--official-dir {folder}: no models/unite.py there; give a clone of the official code")
+        self.device = device
         self.config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text())
-        settings = self.config["gen_tok"] | {"flow_steps_per_recon": flow_steps}
+        self.settings = settings = self.config["gen_tok"] | {"flow_steps_per_recon": flow_steps}
         sys.path.insert(0, str(folder))
         try:
             lpips = importlib.import_module("modules.autoencoding_utils.lpips")
@@ -47,7 +60,11 @@ class Official:
             raise SystemExit(f"the official code needs {error.name}: install its requirements.txt") from None
         finally:
             sys.path.remove(str(folder))
-        with _random_lpips(lpips):
+        if toy:
+            settings["in_content_start"] = 1
+            for name, sizes in TOY.items():
+                getattr(unite, name).update(sizes)
+        with _random_lpips(lpips), torch.device(device):  # on a GPU drawn there, which saves seconds
             self.model: Any = unite.UNITE(settings)
         if trunk is not None:
             self._load_trunk(trunk)
@@ -67,17 +84,49 @@ class Official:
             self.adamw, _ = self.optim.build_optimizer(self.model.get_learnable_params(non_muon=True), training)
             self.muon, _ = self.optim.build_optimizer_muon(self.model.get_learnable_params(muon=True), training)
         self.ema = deepcopy(self.model).eval().requires_grad_(False)
+        self.lpips = {"official": self.model.lpips_loss}
+        self.encoder_call: Any = None  # the compiled encoder
+
+    def compile(self, expert: bool = True) -> None:
+        """Both FORMS, or the first alone. Nothing is compiled before it is called.
+
+        The decoder as the YAML has it, in the mode that main_train.py takes for its accumulation steps.
+        """
+        training = self.config["training"]
+        if training.get("torch_compile_decoder"):
+            accumulates = int(training.get("grad_accum_steps", 1)) > 1
+            self.model.decoder.compile(mode="default" if accumulates else "reduce-overhead")
+        if expert:
+            self.model.encoder.compile(dynamic=False)  # else its second size would make it a form for any size
+            copy = deepcopy(self.lpips["official"]).to(memory_format=torch.channels_last)
+            self.lpips["compiled"] = copy
+            self.encoder_call = self.model.encoder._compiled_call_impl
+
+    def use(self, form: str) -> None:
+        """Makes the model one of FORMS, of what was compiled."""
+        self.model.lpips_loss = self.lpips[form]
+        self.model.encoder._compiled_call_impl = self.encoder_call if form == "compiled" else None
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         total, parts = self.model(images, labels=labels)
         return {"total": total, "l1": parts["rec_loss"], "lpips": parts["lpips_loss"], "flow": parts["flow/flow_loss"]}
 
+    def passes(self, images: Tensor, labels: Tensor, recipe: str, form: str) -> None:
+        """Forward and backward of one micro-batch, its gradients added to those that are there, as engines/train.py."""
+        self.use(form)
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe != "fp32")
+        with switches():
+            with half:
+                total = self.losses(images, labels)["total"]
+            total.backward()
+
     def update(self, clip: float = 3.0, decay: float = 0.9978) -> None:
-        """What engines/train.py does after the backward pass."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.adamw.step()
-        self.muon.step()
-        self.ema_of(self.ema, self.model, decay)
+        """What engines/train.py does after the last backward pass, without clearing the gradients."""
+        with switches():
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            self.adamw.step()
+            self.muon.step()
+            self.ema_of(self.ema, self.model, decay)
 
     def sample(self, labels: Tensor, noise: Tensor, steps: int, scale: float, interval: tuple[float, float]) -> Tensor:
         """Images by Heun's method with ``steps`` intervals, which the official sampler takes from torchdiffeq."""
@@ -88,6 +137,7 @@ class Official:
             return make(sampler, **(arguments | {"sampling_method": "heun2", "num_steps": steps + 1}))
 
         sampler.sample_ode = heun
+        self.use("official")
         self.model.eval()
         try:
             return self.model.diffusion_generate(
@@ -97,6 +147,18 @@ class Official:
             del sampler.sample_ode
             self.model.train()
             self.model.lpips_loss.eval()
+
+
+@contextlib.contextmanager
+def switches() -> Iterator[None]:
+    """cudnn.benchmark and TF32, which main_train.py switches on for its process; ours has neither."""
+    backends = torch.backends
+    saved = backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    backends.cudnn.benchmark = backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = saved
 
 
 @contextlib.contextmanager
@@ -155,10 +217,16 @@ def replayed(official: Official, draws: Draws) -> Iterator[None]:
         raise SystemExit(f"the official code asked for {left} draws fewer than expected: is this another version?")
 
 
-def wake(model: nn.Module, seed: int = 0) -> None:
-    """Random values where the initialisation has zeros (gates, output layers), so that every path carries numbers."""
-    generator = torch.Generator().manual_seed(seed)
+def wake(model: nn.Module, seed: int = 0) -> Any:
+    """Random values where the initialisation has zeros (gates, output layers), so that every path carries numbers.
+
+    Drawn on the parameters' device. Returns the model.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                device = parameter.device
+                generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * 0.02)
+    return model

@@ -155,6 +155,7 @@ def gpu(launches: Launches) -> Iterator[OnTheGpu]:
             (fake_tensor, "init_gpu_context", lambda device: None),
             (torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "get_device_properties", lambda device=None: PROPERTIES),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (Tensor, "backward", graph_walk.backward),
@@ -185,7 +186,7 @@ def moved(module: M) -> M:
     return module
 
 
-# What Inductor reads of an H100.
+# What Inductor and the launches read of an H100.
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
@@ -218,7 +219,6 @@ def code_generator(modules: list[str]) -> Iterator[None]:
     properties = staticmethod(lambda device=None: PROPERTIES)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (torch.cuda, "get_device_properties", properties),
             (torch.cuda, "current_device", lambda: 0),
             (CudaInterface, "get_device_properties", properties),
             (CudaInterface, "is_bf16_supported", staticmethod(lambda including_emulation=False: True)),

@@ -128,10 +128,10 @@ def test_what_does_not_fit_beside_eager_is_timed_alone(program, monkeypatch, tmp
     ladder = module("bench_step", monkeypatch)
     timed = ladder.interleaved
 
-    def tight(variants, device, rounds):
+    def tight(variants, device, rounds, **options):
         if "+flow batch" in variants and "eager" in variants:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return timed(variants, device, rounds)
+        return timed(variants, device, rounds, **options)
 
     monkeypatch.setattr(ladder, "interleaved", tight)
     rungs = {name: ladder.RUNGS[name] for name in ("eager", "+flow batch", "+fused")}

@@ -6,40 +6,25 @@ backward kernel and over programs in the reduction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from . import launches
 from .jit import jit, next_power_of_2, tl, triton
 
 PLAIN, MID, TAIL = 0, 1, 2  # KIND of a kernel
+OPS = ("adaln", "adaln_mid", "adaln_tail")  # in the table of launches
+REDUCED = 16  # programs' sums that are added at once
 
 
-@dataclass(frozen=True)
-class Launch:
-    rows: int  # forward: rows of one tile
-    warps: int
-    backward_warps: int
-
-
-# By block width. Unmeasured defaults, chosen so that a thread holds 8 elements of a row (one 128-bit bfloat16 access).
-LAUNCHES = {512: Launch(4, 2, 2), 1024: Launch(2, 4, 4), 2048: Launch(1, 8, 8)}
-# Rows of one program, which loads the per-sample vectors once; halved for small batches until PROGRAMS exist.
-PROGRAM_ROWS = 64
-PROGRAMS = 528  # four per multiprocessor of an H200
-
-
-def _launch(width: int) -> tuple[int, Launch]:
-    block = max(32, next_power_of_2(width))
-    return block, LAUNCHES[max(512, block)]
-
-
-def _program_rows(batch: int, tokens: int) -> int:
-    rows = PROGRAM_ROWS
-    while rows > 8 and batch * -(-tokens // rows) < PROGRAMS:
-        rows //= 2
-    return rows
+def _launch(kind: int, direction: str, x: Tensor) -> tuple[int, launches.Launch, int]:
+    """The block that holds a row, the launch, and how many tiles a program takes: of one sample, whose vectors it loads
+    once."""
+    batch, tokens, width = x.shape
+    launch = launches.launch_of(OPS[kind], direction, width, x.device)
+    tiles = triton.cdiv(tokens, launch.rows)
+    steps = launches.steps_per_program(batch, tiles, launches.slots_of(launch, x.device))
+    return max(32, next_power_of_2(width)), launch, steps
 
 
 @jit
@@ -47,7 +32,7 @@ def _row(p, b, stride, o_d, m_d):
     return tl.load(p + b * stride + o_d, mask=m_d, other=0.0).to(tl.float32)
 
 
-@jit
+@jit(do_not_specialize=["steps"])
 def _forward_kernel(
     p_x,
     p_branch,
@@ -62,6 +47,7 @@ def _forward_kernel(
     p_rstd3,
     p_rstd,
     tokens,
+    steps,
     stride_gate,
     stride_shift,
     stride_scale,
@@ -71,7 +57,6 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
@@ -84,8 +69,8 @@ def _forward_kernel(
         weight3 = _row(p_weight3, 0, 0, o_d, m_d)
     if BIAS:
         bias = _row(p_bias, 0, 0, o_d, m_d)
-    for i in tl.range(0, STEPS):
-        o_t = (tl.program_id(0) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+    for i in tl.range(0, steps):
+        o_t = (tl.program_id(0) * steps + i) * ROWS + tl.arange(0, ROWS)
         m_t = o_t < tokens
         o_row = b * tokens + o_t
         o = o_row[:, None] * WIDTH + o_d[None, :]
@@ -110,7 +95,7 @@ def _forward_kernel(
         tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _backward_kernel(
     p_dout,
     p_dy,
@@ -127,11 +112,12 @@ def _backward_kernel(
     p_dbranch,
     p_sums,
     tokens,
+    rows,
     stride_gate,
     stride_scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -139,7 +125,7 @@ def _backward_kernel(
     # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 (branch + bias) (dgate), dx2 xhat3
     # (dweight3), dbranch (dbias).
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0) * rows
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < WIDTH
     factor = _row(p_weight, 0, 0, o_d, m_d) * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d))
@@ -154,7 +140,7 @@ def _backward_kernel(
     if BIAS:
         bias = _row(p_bias, 0, 0, o_d, m_d)
         sum_bias = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.range(0, ROWS):
+    for i in tl.range(0, rows, num_stages=STAGES):  # loads run STAGES - 1 rows ahead
         m_t = first + i < tokens
         o_row = b * tokens + first + i
         m = m_d & m_t
@@ -221,41 +207,51 @@ def _reduce_kernel(
 ):
     b = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o_part = tl.arange(0, PARTS)
     m_d = o_d < WIDTH
-    m = (o_part < parts)[:, None] & m_d[None, :]
-    p = p_sums + (b * parts + o_part)[:, None] * (SUMS * WIDTH) + o_d[None, :]
+    sum_dy = tl.zeros((PARTS, BLOCK), tl.float32)
+    sum_dy_xhat = tl.zeros((PARTS, BLOCK), tl.float32)
+    sum_gate = tl.zeros((PARTS, BLOCK), tl.float32)
+    sum_weight3 = tl.zeros((PARTS, BLOCK), tl.float32)
+    sum_bias = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in tl.range(0, parts, PARTS):
+        o_part = first + tl.arange(0, PARTS)
+        m = (o_part < parts)[:, None] & m_d[None, :]
+        p = p_sums + (b * parts + o_part)[:, None] * (SUMS * WIDTH) + o_d[None, :]
+        sum_dy += tl.load(p, mask=m, other=0.0)
+        sum_dy_xhat += tl.load(p + WIDTH, mask=m, other=0.0)
+        if KIND != 0:
+            sum_gate += tl.load(p + 2 * WIDTH, mask=m, other=0.0)
+        if KIND == 2:
+            sum_weight3 += tl.load(p + 3 * WIDTH, mask=m, other=0.0)
+        if BIAS:
+            sum_bias += tl.load(p + (SUMS - 1) * WIDTH, mask=m, other=0.0)
     o = b * WIDTH + o_d
-    dshift = tl.sum(tl.load(p, mask=m, other=0.0), axis=0)
-    tl.store(p_dshift + o, dshift.to(p_dshift.dtype.element_ty), mask=m_d)
-    dy_xhat = tl.sum(tl.load(p + WIDTH, mask=m, other=0.0), axis=0)
+    tl.store(p_dshift + o, tl.sum(sum_dy, axis=0).to(p_dshift.dtype.element_ty), mask=m_d)
+    dy_xhat = tl.sum(sum_dy_xhat, axis=0)
     dscale = dy_xhat * _row(p_weight, 0, 0, o_d, m_d)
     tl.store(p_dscale + o, dscale.to(p_dscale.dtype.element_ty), mask=m_d)
     o_weight = b * (WEIGHTS * WIDTH) + o_d
     tl.store(p_dweights + o_weight, dy_xhat * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d)), mask=m_d)
     if KIND != 0:
-        dgate = tl.sum(tl.load(p + 2 * WIDTH, mask=m, other=0.0), axis=0)
-        tl.store(p_dgate + o, dgate.to(p_dgate.dtype.element_ty), mask=m_d)
+        tl.store(p_dgate + o, tl.sum(sum_gate, axis=0).to(p_dgate.dtype.element_ty), mask=m_d)
     if KIND == 2:
-        tl.store(p_dweights + o_weight + WIDTH, tl.sum(tl.load(p + 3 * WIDTH, mask=m, other=0.0), axis=0), mask=m_d)
+        tl.store(p_dweights + o_weight + WIDTH, tl.sum(sum_weight3, axis=0), mask=m_d)
     if BIAS:
-        dbias = tl.sum(tl.load(p + (SUMS - 1) * WIDTH, mask=m, other=0.0), axis=0)
-        tl.store(p_dweights + o_weight + (WEIGHTS - 1) * WIDTH, dbias, mask=m_d)
+        tl.store(p_dweights + o_weight + (WEIGHTS - 1) * WIDTH, tl.sum(sum_bias, axis=0), mask=m_d)
 
 
 def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scale, bias, eps):
     """(out, y, rstd3, rstd), absent ones None."""
     batch, tokens, width = x.shape
-    block, launch = _launch(width)
+    block, launch, steps = _launch(kind, "forward", x)
     out, y = (None, torch.empty_like(x)) if kind == PLAIN else (torch.empty_like(x), torch.empty_like(branch))
     rstd = x.new_empty(batch, tokens, dtype=torch.float32)
     rstd3 = torch.empty_like(rstd) if kind == TAIL else None
-    rows = _program_rows(batch, tokens)
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(tokens, rows), batch)](
-            *(x, branch, gate, weight3, weight, shift, scale, bias, out, y, rstd3, rstd, tokens),
+        _forward_kernel[(triton.cdiv(tokens, steps * launch.rows), batch)](
+            *(x, branch, gate, weight3, weight, shift, scale, bias, out, y, rstd3, rstd, tokens, steps),
             *(0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps),
-            *(width, block, launch.rows, kind, bias is not None, rows // launch.rows),
+            *(width, block, launch.rows, kind, bias is not None),
             num_warps=launch.warps,
         )
     return out, y, rstd3, rstd
@@ -264,25 +260,26 @@ def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scal
 def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd):
     """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale, dbias), absent ones None; dbias is then empty."""
     batch, tokens, width = x.shape
-    block, launch = _launch(width)
+    block, launch, rows = _launch(kind, "backward", x)
     biased = bias is not None
-    rows, sums, weights = _program_rows(batch, tokens), 2 + kind + biased, 1 + kind // 2 + biased
+    sums, weights = 2 + kind + biased, 1 + kind // 2 + biased
     parts = triton.cdiv(tokens, rows)
     partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
     dweights = x.new_empty(batch, weights, width, dtype=torch.float32)
     dx, dbranch = torch.empty_like(x), None if kind == PLAIN else torch.empty_like(branch)
     dshift, dscale = scale.new_empty(batch, width), scale.new_empty(batch, width)
     dgate = None if kind == PLAIN else gate.new_empty(batch, width)
-    reduce_block = min(block, 64)  # 128 spills with Triton 3.6
+    reduce_block = min(block, 64)
     with torch.cuda.device_of(x):
         _backward_kernel[(parts, batch)](
             *(dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd, dx, dbranch, partial, tokens),
-            *(0 if gate is None else gate.stride(0), scale.stride(0), width, block, rows, kind, biased, sums),
-            num_warps=launch.backward_warps,
+            *(rows, 0 if gate is None else gate.stride(0), scale.stride(0)),
+            *(width, block, launch.stages, kind, biased, sums),
+            num_warps=launch.warps,
         )
         _reduce_kernel[(triton.cdiv(width, reduce_block), batch)](
             *(partial, weight, scale, dshift, dscale, dgate, dweights, parts, scale.stride(0)),
-            *(width, reduce_block, next_power_of_2(parts), kind, biased, sums, weights),
+            *(width, reduce_block, REDUCED, kind, biased, sums, weights),
             num_warps=4,
         )
     dweights = dweights.sum(0)

@@ -17,13 +17,12 @@ temporaries.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import backend as _backend
-from . import philox
+from . import launches, philox
 from .jit import jit, next_power_of_2, tl, triton
 from .philox_triton import logistic, normal, normals, uniform
 
@@ -86,19 +85,11 @@ def blend(z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return (z.float() * t + noise * (1.0 - t)).to(z.dtype)
 
 
-@dataclass(frozen=True)
-class Launch:
-    groups: int  # Philox calls of a program, each giving four values
-    warps: int
-
-
-# Unmeasured defaults: one Philox call and one 128-bit access per thread.
-LAUNCH = Launch(groups=128, warps=4)
-
-
-def _launch(size: int) -> Launch:
-    groups = min(LAUNCH.groups, next_power_of_2((size + 3) // 4))
-    return Launch(groups, max(1, min(LAUNCH.warps, groups // 32)))
+def _launch(size: int, device: torch.device) -> tuple[int, int]:
+    """Philox calls of a program, each giving four values, and its warps; one call per thread."""
+    launch = launches.launch_of("corruption", "forward", size, device)
+    groups = min(launch.columns, next_power_of_2((size + 3) // 4))
+    return groups, max(1, min(launch.warps, groups // 32))
 
 
 @jit(do_not_specialize=["seed"])
@@ -209,11 +200,11 @@ def _tokenizer_draws(samples: Tensor, seed: int, size: int, t_max: float, backen
         t = _backend.cpu_op("philox_uniform")(seed, TOKENIZER_TIME, samples, 1)[:, 0] * t_max
         return _backend.cpu_op("philox_normal")(seed, TOKENIZER_NOISE, samples, size), t
     noise, t = _tokenizer_outputs(samples, size)
-    launch = _launch(size)
+    groups, warps = _launch(size, samples.device)
     with torch.cuda.device_of(samples):
-        _tokenizer_kernel[(triton.cdiv(size, 4 * launch.groups), len(samples))](
-            *(samples, noise, t, seed, t_max, size, TOKENIZER_NOISE, TOKENIZER_TIME, launch.groups),
-            num_warps=launch.warps,
+        _tokenizer_kernel[(triton.cdiv(size, 4 * groups), len(samples))](
+            *(samples, noise, t, seed, t_max, size, TOKENIZER_NOISE, TOKENIZER_TIME, groups),
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     return noise, t
@@ -237,12 +228,12 @@ def _noise_injection(
         return _backend.cpu_op("noise_injection")(z, samples, seed, p, t_low, t_high)
     out, scale = torch.empty_like(z), z.new_empty(len(z), dtype=torch.float32)
     size = z[0].numel()
-    launch = _launch(size)
+    groups, warps = _launch(size, z.device)
     with torch.cuda.device_of(z):
-        _inject_kernel[(triton.cdiv(size, 4 * launch.groups), len(z))](
+        _inject_kernel[(triton.cdiv(size, 4 * groups), len(z))](
             *(z, samples, out, scale, seed, p, t_low, t_high - t_low, size),
-            *(NOISING_MASK, NOISING_TIME, NOISING_NOISE, launch.groups),
-            num_warps=launch.warps,
+            *(NOISING_MASK, NOISING_TIME, NOISING_NOISE, groups),
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     return out, scale
@@ -288,13 +279,13 @@ def _flow_corruption(
         )
     out, t, kept = _flow_outputs(z, labels, steps)
     size = z[0].numel()
-    launch = _launch(size)
+    groups, warps = _launch(size, z.device)
     with torch.cuda.device_of(z):
-        _flow_kernel[(triton.cdiv(size, 4 * launch.groups), len(z))](
+        _flow_kernel[(triton.cdiv(size, 4 * groups), len(z))](
             *(z, labels, samples, out, t, kept, seed, first_step, mu, sigma, shift, shift - 1.0, label_drop),
             *(null_label, size, len(z), steps, uniform_law, FLOW_TIME, FLOW_NOISE, LABEL_DROP, STREAMS_PER_STEP),
-            launch.groups,
-            num_warps=launch.warps,
+            groups,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     return out, t, kept

@@ -10,12 +10,12 @@ gradients of both, 8: the norms are computed again from the row at hand. Sums ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import backend as _backend
+from . import launches
 from .jit import jit, next_power_of_2, tl, triton
 
 EPS = 1e-10
@@ -33,16 +33,6 @@ def lpips_head_eager(first: Sequence[Tensor], second: Sequence[Tensor], weights:
     return total
 
 
-@dataclass(frozen=True)
-class Launch:
-    elements: int  # of one tile, positions x channels
-    tiles: int  # forward: tiles summed by one program
-    warps: int
-
-
-LAUNCH = Launch(elements=2048, tiles=8, warps=4)  # unmeasured default: 16 elements of each map per thread
-
-
 @jit
 def _unit(p, o, m):
     f = tl.load(p + o, mask=m, other=0.0).to(tl.float32)
@@ -50,25 +40,25 @@ def _unit(p, o, m):
     return f, norm, 1.0 / (norm + 1e-10)
 
 
-@jit
+@jit(do_not_specialize=["steps"])
 def _forward_kernel(
     p_f0,
     p_f1,
     p_weight,
     p_sums,
+    steps,
     positions,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS
     weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for i in tl.range(0, TILES):
-        o_p = (tl.program_id(0) * TILES + i) * ROWS + tl.arange(0, ROWS)
+    for i in tl.range(0, steps):
+        o_p = (tl.program_id(0) * steps + i) * ROWS + tl.arange(0, ROWS)
         o = (b * positions + o_p)[:, None] * CHANNELS + o_c[None, :]
         m = (o_p < positions)[:, None] & m_c[None, :]
         f0, _norm0, inverse0 = _unit(p_f0, o, m)
@@ -117,22 +107,23 @@ def _backward_kernel(
         tl.store(p_df1 + o, _gradient(f1, norm1, inverse1, -du).to(p_df1.dtype.element_ty), mask=m)
 
 
-def _tile(f: Tensor) -> tuple[int, int, int, int]:
+def _tile(f: Tensor, direction: str) -> tuple[launches.Launch, tuple[int, int, int, int]]:
+    """The launch, and (positions, channels, the block that holds them, positions of a tile)."""
     channels = f.shape[1]
-    block = next_power_of_2(channels)
-    return f.shape[2] * f.shape[3], channels, block, max(1, LAUNCH.elements // block)
+    launch = launches.launch_of("lpips_head", direction, channels, f.device)
+    return launch, (f.shape[2] * f.shape[3], channels, next_power_of_2(channels), launch.rows)
 
 
 @torch.library.custom_op("unite_kernels::lpips_head_fwd", mutates_args=())
 def _lpips_head_fwd(f0: Tensor, f1: Tensor, weight: Tensor) -> Tensor:
-    positions, channels, block, rows = _tile(f0)
+    launch, sizes = _tile(f0, "forward")
     f0, f1 = (f.contiguous(memory_format=torch.channels_last) for f in (f0, f1))
-    programs = triton.cdiv(positions, rows * LAUNCH.tiles)
+    tiles = triton.cdiv(sizes[0], launch.rows)
+    steps = launches.steps_per_program(len(f0), tiles, launches.slots_of(launch, f0.device))
+    programs = triton.cdiv(tiles, steps)
     sums = f0.new_empty(len(f0), programs, dtype=torch.float32)
     with torch.cuda.device_of(f0):
-        _forward_kernel[(programs, len(f0))](
-            f0, f1, weight, sums, positions, channels, block, rows, LAUNCH.tiles, num_warps=LAUNCH.warps
-        )
+        _forward_kernel[(programs, len(f0))](f0, f1, weight, sums, steps, *sizes, num_warps=launch.warps)
     return sums.sum(1)
 
 
@@ -145,13 +136,12 @@ def _(f0, f1, weight):
 def _lpips_head_bwd(
     dout: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, first: bool, second: bool
 ) -> tuple[Tensor, Tensor]:
-    positions, channels, block, rows = _tile(f0)
+    launch, sizes = _tile(f0, "backward")
     f0, f1 = (f.contiguous(memory_format=torch.channels_last) for f in (f0, f1))
     df0, df1 = _gradient_of(f0, first), _gradient_of(f1, second)
     with torch.cuda.device_of(f0):
-        _backward_kernel[(triton.cdiv(positions, rows), len(f0))](
-            *(dout.contiguous(), f0, f1, weight, df0, df1, positions, channels, block, rows, first, second),
-            num_warps=LAUNCH.warps,
+        _backward_kernel[(triton.cdiv(sizes[0], launch.rows), len(f0))](
+            *(dout.contiguous(), f0, f1, weight, df0, df1, *sizes, first, second), num_warps=launch.warps
         )
     return df0, df1
 

@@ -18,12 +18,12 @@ Shapes: G (batch, rows, cols) or (rows, cols); the result has G's shape in the c
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import backend as _backend
+from . import launches
 from .jit import jit, tl, triton
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -93,15 +93,7 @@ def _separate(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -
     return result
 
 
-@dataclass(frozen=True)
-class Launch:
-    block: int  # rows and columns of an output tile
-    depth: int  # columns of X per step
-    warps: int
-    stages: int
-
-
-LAUNCHES = {torch.bfloat16: Launch(128, 64, 8, 3), torch.float32: Launch(64, 32, 8, 3)}  # unmeasured defaults
+OPS = {torch.bfloat16: "symmetric_product_bfloat16", torch.float32: "symmetric_product_float32"}  # in the table
 
 
 @jit
@@ -150,11 +142,11 @@ def _symmetric_kernel(
 def _symmetric_product(x: Tensor, addend: Tensor | None, alpha: float, beta: float) -> Tensor:
     batch, n, k = x.shape
     out = x.new_empty(batch, n, n)
-    launch = LAUNCHES[x.dtype]
-    rows = triton.cdiv(n, launch.block)
+    launch = launches.launch_of(OPS[x.dtype], "forward", n, x.device)
+    rows = triton.cdiv(n, launch.columns)
     with torch.cuda.device_of(x):
         _symmetric_kernel[(rows * (rows + 1) // 2, batch)](
-            *(x, addend, out, n, k, alpha, beta, launch.block, launch.depth, addend is not None),
+            *(x, addend, out, n, k, alpha, beta, launch.columns, launch.depth, addend is not None),
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
@@ -169,7 +161,7 @@ def _(x, addend, alpha, beta):
 def symmetric_product(x: Tensor, addend: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """alpha X X^T + beta addend, (batch, n, n), of X (batch, n, k) contiguous; the addend must be symmetric."""
     _backend.resolve("triton", x, addend)
-    if x.dtype not in LAUNCHES:
+    if x.dtype not in OPS:
         raise TypeError(f"x must be float32 or bfloat16, not {x.dtype}")
     if x.ndim != 3:
         raise ValueError(f"x must have shape (batch, n, k), not {tuple(x.shape)}")

@@ -14,12 +14,11 @@ bias gradient for all of them: 24 D bytes in the backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from . import backend as _backend
+from . import launches
 from .jit import jit, next_power_of_2, tl, triton
 
 
@@ -49,25 +48,12 @@ def qk_norm_rope_eager(
     return torch.stack((rotate(q, q_weight), rotate(k, k_weight)), dim=2).reshape(qk.shape)
 
 
-@dataclass(frozen=True)
-class Launch:
-    tokens: int  # tokens of one tile
-    warps: int
-    samples: int = 32  # whose tiles one program takes, loading weights, tables and bias once
-
-
-# Unmeasured defaults, for heads up to 64 and wider ones: a tile of 16 heads gives a thread 16 elements of a tensor, and
-# the backward 128 registers, so that 16 warps of it fit on a multiprocessor.
-NARROW, WIDE = Launch(tokens=2, warps=4), Launch(tokens=2, warps=8)
-PROGRAMS = 528  # four per multiprocessor of an H200; samples are halved for small batches until they exist
-
-
-def _launch(batch: int, tokens: int, head_dim: int) -> tuple[Launch, tuple[int, int], int]:
-    """The launch, its grid, and the samples of one program."""
-    launch = NARROW if head_dim <= 64 else WIDE
-    tiles, samples = triton.cdiv(tokens, launch.tokens), launch.samples
-    while samples > 1 and tiles * triton.cdiv(batch, samples) < PROGRAMS:
-        samples = samples // 2 if samples > 4 else 1  # a loop of two spills with Triton 3.6
+def _launch(direction: str, qk: Tensor) -> tuple[launches.Launch, tuple[int, int], int]:
+    """The launch, its grid, and the samples of one program, which loads weights, tables and bias once."""
+    batch, tokens, width = qk.shape
+    launch = launches.launch_of("qk_norm_rope", direction, width // 2, qk.device)
+    tiles = triton.cdiv(tokens, launch.rows)
+    samples = launches.steps_per_program(tiles, batch, launches.slots_of(launch, qk.device))
     return launch, (tiles, triton.cdiv(batch, samples)), samples
 
 
@@ -112,7 +98,7 @@ def _bias_tile(
     return bias
 
 
-@jit
+@jit(do_not_specialize=["samples"])
 def _forward_kernel(
     p_qk,
     p_q_weight,
@@ -124,6 +110,7 @@ def _forward_kernel(
     p_rstd,
     batch,
     tokens,
+    samples,
     prefix,
     eps,
     HEADS: tl.constexpr,
@@ -131,7 +118,6 @@ def _forward_kernel(
     BLOCK_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
-    SAMPLES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_head, o_d = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM)
@@ -141,8 +127,8 @@ def _forward_kernel(
     for part in tl.static_range(2):
         weight_even, weight_odd = _weight_pairs(p_q_weight if part == 0 else p_k_weight, DIM, HEAD_DIM)
         bias = _bias_tile(p_bias, part, HEADS, HEAD_DIM, BLOCK_HEADS, DIM, BIAS)
-        for i in tl.range(0, SAMPLES):
-            b = tl.program_id(1).to(tl.int64) * SAMPLES + i
+        for i in tl.range(0, samples):
+            b = tl.program_id(1).to(tl.int64) * samples + i
             m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
             m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
             o_row = b * tokens + o_token
@@ -159,7 +145,7 @@ def _forward_kernel(
             tl.store(p_out + o, out.to(p_out.dtype.element_ty), mask=m)
 
 
-@jit
+@jit(do_not_specialize=["samples"])
 def _backward_kernel(
     p_dout,
     p_qk,
@@ -174,13 +160,13 @@ def _backward_kernel(
     p_bias_sums,
     batch,
     tokens,
+    samples,
     prefix,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
-    SAMPLES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_head, o_d, o_i = tl.arange(0, BLOCK_HEADS), tl.arange(0, DIM), tl.arange(0, DIM // 2)
@@ -194,8 +180,8 @@ def _backward_kernel(
         sum_dx = tl.zeros((BLOCK_HEADS, DIM), tl.float32)
         bias = _bias_tile(p_bias, part, HEADS, HEAD_DIM, BLOCK_HEADS, DIM, BIAS)
         cos, sin = _angles(p_cos, p_sin, o_token, m_token, prefix, DIM, HEAD_DIM)
-        for i in tl.range(0, SAMPLES):
-            b = tl.program_id(1).to(tl.int64) * SAMPLES + i
+        for i in tl.range(0, samples):
+            b = tl.program_id(1).to(tl.int64) * samples + i
             m_rows = (m_token & (b < batch))[:, None] & (o_head < HEADS)[None, :]
             m = m_rows[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
             o_row = b * tokens + o_token
@@ -246,12 +232,12 @@ def _qk_norm_rope_fwd(
     if backend == "cpp":
         return _backend.cpu_op("qk_norm_rope_fwd")(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, eps)
     batch, tokens, _width = qk.shape
-    launch, grid, samples = _launch(batch, tokens, q_weight.numel())
+    launch, grid, samples = _launch("forward", qk)
     out, rstd = torch.empty_like(qk), qk.new_empty(batch, tokens, 2, heads, dtype=torch.float32)
     with torch.cuda.device_of(qk):
         _forward_kernel[grid](
-            *(qk, q_weight, k_weight, cos, sin, bias, out, rstd, batch, tokens, prefix, eps),
-            *(*_sizes(qk, heads), launch.tokens, samples, bias is not None),
+            *(qk, q_weight, k_weight, cos, sin, bias, out, rstd, batch, tokens, samples, prefix, eps),
+            *(*_sizes(qk, heads), launch.rows, bias is not None),
             num_warps=launch.warps,
         )
     return out, rstd
@@ -280,14 +266,14 @@ def _qk_norm_rope_bwd(
     if backend == "cpp":
         return _backend.cpu_op("qk_norm_rope_bwd")(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, heads, prefix)
     batch, tokens, width = qk.shape
-    launch, grid, samples = _launch(batch, tokens, q_weight.numel())
+    launch, grid, samples = _launch("backward", qk)
     dqk = torch.empty_like(qk)
     sums = qk.new_empty(grid[0] * grid[1], 2, q_weight.numel(), dtype=torch.float32)
     bias_sums = None if bias is None else qk.new_empty(grid[0] * grid[1], width, dtype=torch.float32)
     with torch.cuda.device_of(qk):
         _backward_kernel[grid](
-            *(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, dqk, sums, bias_sums, batch, tokens, prefix),
-            *(*_sizes(qk, heads), launch.tokens, samples, bias is not None),
+            *(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, dqk, sums, bias_sums, batch, tokens, samples, prefix),
+            *(*_sizes(qk, heads), launch.rows, bias is not None),
             num_warps=launch.warps,
         )
     sums = sums.sum(0)

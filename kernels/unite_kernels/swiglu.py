@@ -8,13 +8,14 @@ read, dx written); the sums of the bias gradient add 8 F / rows-per-program, twi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend as _backend
+from . import launches
 from .jit import jit, next_power_of_2, tl, triton
 
 
@@ -24,17 +25,14 @@ def swiglu_eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return (F.silu(a) * b).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Launch:
-    block: int  # columns of a tile
-    rows: int  # forward: rows of a tile; backward: rows of one step
-    warps: int
-
-
-# Unmeasured default: 8 elements of each half per thread, one 128-bit bfloat16 access.
-LAUNCH = Launch(block=512, rows=4, warps=8)
-FORWARD_ROWS = 32  # rows of one program, which loads the bias once
-BACKWARD_ROWS = 128  # likewise; it sums them for the bias gradient
+def _launch(direction: str, x: Tensor) -> tuple[launches.Launch, tuple[int, int], tuple[int, int, int]]:
+    """The launch, its grid, and (tiles of a program, which loads the bias once, rows, F)."""
+    width, rows = x.shape[-1] // 2, x.numel() // x.shape[-1]
+    launch = launches.launch_of("swiglu", direction, width, x.device)
+    launch = replace(launch, columns=min(launch.columns, next_power_of_2(width)))
+    columns, tiles = triton.cdiv(width, launch.columns), triton.cdiv(rows, launch.rows)
+    steps = launches.steps_per_program(columns, tiles, launches.slots_of(launch, x.device))
+    return launch, (triton.cdiv(tiles, steps), columns), (steps, rows, width)
 
 
 @jit
@@ -53,50 +51,50 @@ def _halves(p, m, bias_a, bias_b, WIDTH: tl.constexpr):
     return a, b
 
 
-@jit
+@jit(do_not_specialize=["steps"])
 def _forward_kernel(
     p_x,
     p_bias,
     p_y,
+    steps,
     rows,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
     bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
-    for i in tl.range(0, STEPS):
-        o_row = (tl.program_id(0).to(tl.int64) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+    for i in tl.range(0, steps):
+        o_row = (tl.program_id(0).to(tl.int64) * steps + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_f[None, :]
         a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
         y = a / (1.0 + tl.exp(-a)) * b
         tl.store(p_y + o_row[:, None] * WIDTH + o_f[None, :], y.to(p_y.dtype.element_ty), mask=m)
 
 
-@jit
+@jit(do_not_specialize=["steps"])
 def _backward_kernel(
     p_dy,
     p_x,
     p_bias,
     p_dx,
     p_sums,
+    steps,
     rows,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
     bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
-    sum_a = tl.zeros((BLOCK,), tl.float32)
-    sum_b = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.range(0, STEPS):
-        o_row = (tl.program_id(0).to(tl.int64) * STEPS + i) * ROWS + tl.arange(0, ROWS)
+    sum_a = tl.zeros((ROWS, BLOCK), tl.float32)  # over rows after the loop: no exchange between threads within it
+    sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.range(0, steps):
+        o_row = (tl.program_id(0).to(tl.int64) * steps + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_f[None, :]
         a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
         dy = tl.load(p_dy + o_row[:, None] * WIDTH + o_f[None, :], mask=m, other=0.0).to(tl.float32)
@@ -107,12 +105,12 @@ def _backward_kernel(
         tl.store(p, da.to(p_dx.dtype.element_ty), mask=m)
         tl.store(p + WIDTH, db.to(p_dx.dtype.element_ty), mask=m)
         if BIAS:
-            sum_a += tl.sum(da, axis=0)
-            sum_b += tl.sum(db, axis=0)
+            sum_a += da
+            sum_b += db
     if BIAS:
         p = p_sums + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + o_f
-        tl.store(p, sum_a, mask=m_f)
-        tl.store(p + WIDTH, sum_b, mask=m_f)
+        tl.store(p, tl.sum(sum_a, axis=0), mask=m_f)
+        tl.store(p + WIDTH, tl.sum(sum_b, axis=0), mask=m_f)
 
 
 def _half_shape(x: Tensor) -> list[int]:
@@ -124,12 +122,10 @@ def _swiglu_fwd(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     if backend == "cpp":
         return _backend.cpu_op("swiglu_fwd")(x, bias)
     y = x.new_empty(_half_shape(x))
-    width, rows = y.shape[-1], x.numel() // x.shape[-1]
-    block = min(LAUNCH.block, next_power_of_2(width))
+    launch, grid, sizes = _launch("forward", x)
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(rows, FORWARD_ROWS), triton.cdiv(width, block))](
-            *(x, bias, y, rows, width, block, LAUNCH.rows, FORWARD_ROWS // LAUNCH.rows, bias is not None),
-            num_warps=LAUNCH.warps,
+        _forward_kernel[grid](
+            *(x, bias, y, *sizes, launch.columns, launch.rows, bias is not None), num_warps=launch.warps
         )
     return y
 
@@ -145,14 +141,11 @@ def _swiglu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, backend: str) -> tup
     if backend == "cpp":
         return _backend.cpu_op("swiglu_bwd")(dy, x, bias)
     dx = torch.empty_like(x)
-    width, rows = dy.shape[-1], x.numel() // x.shape[-1]
-    block = min(LAUNCH.block, next_power_of_2(width))
-    programs = triton.cdiv(rows, BACKWARD_ROWS)
-    sums = None if bias is None else x.new_empty(programs, 2 * width, dtype=torch.float32)
+    launch, grid, sizes = _launch("backward", x)
+    sums = None if bias is None else x.new_empty(grid[0], x.shape[-1], dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[(programs, triton.cdiv(width, block))](
-            *(dy, x, bias, dx, sums, rows, width, block, LAUNCH.rows, BACKWARD_ROWS // LAUNCH.rows, bias is not None),
-            num_warps=LAUNCH.warps,
+        _backward_kernel[grid](
+            *(dy, x, bias, dx, sums, *sizes, launch.columns, launch.rows, bias is not None), num_warps=launch.warps
         )
     return dx, x.new_empty(0) if bias is None else sums.sum(0).to(bias.dtype)
 

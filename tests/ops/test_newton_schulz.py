@@ -7,7 +7,8 @@ import torch
 from checking import DEVICE
 from torch.optim._muon import _zeropower_via_newtonschulz as muon_reference
 
-from unite_kernels.newton_schulz import COEFFICIENTS, LAUNCHES, newton_schulz, symmetric_product
+from unite_kernels.launches import launch_of
+from unite_kernels.newton_schulz import COEFFICIENTS, OPS, newton_schulz, symmetric_product
 
 SHAPES = [(1, 16, 64), (3, 64, 16), (2, 63, 199), (1, 130, 70), (2, 3, 5)]
 
@@ -82,7 +83,7 @@ def test_symmetric_product(dtype, n):
     addend = torch.bmm(x, x.mT)
     addend = (addend + addend.mT) / 2
     found = symmetric_product(x, addend, alpha=0.5, beta=-2.0)
-    tile = torch.arange(n, device=DEVICE) // LAUNCHES[dtype].block
+    tile = torch.arange(n, device=DEVICE) // launch_of(OPS[dtype], "forward", n, x.device).columns
     mirrored = tile[:, None] != tile[None, :]  # inside a tile of the diagonal the order of summation may differ
     assert torch.equal(found[:, mirrored], found.mT[:, mirrored])
     exact = 0.5 * x.double() @ x.double().mT - 2.0 * addend.double()
