@@ -25,7 +25,7 @@ LAYERS = (
     {"evaluate", "export", "report", "weights"},
     {"doctor"},
 )
-DOORS = {
+DOORS: dict[str, str | tuple[str, ...]] = {
     "torchdiffeq": "sampling/__init__.py",
     "lpips": "modality/lpips.py",
     "torch_fidelity": "evaluation/",
@@ -33,6 +33,11 @@ DOORS = {
     "flash_attn": "model/attention.py",
     "transformer_engine": "efficiency/precision.py",
     "wandb": "run/stats.py",
+    "ase": "data/atoms/files.py",
+    "pymatgen": ("data/atoms/", "evaluation/atoms/"),
+    "qm9pack": "data/atoms/qm9.py",
+    "rdkit": ("data/atoms/", "evaluation/atoms/"),
+    "smact": "evaluation/atoms/",
 }
 FILES = sorted((ROOT / "unite_fast").rglob("*.py"))
 
@@ -123,7 +128,8 @@ def test_importing_does_no_work():
     """No device call, no process group, no environment write, no heavy optional package at import."""
     code = (
         "import os, sys; before = dict(os.environ); import train, sample, torch; "
-        "heavy = {'torchvision', 'lpips', 'torchdiffeq', 'sklearn', 'wandb', 'tensorboard'} & set(sys.modules); "
+        "heavy = {'torchvision', 'lpips', 'torchdiffeq', 'sklearn', 'wandb', 'tensorboard', "
+        "'ase', 'pymatgen', 'rdkit', 'smact'} & set(sys.modules); "
         "assert dict(os.environ) == before; assert not torch.distributed.is_initialized(); assert not heavy, heavy"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""}

@@ -1,0 +1,465 @@
+"""Molecules and crystals in memory: readers against a direct reading of the same files, splits, bad input, writers."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unite_fast.base.errors import UserError
+from unite_fast.data.atoms import Structure, Structures, crystals, describe, join, lattice, open_structures, pack, qm9
+from unite_fast.data.atoms.__main__ import main
+from unite_fast.data.atoms.checks import faults, typical_distance
+from unite_fast.data.atoms.structures import load
+from unite_fast.data.atoms.writers import check, write
+
+Chem = pytest.importorskip("rdkit.Chem")
+pytest.importorskip("ase")
+core = pytest.importorskip("pymatgen.core")
+Crystal, Lattice = core.Structure, core.Lattice
+StructureMatcher = pytest.importorskip("pymatgen.analysis.structure_matcher").StructureMatcher
+
+# Methanol and water by hand; rock salt, and two one-atom cells.
+METHANOL = Structure(
+    np.array([6, 8, 1, 1, 1, 1]),
+    np.array(
+        [
+            [-0.047, 0.663, 0.0],
+            [-0.047, -0.758, 0.0],
+            [-1.093, 0.970, 0.0],
+            [0.438, 1.071, 0.890],
+            [0.438, 1.071, -0.890],
+            [0.878, -1.051, 0.0],
+        ]
+    ),
+    None,
+    "methanol",
+    "CO",
+)
+WATER = Structure(
+    np.array([8, 1, 1]), np.array([[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.477]]), None, "water", "O"
+)
+
+
+def pymatgen_crystals() -> list:
+    salt = Crystal.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    rutile = Crystal.from_spacegroup(
+        "P4_2/mnm", Lattice.tetragonal(4.594, 2.959), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]]
+    )
+    skew = Lattice.from_parameters(3.1, 4.2, 9.7, 61, 75, 118)  # not reduced
+    return [
+        salt.get_primitive_structure(),
+        rutile,
+        Crystal(Lattice.cubic(2.87), ["Fe", "Fe"], [[0, 0, 0], [0.5, 0.5, 0.5]]),
+        Crystal(skew, ["Ba", "O"], [[0.1, -0.2, 1.3], [0.6, 0.3, 0.8]]),
+    ]
+
+
+def rattled(count: int) -> Structures:
+    """Molecules and crystals of different sizes."""
+    random = np.random.default_rng(0)
+    listed = []
+    for k in range(count):
+        one = (METHANOL, WATER)[k % 2]
+        listed.append(one._replace(coordinates=one.coordinates + random.normal(0, 0.02, one.coordinates.shape)))
+        if k % 3 == 0:
+            listed.append(crystals.of_pymatgen(pymatgen_crystals()[k % 4], f"crystal {k}"))
+    return pack(listed)
+
+
+def write_csv(path: Path, structures: list) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "material_id", "formation_energy_per_atom", "cif"])
+        for k, structure in enumerate(structures):
+            writer.writerow([k, f"mp-{k}", -0.1 * k, structure.to(fmt="cif")])
+
+
+def test_qm9_is_what_a_direct_reading_of_its_package_gives():
+    try:
+        root = Path(str(importlib.metadata.distribution("qm9pack").locate_file("qm9pack/data")))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("qm9pack is not installed")
+    structures = qm9.read_package()
+    assert len(structures) == 130_831
+    assert int(structures.offsets[-1]) == 2_359_210
+    counts = torch.bincount(structures.species.long())
+    assert {z: int(n) for z, n in enumerate(counts) if n} == {
+        1: 1_208_486, 6: 831_925, 7: 132_498, 8: 183_265, 9: 3_036
+    }  # fmt: skip
+    assert torch.bincount(structures.heavy_atoms())[1:].tolist() == [3, 5, 9, 31, 127, 608, 3138, 17879, 109031]
+    histogram = structures.histogram()
+    assert (int(histogram.argmax()), len(histogram) - 1, int(histogram[28]), int(histogram[:3].sum())) == (19, 29, 0, 0)
+    worst, row = 0.0, 0
+    for part in (1, 2, 3):
+        with open(root / f"qm9_part{part}.csv", newline="") as file:
+            for record in csv.DictReader(file):
+                low, high = structures.offsets[row : row + 2].tolist()
+                numbers = [float(x) for x in record["XYZ_Ang"].replace("[", "").replace("]", "").split(",")]
+                positions = np.array(numbers).reshape(-1, 3)
+                assert high - low == int(record["N_atoms"]) == len(positions)
+                if row % 50 == 0:
+                    symbols = record["Elements"].strip("[]").replace("'", "").split(",")
+                    found = structures[row]
+                    assert [Chem.Atom(s).GetAtomicNum() for s in symbols] == found.species.tolist()
+                    assert (found.name, found.smiles) == (f"gdb_{record['Index']}", record["SMILES"])
+                here = structures.coordinates[low:high].numpy()
+                worst = max(worst, float(np.abs(here - (positions - positions.mean(0))).max()))
+                row += 1
+    assert row == 130_831
+    assert worst < 1e-6
+    assert not faults(structures, 29)
+    assert 0.9 < typical_distance(structures)[0] < 1.1
+    small = structures.select((structures.heavy_atoms() <= 7).nonzero()[:, 0])
+    assert len(small) == 3_921
+
+
+def test_the_split_is_edms():
+    """The rule of EDM's preparation, written out again on the numbers of the data set."""
+    excluded = np.random.default_rng(1).choice(133_885, 3_054, replace=False)
+    included = np.array(sorted(set(range(133_885)) - set(excluded.tolist())))
+    np.random.seed(0)  # as theirs
+    order = np.random.permutation(len(included))
+    test = int(0.1 * len(included))
+    theirs = {
+        "train": included[order[:100_000]],
+        "valid": included[order[100_000 : len(included) - test]],
+        "test": included[order[len(included) - test :]],
+    }
+    ours = qm9.edm_split()
+    assert [len(ours[part]) for part in ("train", "valid", "test")] == [100_000, 17_748, 13_083]
+    for part, indices in ours.items():
+        assert set(included[indices].tolist()) == set(theirs[part].tolist())
+        assert (np.diff(indices) > 0).all()
+
+
+def test_the_other_split_has_adits_sizes():
+    parts = qm9.adit_sizes_split()
+    assert [len(part) for part in parts.values()] == [100_000, 18_000, 12_831]
+    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(130_831))
+    assert not np.array_equal(parts["train"], qm9.adit_sizes_split(seed=10)["train"])
+    for split in (qm9.edm_split, qm9.adit_sizes_split):
+        with pytest.raises(UserError, match="needs all 130,831 molecules, there are 500"):
+            split(500)
+
+
+def write_gdb9(root: Path, structures: Structures, left_out: list[int]) -> None:
+    root.mkdir(exist_ok=True)
+    with Chem.SDWriter(str(root / "gdb9.sdf")) as writer:
+        for i in range(len(structures)):
+            one = structures[i]
+            lines = [f"{Chem.Atom(int(z)).GetSymbol()} {x} {y} {w}" for z, (x, y, w) in
+                     zip(one.species, one.coordinates, strict=True)]  # fmt: skip
+            molecule = Chem.MolFromXYZBlock("\n".join([str(len(lines)), "", *lines]) + "\n")
+            molecule.SetProp("_Name", f"gdb_{i + 1}")
+            writer.write(molecule)
+    head = [f"header line {k}" if k else "" for k in range(9)]
+    rows = [f"   {number}   C   1.0" for number in left_out]
+    (root / "uncharacterized.txt").write_text("\n".join([*head, *rows, "3054 compounds in all?", ""][:-2]) + "\n\n")
+
+
+def test_gdb9_sdf_less_the_uncharacterised(tmp_path):
+    molecules = pack([METHANOL, WATER] * 6)
+    write_gdb9(tmp_path, molecules, [2, 3, 12])
+    found = open_structures("qm9", tmp_path, "all")
+    assert [found.names[i] for i in range(len(found))] == [f"gdb_{n}" for n in (1, 4, 5, 6, 7, 8, 9, 10, 11)]
+    expected = molecules.select([0, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert torch.equal(found.species, expected.species)
+    assert (found.coordinates - expected.coordinates).abs().max() < 1e-4  # the file's four decimals
+    with pytest.raises(UserError, match="needs all 130,831 molecules, there are 9"):
+        open_structures("qm9", tmp_path, "train")
+    (tmp_path / "uncharacterized.txt").write_text("99 x\n")
+    with pytest.raises(UserError, match=r"12 records, but uncharacterized.txt names number 99"):
+        open_structures("qm9", tmp_path, "all")
+    (tmp_path / "uncharacterized.txt").unlink()
+    with pytest.raises(UserError, match=r"it lists the molecules of gdb9.sdf to leave out"):
+        open_structures("qm9", tmp_path, "all")
+
+
+def test_edms_npz(tmp_path):
+    molecules = pack([METHANOL, WATER, METHANOL])
+    batch = molecules.gather(torch.arange(3), 9)
+    for part in qm9.NPZ_PARTS:
+        arrays = {"num_atoms": batch.sizes, "charges": batch.species, "positions": batch.positions + 4.0}
+        np.savez_compressed(tmp_path / f"{part}.npz", index=np.array([5, 6, 7]), **arrays)
+    found = open_structures("qm9", tmp_path, "test")
+    assert torch.equal(found.species, molecules.species)
+    assert (found.coordinates - molecules.coordinates).abs().max() < 1e-6
+    assert found.names[2] == "gdb_7"
+    assert len(open_structures("qm9", tmp_path, "all")) == 9
+    np.savez_compressed(tmp_path / "test.npz", num_atoms=batch.sizes, charges=batch.species[:, :4],
+                        positions=batch.positions)  # fmt: skip
+    with pytest.raises(UserError, match="do not match"):
+        open_structures("qm9", tmp_path, "test")
+    (tmp_path / "test.npz").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(UserError, match="write it again"):
+        open_structures("qm9", tmp_path, "test")
+
+
+def test_mp20_csv_is_what_pymatgen_reduces(tmp_path):
+    listed = pymatgen_crystals()
+    write_csv(tmp_path / "train.csv", listed)
+    write_csv(tmp_path / "val.csv", listed[:1])
+    found = open_structures("mp20", tmp_path, "train", largest=20)
+    assert [found.names[i] for i in range(4)] == [f"train.csv:mp-{k}" for k in range(4)]
+    lengths, angles = lattice.parameters(found.lattices)
+    for k, structure in enumerate(listed):
+        read_back = Crystal.from_str(structure.to(fmt="cif"), fmt="cif")
+        reduced = read_back.get_reduced_structure()
+        assert np.allclose(lengths[k], reduced.lattice.abc, atol=1e-4)
+        assert np.allclose(angles[k], reduced.lattice.angles, atol=1e-3)
+        one = found[k]
+        assert one.species.tolist() == [site.specie.Z for site in reduced]
+        assert np.abs((one.coordinates - reduced.frac_coords + 0.5) % 1 - 0.5).max() < 1e-6
+        assert one.coordinates.min() >= 0
+        assert one.coordinates.max() < 1
+        assert StructureMatcher().fit(structure, crystals.to_pymatgen(one))
+    assert len(open_structures("mp20", tmp_path, "valid", largest=20)) == 1
+    with pytest.raises(UserError, match=r"neither test.csv nor all.csv"):
+        open_structures("mp20", tmp_path, "test")
+    write_csv(tmp_path / "all.csv", listed * 5)
+    assert len(open_structures("mp20", tmp_path, "test", largest=20, workers=2)) == 4
+    (tmp_path / "val.csv").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        open_structures("mp20", tmp_path, "valid")
+
+
+def test_real_crystals_of_pymatgen():
+    read = crystals.read_packages(Path("no such folder"))
+    assert len(read.structures) == 246
+    assert not read.bad
+    assert not faults(read.structures, 20)
+    assert 0.8 < typical_distance(read.structures)[0] < 1.2
+    salt = next(read.structures[i] for i in range(246) if read.structures.names[i].endswith("Halite, Rock Salt"))
+    assert crystals.identity(salt) == ("NaCl", 225)
+    kept, apart = crystals.held_out(246)
+    assert len(apart) == 24
+    assert set(kept.tolist()) | set(apart.tolist()) == set(range(246))
+
+
+def test_cells_are_pymatgens():
+    random = np.random.default_rng(3)
+    lengths, angles = random.uniform(2, 12, (50, 3)), random.uniform(65, 115, (50, 3))
+    expected = np.stack([Lattice.from_parameters(*row).matrix for row in np.concatenate([lengths, angles], 1)])
+    found = lattice.matrix(torch.from_numpy(lengths), torch.from_numpy(angles))
+    assert np.allclose(found, expected, atol=1e-9)
+    back = lattice.parameters(found)
+    assert np.allclose(back[0], lengths, atol=1e-9)
+    assert np.allclose(back[1], angles, atol=1e-9)
+    assert not any(values.any() for values in lattice.parameters(torch.zeros(2, 3, 3)))
+
+
+def test_a_padded_batch_is_its_structures_one_by_one():
+    structures = rattled(9)
+    indices = torch.tensor([3, 0, 3, len(structures) - 1, 1])
+    batch = structures.gather(indices, structures.largest + 2)
+    for row, index in enumerate(indices.tolist()):
+        one, n = structures[index], int(batch.sizes[row])
+        assert n == len(one.species)
+        assert batch.species[row, :n].tolist() == one.species.tolist()
+        assert np.allclose(batch.positions[row, :n], one.positions, atol=1e-5)
+        assert np.allclose(batch.lattice[row], np.zeros((3, 3)) if one.lattice is None else one.lattice)
+        assert np.allclose(batch.fractional[row, :n], 0 if one.lattice is None else one.coordinates)
+        assert batch.mask[row].tolist() == [k < n for k in range(batch.species.shape[1])]
+        for padded in (batch.species, batch.positions, batch.fractional):
+            assert not padded[row, n:].any()
+    wider = structures.gather(indices, 40)
+    assert torch.equal(wider.positions[:, : batch.positions.shape[1]], batch.positions)
+    with pytest.raises(ValueError, match="2 slots cannot hold structures of up to 6 atoms"):
+        structures.gather(indices, 2)
+    means = [structures[i].coordinates.mean(0) for i in range(len(structures)) if structures[i].lattice is None]
+    assert np.abs(means).max() < 1e-6
+
+
+def test_gathering_reads_nothing_back():
+    """On a device without data, a value that the host asked for would raise."""
+    structures = rattled(4)
+    batch = structures.to("meta").gather(torch.zeros(3, dtype=torch.int64), 8)
+    assert batch.positions.shape == (3, 8, 3)
+    assert batch.mask.device.type == "meta"
+
+
+def test_selecting_joining_and_saving_keep_every_array(tmp_path):
+    structures = rattled(5)
+    chosen = structures.select([4, 1, 1])
+    for row, index in enumerate((4, 1, 1)):
+        assert np.array_equal(chosen[row].coordinates, structures[index].coordinates)
+        assert chosen[row].name == structures[index].name
+    both = join([structures, chosen])
+    assert both.labels.tolist() == [0] * len(structures) + [1] * 3
+    assert np.array_equal(both[len(structures)].coordinates, structures[4].coordinates)
+    both.save(tmp_path / "both.safetensors")
+    again = load(tmp_path / "both.safetensors")
+    assert again.digest() == both.digest() != structures.digest()
+    assert [again.names[i] for i in range(len(again))] == [both.names[i] for i in range(len(both))]
+    assert again.smiles is not None
+    assert (again[0].smiles, again.largest) == (both[0].smiles, 6)
+    assert len(open_structures("packed", tmp_path / "both.safetensors")) == len(both)
+    content = bytearray((tmp_path / "both.safetensors").read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "both.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load(tmp_path / "both.safetensors")
+    (tmp_path / "both.safetensors").write_bytes(content[:50])
+    with pytest.raises(UserError, match="write it again with python -m"):
+        load(tmp_path / "both.safetensors")
+
+
+GOOD_XYZ = "3\nwater\nO 0 0 0.119\nH 0 0.763 -0.477\nH 0 -0.763 -0.477\n"
+CIF = Crystal(Lattice.cubic(2.87), ["Fe"], [[0, 0, 0]]).to(fmt="cif")
+BAD = {
+    "unknown element": ("a.xyz", GOOD_XYZ.replace("O 0", "Xx 0"), "unknown element: 'Xx'"),
+    "overlap": ("a.xyz", GOOD_XYZ.replace("0.763", "0.01"), "overlapping atoms: atoms 2 and 3 are 0.02 Å apart"),
+    "not a number": ("a.xyz", GOOD_XYZ.replace("0.119", "nan"), "not a number: a coordinate or a cell"),
+    "infinite": ("a.xyz", GOOD_XYZ.replace("0.119", "inf"), "not a number: a coordinate or a cell"),
+    "a word": ("a.xyz", GOOD_XYZ.replace("0.119", "up"), "broken XYZ: "),
+    "too many": ("a.xyz", "9\n\n" + "".join(f"C {1.5 * k} 0 0\n" for k in range(9)), "too many atoms: 9, and the"),
+    "truncated": ("a.xyz", GOOD_XYZ.replace("3\n", "7\n"), "broken XYZ: line 1 begins no complete frame"),
+    "no count": ("a.xyz", "water\n" + GOOD_XYZ, "broken XYZ: line 1 begins no complete frame"),
+    "empty molecule": ("a.xyz", "0\n\n", "no atoms: the structure is empty|broken XYZ"),
+    "slab": (
+        "a.extxyz",
+        GOOD_XYZ.replace("water", 'Lattice="9 0 0 0 9 0 0 0 9" pbc="T T F" Properties=species:S:1:pos:R:3'),
+        "not periodic in three directions",
+    ),
+    "flat cell": (
+        "a.cif", CIF.replace("_cell_angle_gamma   90.0", "_cell_angle_gamma   0.0001"),
+        "broken CIF: |no reduced cell|flat"),
+    "disordered": ("a.cif", CIF[:CIF.rindex("1")] + "0.5\n",
+                   "disordered: site 1 holds Fe:0.5"),
+    "broken cif": ("a.cif", CIF[: len(CIF) // 2], "broken CIF: "),
+    "text": ("a.cif", "this is no CIF", "broken CIF: "),
+    "broken sdf": ("a.sdf", "x\n\n\n  9  9  0\nnothing\n$$$$\n", "broken SDF: the record cannot be read"),
+    "unreadable sdf": ("a.sdf", "garbage\n$$$$\n", "broken SDF: the record cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_structure_is_one_line_and_is_counted(kind, tmp_path, caplog):
+    name, content, expected = BAD[kind]
+    (tmp_path / name).write_text(content)
+    (tmp_path / "good.xyz").write_text(GOOD_XYZ * 3)
+    with pytest.raises(UserError, match=expected) as error:
+        open_structures("files", tmp_path, "all", largest=8)
+    text = str(error.value)
+    assert "1 of 4 structures cannot be used (1 " in text
+    assert "set data.on_error=skip" in text
+    assert str(tmp_path / name) in text
+    assert "\n" not in text
+    left = open_structures("files", tmp_path, "all", largest=8, on_error="skip")
+    assert len(left) == 3
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1
+    assert str(tmp_path / name) in lines[0]
+    (tmp_path / "good.xyz").unlink()
+    with pytest.raises(UserError, match="nothing is left"):
+        open_structures("files", tmp_path, "all", largest=8, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit"), [(1 / 0.529177, "bohr"), (0.1, "nm"), (100.0, "pm"), (3.7, "must be in Å")]
+)
+def test_the_wrong_unit_is_named(factor, unit, tmp_path):
+    wrong = pack([one._replace(coordinates=one.coordinates * factor) for one in (METHANOL, WATER, METHANOL)])
+    write(tmp_path / "a.xyz", [wrong[i] for i in range(3)])
+    with pytest.raises(UserError, match=unit):
+        open_structures("files", tmp_path, "all", on_error="skip")
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"holds no .xyz, .extxyz, .sdf, .cif files"):
+        open_structures("files", tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_structures("files", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"data.path is empty; data.source=mp20 needs a folder"):
+        open_structures("mp20")
+    with pytest.raises(UserError, match="source 'zinc' is not known; one of qm9, mp20"):
+        open_structures("zinc")
+    (tmp_path / "a.xyz").write_text(GOOD_XYZ)
+    with pytest.raises(UserError, match="nothing is left of its part test"):
+        open_structures("files", tmp_path, "test")
+
+
+@pytest.mark.parametrize("suffix", [".sdf", ".xyz", ".extxyz"])
+def test_molecules_come_back_from_files(suffix, tmp_path):
+    molecules = pack([METHANOL, WATER])
+    assert write(tmp_path / f"a{suffix}", [molecules[0], molecules[1]]) == 2
+    found = open_structures("files", tmp_path / f"a{suffix}", "all")
+    assert torch.equal(found.species, molecules.species)
+    assert (found.coordinates - molecules.coordinates).abs().max() < (1e-4 if suffix == ".sdf" else 1e-6)
+    if suffix == ".sdf":
+        read = [Chem.MolToSmiles(m) for m in Chem.SDMolSupplier(str(tmp_path / "a.sdf"))]
+        assert read == ["CO", "O"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a{suffix}"]
+
+
+def test_a_molecule_without_valences_is_written_without_bonds(tmp_path):
+    odd = METHANOL._replace(species=np.array([6, 8, 1, 1, 1, 6]))
+    write(tmp_path / "a.sdf", [odd])
+    molecule = next(iter(Chem.SDMolSupplier(str(tmp_path / "a.sdf"), sanitize=False, removeHs=False)))
+    assert (molecule.GetNumAtoms(), molecule.GetNumBonds()) == (6, 0)
+
+
+@pytest.mark.parametrize("name", ["a.extxyz", "folder"])
+def test_crystals_come_back_from_files(name, tmp_path):
+    listed = [crystals.of_pymatgen(structure, "x") for structure in pymatgen_crystals()]
+    assert write(tmp_path / name, listed) == 4
+    found = open_structures("files", tmp_path / name, "all")
+    for k, structure in enumerate(listed):
+        assert StructureMatcher().fit(crystals.to_pymatgen(structure), crystals.to_pymatgen(found[k]))
+    # Again: the folder is replaced.
+    assert write(tmp_path / name, listed[:1]) == 1
+    assert len(open_structures("files", tmp_path / name, "all")) == 1
+
+
+def test_a_format_that_cannot_hold_a_structure_is_refused(tmp_path):
+    salt = crystals.of_pymatgen(pymatgen_crystals()[0], "salt")
+    with pytest.raises(UserError, match=r".xyz has no cell; write crystals to .extxyz or to a folder of .cif"):
+        write(tmp_path / "a.xyz", [salt])
+    with pytest.raises(UserError, match=r"a folder of .cif is for crystals"):
+        write(tmp_path / "a", [METHANOL])
+    with pytest.raises(UserError, match=r"one of .sdf, .xyz, .extxyz"):
+        check(tmp_path / "a.mol2", periodic=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("pymatgen", lambda root: open_structures("crystals")),
+        ("ase", lambda root: open_structures("files", root)),
+        ("rdkit", lambda root: open_structures("qm9", root, "all")),
+    ],
+)
+def test_a_missing_package_is_one_line(package, call, tmp_path, monkeypatch):
+    write_gdb9(tmp_path, pack([WATER]), [])
+    for module in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}, which is not installed; pip install 'unite-fast\[atoms\]'"):
+        call(tmp_path)
+
+
+def test_a_missing_data_set_is_one_line(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    with pytest.raises(UserError, match="needs the package qm9pack, which holds the data set"):
+        open_structures("qm9")
+
+
+def test_the_command_packs_and_describes(tmp_path, capsys):
+    write(tmp_path / "a.xyz", [WATER] * 5)
+    out = tmp_path / "a.safetensors"
+    assert main(["files", str(tmp_path / "a.xyz"), "--part", "train", "--out", str(out)]) == 0
+    assert "4 molecules of 3 to 3 atoms (H 8, O 4)" in capsys.readouterr().out
+    assert len(load(out)) == 4
+    assert "5 molecules and 1 crystals" in describe(
+        join([pack([WATER] * 5), pack([crystals.of_pymatgen(pymatgen_crystals()[2], "iron")])])
+    )
