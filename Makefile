@@ -45,8 +45,8 @@ check-kernels: install  ## compile every kernel for sm_90 without a GPU; registe
 bench: install  ## kernels of this machine's device against eager and torch.compile
 	$(RUN) benchmarks/bench_kernels.py
 
-gpu-check:  ## on a GPU machine: build, check every operation, time every component; installs nothing, uses $(PYTHON)
-	$(PYTHON) benchmarks/gpu_check.py
+gpu-check:  ## on a lent GPU: checks, ours and the official code, tables, in 560 s; then AGAIN=1; REHEARSE=1 without a GPU
+	$(PYTHON) benchmarks/gpu_check.py $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so kernels/unite_kernels/*.sources

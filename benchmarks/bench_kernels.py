@@ -181,6 +181,22 @@ def bench_component(name: str, shape: str, device: torch.device, rounds: int, ba
     return rows
 
 
+def passes_of(name: str, sizes: Sizes, device: torch.device, backend: str) -> Passes:
+    """The passes of one component from random inputs, bfloat16 on a GPU, by one backend alone."""
+    component, dtype = COMPONENTS[name], torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    def function(inputs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        return component.call(inputs, backend, sizes)
+
+    passes = Passes(function, component, component.inputs(sizes, randn, dtype), [])
+    passes.gradients = [randn(*o.shape).to(o.dtype) for o in passes.outputs]
+    return passes
+
+
 def bench_others(name: str, shape: str, device: torch.device, rounds: int, bandwidth: float) -> list[dict]:
     """The components with a file of their own."""
     if name == "update":

@@ -1,233 +1,253 @@
-"""One command for a GPU machine: build, check every operation, time every component (8 minutes), then whole steps (8).
+"""What to do with fifteen minutes of one GPU. Everything that can be done without it is done before: `make gpu-pack`.
 
-    make gpu-check        or: python benchmarks/gpu_check.py
-    OFFICIAL_DIR=PATH make gpu-check        with the official code, of which PATH is a clone, beside ours
+    make gpu-check OUT=rows                the first command, PLAN below: at most 560 seconds
+    make gpu-check OUT=rows AGAIN=1        the second, at once, on the same machine: at most 150 seconds
+    make gpu-check REHEARSE=1              both without a GPU, at toy sizes, on a clock that runs faster
+    python benchmarks/gpu_report.py rows   afterwards, anywhere: figures, tables and a record from the rows
 
-1. builds the compiled operations (setup.py build_ext --inplace); nothing is installed
-2. runs tests/ops on the GPU; a component whose tests fail is not timed, none is when it cannot be told whose they are
-3. runs bench_kernels.py, each component in a process of its own: rows in benchmarks/results/<device>/kernels.jsonl
-4. within a second limit, the tests of the training step on the GPU, then the programs of STEPS: the ladder of
-   efficiency options, the official code where OFFICIAL_DIR names it, attention, Muon, LPIPS, the roofline
+One deadline, one process per part, in the order of what matters most. A part that fails, hangs or runs out of memory
+costs its own rows alone; a check that fails marks figures red and stops no timing. Rows are in OUT/rows.jsonl the
+moment they exist, the output of each part in OUT/log.txt when it has ended, what became of them in OUT/summary.txt.
 
-What fails or takes too long costs its own rows alone; the last lines say what became of each part. PARTS=kernels or
-PARTS=steps runs one half: 1 to 3, or the build and 4. The package lpips is needed for 4. When the variable OUT names a
-folder, the device's rows and each program's output are copied there after every program. Exit status: 0; 1 when
-something failed or time ran out; 2 without a GPU.
+The official code (OFFICIAL_DIR, a clone; or gpu-pack/official) compiles in a process of its own from the first second
+on, then gives its memory back to the device and waits for its turn. The kernels of the sweeps are compiled likewise.
+The official code takes the first of 128, 64, 48, 32 images that fits, and ours the same, then more where that fits; a
+GPU of less than 100 GB takes 32, under a heading of its own. Caches and settings stay in gpu-run/, where the second
+command finds compiled code and the winners of the first.
+
+Exit status: 0; 1 when a part failed, was cut off or a check was red; 2 without a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
+import json
+import multiprocessing
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 from importlib.util import find_spec
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # the packages need not be installed
-LIMIT = 480.0  # seconds for build, tests and components
-STEP_LIMIT = 480.0  # seconds for whole steps, after that
-MOST = 240.0  # seconds of one program, so that one that hangs leaves time for others
-WORKERS = 8  # of the tests, which compile some hundred kernels
-# Shortest first, so that a limit that is met costs the fewest components.
-COMPONENTS = (
-    *("update", "corruption", "newton_schulz", "lpips_head"),
-    *("qk_norm_rope", "swiglu", "adaln", "adaln_mid", "adaln_tail"),
-)
-# Whose tests a file has; of tests/ops/test_fused_ops.py a test names its component.
-TESTED = {
-    "test_multi_tensor": ("update",),
-    "test_corruption": ("corruption",),
-    "test_newton_schulz": ("newton_schulz",),
-    "test_lpips_head": ("lpips_head",),
-    "test_fused_ops": COMPONENTS[4:],
-    **dict.fromkeys(("test_split_linear", "test_extension", "test_gpu_check", "test_bytes"), ()),  # of none on a GPU
-}
-
-# The most telling first.
-STEPS = {
-    "step ladder, N = 3": ("bench_step.py", "--models", "b", "--flow-steps", "3"),
-    "official code": (
-        *("compare_official.py", "--precision", "bf16", "--batch", "64", "--flow-steps", "3", "--rounds", "5"),
-        *("--sample-steps", "10", "efficiency.compile=all", "efficiency.cuda_graph=step"),
-    ),
-    "step ladder, N = 14": ("bench_step.py", "--models", "b", "--flow-steps", "14", "--rounds", "5"),
-    "attention": ("bench_attention.py",),
-    "lpips": ("bench_lpips.py",),
-    "muon": ("bench_muon.py",),
-    "roofline": ("roofline.py",),
-}
+PACK, RUN = ROOT / "gpu-pack", ROOT / "gpu-run"  # what travelled here; what stays here between the commands
+DEADLINE, AGAIN = 560.0, 150.0  # seconds of the first and the second command
+SPEED = 4.0  # of a rehearsal's clock
 
 
-def test_command() -> list[str]:
-    parallel = ["-n", str(WORKERS)] if find_spec("xdist") else []
-    return [sys.executable, "-m", "pytest", "tests/ops", "-ra", *parallel]
+class Part(NamedTuple):
+    """A function of gpu_parts/, as module.function, and the most seconds that it gets when its turn has come."""
 
-
-def step_test_command() -> list[str]:
-    """What of the training step only a GPU can show: graphs, no waiting, compiled layers, low precision, attention."""
-    files = [f"tests/test_{name}.py" for name in ("graph", "efficiency", "compile", "precision", "attention")]
-    return [*test_command()[:3], *files, *test_command()[4:]]
-
-
-def bench_command(component: str) -> list[str]:
-    return [sys.executable, "benchmarks/bench_kernels.py", "--device", "cuda", "--only", component]
-
-
-def step_commands(official: str | None) -> dict[str, list[str]]:
-    """The commands of STEPS; comparing with the official code only where its clone is."""
-    commands = {}
-    for name, (program, *words) in STEPS.items():
-        if name == "official code":
-            if not official:
-                continue
-            words += ["--official-dir", official]
-        commands[name] = [sys.executable, f"benchmarks/{program}", "--device", "cuda", *words]
-    return commands
-
-
-def launch(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, list[str]]:
-    """The exit status, None when time ran out, and the lines of the output, which go through as they come.
-
-    The processes that it has started end with it: left behind, they would slow down what is timed next.
-    """
-    lines: list[str] = []
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-
-    def forward() -> None:
-        for line in process.stdout or ():
-            lines.append(line)
-            print(line, end="", flush=True)
-
-    reader = threading.Thread(target=forward, daemon=True)
-    reader.start()
-    code: int | None = None
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(max(seconds, 0.1))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    reader.join(10)
-    return code, lines
-
-
-class Result(NamedTuple):
-    """Of one part: "ok", "FAILED" or "not run"."""
-
-    state: str
     name: str
     seconds: float
-    why: str = ""
+    function: str
+    early: bool = False  # started at second 0; waits for its turn when it is prepared
+    after: str = ""  # an early part that should be prepared before this one begins, since it would disturb timing
+    patience: float = 40.0  # seconds that it waits for that
 
-    def line(self) -> str:
-        return f"{self.state:8} {self.name:30} {self.seconds:5.0f} s  {self.why}".rstrip()
+
+PLAN = (
+    Part("machine", 20, "machine.look"),  # versions, clocks, libraries
+    Part("smoke", 45, "smoke.run"),  # each operation against float64 at one shape; a step, fused against eager
+    Part("tests", 40, "smoke.tests"),  # graphs and steps that never wait
+    Part("ceilings", 30, "ceilings.run", after="official"),  # copy, products in the step's layouts, FP8
+    Part("ours", 110, "steps.ours", after="official"),  # batch, LPIPS compiled, cudnn.benchmark, graph, kernel table
+    Part("official", 150, "steps.official", early=True),  # as published, then as an expert runs it
+    Part("ours again", 25, "steps.ours_again"),  # the same settings: the drift of an hour in minutes
+    Part("attention", 50, "kernels.attention"),  # backends by shape: PREFERRED
+    Part("compile", 60, "kernels.compile", early=True),  # for the sweeps, on the CPUs
+    Part("sweeps", 80, "kernels.sweeps"),  # launches by device: launch_tables/
+    Part("options", 50, "steps.options"),  # FP8 and bf16-residual steps
+)
+SECOND = (Part("winners", 150, "steps.winners"),)  # the best settings and the official code, ABAB in one process
 
 
 class Clock:
-    """Runs commands within what is left of the limit."""
+    """Seconds since the start, of which a rehearsal's pass faster."""
 
-    def __init__(self, limit: float) -> None:
-        self.start, self.limit = time.monotonic(), limit
-        path = os.environ.get("PYTHONPATH")
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([SOURCES, path]) if path else SOURCES}
+    def __init__(self, deadline: float, speed: float) -> None:
+        self.start, self.deadline, self.speed = time.monotonic(), deadline, speed
 
     def passed(self) -> float:
-        return time.monotonic() - self.start
+        return (time.monotonic() - self.start) * self.speed
 
-    def run(self, title: str, command: list[str]) -> tuple[Result, list[str]]:
-        """What became of ``command``, and its output, which goes through as well."""
-        begun = self.passed()
-        given = min(MOST, self.limit - begun)
-        if given <= 0:
-            return Result("not run", title, 0.0, f"out of time ({self.limit:.0f} s in all)"), []
-        print(f"== {title}", flush=True)
-        code, lines = launch(command, self.environment, given)
-        why = "" if code == 0 else f"out of time ({given:.0f} s)" if code is None else f"exit status {code}"
-        if why and (last := next((text for line in reversed(lines) if (text := line.strip())), "")):
-            why += f": {last[:160]}"
-        result = Result("FAILED" if why else "ok", title, self.passed() - begun, why)
-        print(f"== {result.line()}", flush=True)
-        return result, lines
+    def left(self) -> float:
+        return self.deadline - self.passed()
 
 
-def red_components(lines: list[str]) -> set[str]:
-    """The components that pytest's summary says failures of; all of them when a line names none that is known."""
-    red: set[str] = set()
-    for line in lines:
-        if found := re.match(r"(?:FAILED|ERROR) tests/ops/(\w+)\.py(.*)", line):
-            theirs = TESTED.get(found[1], COMPONENTS)
-            words = re.split(r"[\[\]-]", found[2].split(" - ")[0])
-            red |= set(theirs).intersection(words) or set(theirs)
-    return red if any(line.startswith(("FAILED tests/ops/", "ERROR tests/ops/")) for line in lines) else set(COMPONENTS)
+class Job:
+    """A part in a process of its own, which it shares with nothing: it can be killed with all that it has started."""
+
+    def __init__(self, part: Part, settings: dict, context: multiprocessing.context.ForkServerContext) -> None:
+        from gpu_parts import enter
+
+        self.part = part
+        self.log = Path(settings["run"]) / f"{part.name.replace(' ', '-')}.log"
+        self.log.unlink(missing_ok=True)
+        self.prepared, self.turn = context.Event(), context.Event()
+        arguments = (part.name, part.function, settings, self.log, self.prepared, self.turn)
+        self.process: ForkServerProcess = context.Process(target=enter, args=arguments, daemon=False)
+        self.process.start()
+
+    def join(self, seconds: float) -> str:
+        """Waits, then ends it: an empty string, or what went wrong."""
+        self.process.join(max(seconds, 0.0))
+        late = self.process.exitcode is None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()
+        self.process.join(10)
+        if late:
+            return "cut off"
+        code = self.process.exitcode or 0
+        if code == 0:
+            return ""
+        said = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return f"{reason}: {said[-1].strip()[:160]}" if said else reason
 
 
-def collect(target: Path, since: float) -> list[Path]:
-    """Copies the rows written after ``since`` (wall clock) into ``target``."""
-    target.mkdir(parents=True, exist_ok=True)
-    fresh = [path for path in sorted(RESULTS.glob("*/*.jsonl")) if path.stat().st_mtime >= since]
-    return [Path(shutil.copy(path, target / f"{path.parent.name}-{path.name}")) for path in fresh]
+def wait_for(early: Job, clock: Clock, patience: float) -> bool:
+    """Whether an early part has prepared itself, or ended, within ``patience`` seconds."""
+    until = clock.passed() + patience
+    while clock.passed() < min(until, clock.deadline):
+        if early.prepared.is_set() or early.process.exitcode is not None:
+            return True
+        time.sleep(0.05)
+    return False
 
 
-def check(clock: Clock, out: str | None, official: str | None = None, parts: str = "kernels,steps") -> int:
-    begun = time.time()
-    results: list[Result] = []
+class Orchestra:
+    """Runs a plan; ``rows`` is where everything ends up."""
 
-    def do(within: Clock, name: str, command: list[str]) -> tuple[Result, list[str]]:
-        result, lines = within.run(name, command)
-        results.append(result)
-        if out:  # at once: what follows may run out of time
-            collect(Path(out), begun - 1.0)
-            (Path(out) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.log").write_text("".join(lines))
-        return result, lines
+    def __init__(self, plan: tuple[Part, ...], clock: Clock, settings: dict) -> None:
+        self.plan, self.clock, self.settings = plan, clock, settings
+        self.out = Path(settings["out"])
+        self.results: list[dict] = []
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["gpu_parts.preload"])  # torch is imported once, for all parts
 
-    built, lines = do(clock, "build", [sys.executable, "setup.py", "build_ext", "--inplace"])
-    if missing := [line.strip() for line in lines if " is not built: " in line]:  # which is no failure of setup.py's
-        results[-1] = built._replace(state="FAILED", why="; ".join(missing))
-    if "kernels" in parts:
-        tested, lines = do(clock, "tests of every operation", test_command())
-        red = set() if tested.state == "ok" else red_components(lines)
-        for name in COMPONENTS:
-            if name in red:
-                results.append(Result("not run", name, 0.0, "its tests failed, so nothing is timed"))
-            else:
-                do(clock, name, bench_command(name))
-    if "steps" in parts:
-        second = Clock(STEP_LIMIT)
-        do(second, "tests of the training step", step_test_command())
-        if not official:
-            print("== official code: left out; OFFICIAL_DIR names no clone of it")
-        for name, command in step_commands(official).items():
-            do(second, name, command)
-    print("== summary\n" + "\n".join(result.line() for result in results), flush=True)
-    return 0 if all(result.state == "ok" for result in results) else 1
+    def run(self) -> int:
+        early = {part.name: self.begin(part) for part in self.plan if part.early}
+        for part in self.plan:
+            beside = ""
+            if part.after in early and not wait_for(early[part.after], self.clock, part.patience):
+                beside = f"while {part.after} was still compiling"
+            begun, left = self.clock.passed(), self.clock.left()
+            if left < 1 and part.name not in early:
+                self.note(part, begun, "not run: out of time")
+                continue
+            job = early.get(part.name) or self.begin(part)
+            job.turn.set()
+            why = job.join(min(part.seconds, left) / self.clock.speed)
+            self.note(part, begun, why, beside)
+            with contextlib.suppress(OSError), (self.out / "log.txt").open("a") as log:
+                log.write(f"== {part.name}\n{job.log.read_text(errors='replace')}\n")
+        return self.summary()
+
+    def begin(self, part: Part) -> Job:
+        return Job(part, self.settings | {"fault": self.settings["faults"].get(part.name, "")}, self.context)
+
+    def note(self, part: Part, begun: float, why: str, beside: str = "") -> None:
+        seconds = self.clock.passed() - begun
+        row = {"benchmark": "part", "part": part.name, "ok": not why, "why": why, "beside": beside}
+        row |= {"seconds": round(seconds, 1), "at": round(begun, 1), "rehearsal": self.settings["rehearse"]}
+        self.results.append(row)
+        with (self.out / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{begun:5.0f} s  {'ok' if not why else 'FAILED':7} {part.name:12} {seconds:4.0f} s  {why or beside}",
+            flush=True,
+        )
+
+    def summary(self) -> int:
+        rows = [json.loads(line) for line in (self.out / "rows.jsonl").read_text().splitlines()]
+        red = [row for row in rows if row.get("benchmark") == "check" and not row["ok"]]
+        lines = [
+            f"{'ok' if r['ok'] else 'FAILED':7} {r['part']:12} {r['seconds']:5.0f} s  {r['why'] or r['beside']}"
+            for r in self.results
+        ]
+        lines += [f"RED     {row['check']}: {row['why']}" for row in red]
+        lines.append(f"{len(rows)} rows, {self.clock.passed():.0f} s")
+        (self.out / "summary.txt").write_text("\n".join(lines) + "\n")
+        print("\n".join(["== summary", *lines]), flush=True)
+        shutil.copy(self.out / "rows.jsonl", Path(self.settings["run"]) / "rows.jsonl")  # OUT may be emptied
+        return 1 if red or not all(row["ok"] for row in self.results) else 0
+
+
+def environment(rehearse: bool) -> None:
+    """Of all parts: our packages, those that travelled, caches that the second command finds again."""
+    paths = [ROOT / "benchmarks", ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "ops", PACK / "packages"]
+    sys.path[:0] = [str(path) for path in paths if str(path) not in sys.path]
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of parts that were ended
+    more = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *more])
+    if rehearse:
+        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    else:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(RUN / "inductor"), "TRITON_CACHE_DIR": str(RUN / "triton")}
+        if (PACK / "triton").is_dir():
+            shutil.copytree(PACK / "triton", RUN / "triton", dirs_exist_ok=True)
+    for library in (PACK / "libraries").glob("*"):  # built where there was time; a build here would take a minute
+        target = ROOT / "kernels" / "unite_kernels" / library.name
+        if not target.exists():
+            shutil.copy(library, target)
+
+
+def obstacle() -> str:
+    """Why nothing can be measured here. (Importing torch would tell as well, seconds later.)"""
+    if not find_spec("torch"):
+        return f"gpu-check needs torch, which {sys.executable} does not have: set PYTHON"
+    try:
+        seen = ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        seen = False
+    return "" if seen else "gpu-check needs a CUDA device and sees none here; REHEARSE=1 runs it without"
+
+
+def fault(text: str) -> tuple[str, str]:
+    part, _, kind = text.partition("=")
+    if part not in {p.name for p in (*PLAN, *SECOND)} or kind not in ("hang", "crash", "oom", "red"):
+        raise argparse.ArgumentTypeError(f"{text}: give PART=hang, crash, oom or red")
+    return part, kind
 
 
 def main() -> int:
-    if not find_spec("torch"):
-        print(f"gpu-check needs torch, which {sys.executable} does not have: set PYTHON", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or RUN / "out", help="folder of the rows")
+    parser.add_argument("--official-dir", type=Path, default=os.environ.get("OFFICIAL_DIR") or None)
+    parser.add_argument("--again", action="store_true", help="the second command")
+    parser.add_argument("--deadline", type=float, help=f"seconds; {DEADLINE:.0f}, of the second command {AGAIN:.0f}")
+    parser.add_argument("--only", help="parts, comma-separated: " + ", ".join(p.name for p in (*PLAN, *SECOND)))
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU; --fault breaks parts")
+    parser.add_argument("--speed", type=float, default=SPEED, help="of a rehearsal's clock")
+    parser.add_argument("--fault", type=fault, action="append", default=[], metavar="PART=hang|crash|oom|red")
+    arguments = parser.parse_args()
+    if not arguments.rehearse and (why := obstacle()):
+        print(why, file=sys.stderr)
         return 2
-    import torch  # here: the line above is the answer where it is missing
-
-    if not torch.cuda.is_available():
-        print(f"gpu-check needs a CUDA device; torch {torch.__version__} sees none here", file=sys.stderr)
-        return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    environment = os.environ
-    parts = environment.get("PARTS", "kernels,steps")
-    return check(Clock(LIMIT), environment.get("OUT"), environment.get("OFFICIAL_DIR"), parts)
+    deadline = arguments.deadline or (AGAIN if arguments.again else DEADLINE)
+    clock = Clock(deadline, arguments.speed if arguments.rehearse else 1.0)
+    run = Path(arguments.out).resolve() / "run" if arguments.rehearse else RUN
+    for folder in (arguments.out, run):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    environment(arguments.rehearse)
+    official = arguments.official_dir or (PACK / "official" if (PACK / "official").is_dir() else None)
+    settings = {
+        "out": str(Path(arguments.out).resolve()), "rehearse": arguments.rehearse, "faults": dict(arguments.fault),
+        "run": str(run), "official": official and str(Path(official).resolve()),
+        "deadline": clock.start + deadline / clock.speed,
+    }  # fmt: skip
+    plan = (*PLAN, *SECOND) if arguments.rehearse else SECOND if arguments.again else PLAN
+    if arguments.only:
+        plan = tuple(part for part in plan if part.name in arguments.only.split(","))
+    return Orchestra(plan, clock, settings).run()
 
 
 if __name__ == "__main__":

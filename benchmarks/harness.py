@@ -159,11 +159,11 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> dict[str, floa
     return quantiles([a / b for a, b in zip(times[slow], times[fast], strict=True)])
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
     """GB/s, read and written, of a copy too large for the caches (256 MB; 1 GB on a GPU): the yardstick of kernels."""
     count = (256 if device.type == "cuda" else 64) * 2**20
     source, target = (torch.ones(count, device=device) for _ in range(2))
-    times = interleaved({"copy": lambda: target.copy_(source)}, device, rounds=15)["copy"]
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
     return 2 * source.nbytes / quantiles(times)["median"] / 1e6
 
 

@@ -1,17 +1,22 @@
-"""Ceilings of kernels: stated, or measured on a device by running the shapes of a step through the vendor libraries."""
+"""Ceilings of kernels: stated, or measured on a device by running a step's shapes through the vendor libraries, in the
+layouts and dtypes of the step: a product's transposes and its output's dtype, queries and keys in one tensor."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from harness import copy_bandwidth, device_name, interleaved, quantiles
 from step_work import Work
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-GEMMS, CONVS = 12, 4  # the shapes that take the most FLOPs are measured; others get the kind's mean
+from unite_kernels import copied_linear
+
+GEMMS, CONVS = 18, 4  # the shapes that take the most FLOPs are measured; others get the kind's mean
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -24,12 +29,12 @@ class Ceilings:
     conv: float
     bandwidth: float  # TB/s, read and written
     attention: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens -> forward, backward; else gemm's
-    gemms: dict[tuple[int, ...], float] = field(default_factory=dict)  # by shape, where measured
+    gemms: dict[tuple, float] = field(default_factory=dict)  # by form and shape, where measured
     convs: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def rate(self, work: Work) -> float:
         if work.kind == "gemm":
-            return self.gemms.get(work.shape, self.gemm)
+            return self.gemms.get((work.form, *work.shape), self.gemm)
         if work.kind == "conv":
             return self.convs.get(work.shape, self.conv)
         if work.kind == "attention" and self.attention:
@@ -40,7 +45,7 @@ class Ceilings:
     def text(self) -> str:
         lines = [f"{self.source}: copy {self.bandwidth:.3g} TB/s, TFLOP/s: products {self.gemm:.3g} (weighted mean), "
                  f"convolutions {self.conv:.3g}"]  # fmt: skip
-        lines += [f"  product {'x'.join(map(str, s)):>20}  {r:8.3g}" for s, r in self.gemms.items()]
+        lines += [f"  product {f:8}{'x'.join(map(str, s)):>20}  {r:8.3g}" for (f, *s), r in self.gemms.items()]
         lines += [
             f"  attention {t:>4} tokens  forward {f:8.3g}  backward {b:8.3g}" for t, (f, b) in self.attention.items()
         ]
@@ -52,18 +57,39 @@ def _rate(flops: float, times: list[float]) -> float:
     return flops / quantiles(times)["median"] / 1e9
 
 
-def _products(work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[tuple[int, ...], float]:
-    weights: Counter[tuple[int, ...]] = Counter()
+def product(form: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """A call of one product of a linear layer as the step does it, from its ``form`` and ``shape`` (step_work.py)."""
+    m, n, k = shape
+    if form == "weight":  # dy^T x, both with the rows of the batch outside, into float32
+        x, dy = torch.randn(k, m, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        return lambda: copied_linear._weight_gradient(dy, x)
+    a = torch.randn(m, k, device=device, dtype=dtype)
+    if form == "input":  # dy W, W as it is stored
+        w = torch.randn(k, n, device=device, dtype=dtype)
+        return lambda: torch.mm(a, w)
+    w = torch.randn(n, k, device=device, dtype=dtype)
+    return lambda: F.linear(a, w)
+
+
+def _products(work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[tuple, float]:
+    """TFLOP/s by form and shape, of those that take the most FLOPs."""
+    weights: Counter[tuple] = Counter()
     for item in work:
         if item.kind == "gemm" and item.part != "update":
-            weights[item.shape] += item.flops * item.count
+            weights[item.form, *item.shape] += item.flops * item.count
     rates = {}
-    for shape in [s for s, _ in weights.most_common(GEMMS)]:
-        rows, columns, depth = shape
-        a, b = (torch.randn(s, device=device, dtype=dtype) for s in ((rows, depth), (columns, depth)))
-        times = interleaved({"linear": lambda a=a, b=b: F.linear(a, b)}, device, rounds)["linear"]
-        rates[shape] = _rate(2.0 * rows * columns * depth, times)
+    for form, *shape in [key for key, _ in weights.most_common(GEMMS)]:
+        times = interleaved({"x": product(form, tuple(shape), device, dtype)}, device, rounds)["x"]
+        rates[form, *shape] = _rate(2.0 * shape[0] * shape[1] * shape[2], times)
     return rates
+
+
+def queries_keys_values(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(B, H, T, E) each with the strides of the encoder: q and k lie in one tensor, head by head in a token's row."""
+    images, heads, tokens, size = shape
+    qk = torch.randn(images, tokens, 2, heads, size, device=device, dtype=dtype)
+    v = torch.randn(images, tokens, heads, size, device=device, dtype=dtype).transpose(1, 2)
+    return *(x.detach().requires_grad_() for x in qk.permute(2, 0, 3, 1, 4).unbind(0)), v.detach().requires_grad_()
 
 
 def _attention(
@@ -74,7 +100,7 @@ def _attention(
     for shape in sorted({w.shape for w in work if w.kind == "attention"}):
         images, heads, tokens, size = shape
         flops = 4.0 * images * heads * tokens**2 * size
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        q, k, v = queries_keys_values(shape, device, dtype)
         best = [0.0, 0.0]
         for backend in BACKENDS if device.type == "cuda" else (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             with sdpa_kernel(backend):
@@ -82,7 +108,7 @@ def _attention(
                     out = F.scaled_dot_product_attention(q, k, v)
                 except RuntimeError:  # this backend does not take these shapes here
                     continue
-                grad = torch.randn_like(out)
+                grad = torch.randn_like(out)  # contiguous in the order of out
                 forms = {
                     "forward": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach()),
                     "backward": lambda o=out, g=grad, q=q, k=k, v=v: torch.autograd.grad(
@@ -112,6 +138,57 @@ def _convolutions(
     return rates
 
 
+def fp8_layers(work: list[Work], device: torch.device, rounds: int) -> Iterator[dict]:
+    """Of the widest layers: milliseconds of forward and backward in bfloat16 ("half"), in float8 with the quantisation
+    around the products ("scaled"), and of the two float8 products alone ("products")."""
+    layers = Counter({w.shape: w.flops * w.count for w in work if w.form == "forward" and w.part != "update"})
+    for shape in [s for s, _ in layers.most_common(8) if not any(n % copied_linear.MULTIPLE for n in s)]:
+        times = interleaved(_fp8_calls(shape, device), device, rounds)
+        yield {"shape": shape, "ms": {name: quantiles(values)["median"] for name, values in times.items()}}
+
+
+def _fp8_calls(shape: tuple[int, ...], device: torch.device) -> dict[str, Callable[[], object]]:
+    rows, outputs, inputs = shape
+    x = torch.randn(rows, inputs, device=device).bfloat16().requires_grad_()
+    weight, dy = torch.randn(outputs, inputs, device=device), torch.randn(rows, outputs, device=device).bfloat16()
+    half, e4m3, one = weight.bfloat16(), torch.float8_e4m3fn, torch.ones((), device=device)
+    copy, transposed = (torch.empty(s, dtype=e4m3, device=device) for s in ((outputs, inputs), (inputs, outputs)))
+    scaled = (copy, torch.empty_like(one), transposed, torch.empty_like(one))
+    copied_linear.write_scaled_(weight, *scaled)
+    x8, dy8 = copied_linear.quantise(x.detach(), e4m3)[0], copied_linear.quantise(dy, torch.float8_e5m2)[0]
+
+    def in_half() -> object:
+        (y,) = copied_linear.half_linear(x, weight, None, half, None, (0, outputs))
+        return torch.autograd.grad(y, x, dy)
+
+    def in_float8() -> object:
+        (y,) = copied_linear.scaled_linear(x, weight, None, scaled, None, (0, outputs))
+        return torch.autograd.grad(y, x, dy)
+
+    def products() -> object:
+        y = torch._scaled_mm(x8, copy.t(), one, one, out_dtype=x.dtype, use_fast_accum=True)
+        return y, torch._scaled_mm(dy8, transposed.t(), one, one, out_dtype=x.dtype)
+
+    return {"half": in_half, "scaled": in_float8, "products": products}
+
+
+def rows(work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[dict]:
+    """Every ceiling as a row, one by one, each as soon as it is measured."""
+    yield {"kind": "copy", "tb_per_s": copy_bandwidth(device, 3 * rounds) / 1e3}
+    side = 8192 if device.type == "cuda" else 64
+    flat = product("forward", (side, side, side), device, dtype)
+    yield {"kind": "product", "form": "square", "shape": (side,) * 3,
+           "tflops": _rate(2.0 * side**3, interleaved({"x": flat}, device, rounds)["x"])}  # fmt: skip
+    for (form, *shape), rate in _products(work, device, dtype, rounds).items():
+        yield {"kind": "product", "form": form, "shape": shape, "tflops": rate}
+    for tokens, (forward, backward) in _attention(work, device, dtype, rounds).items():
+        yield {"kind": "attention", "tokens": tokens, "tflops": {"forward": forward, "backward": backward}}
+    for shape, rate in _convolutions(work, device, dtype, rounds).items():
+        yield {"kind": "convolution", "shape": shape, "tflops": rate}
+    for row in fp8_layers(work, device, rounds):
+        yield {"kind": "fp8"} | row
+
+
 def measured_ceilings(work: list[Work], device: torch.device, rounds: int = 5) -> Ceilings:
     """Ceilings of this device for the kernels of ``work``, bfloat16 on a GPU and float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -119,7 +196,8 @@ def measured_ceilings(work: list[Work], device: torch.device, rounds: int = 5) -
     spent: dict[str, float] = {"gemm": 0.0, "conv": 0.0}
     flops = dict(spent)
     for item in work:
-        rate = {"gemm": gemms, "conv": convs}.get(item.kind, {}).get(item.shape)
+        rates = {"gemm": gemms, "conv": convs}.get(item.kind, {})
+        rate = rates.get((item.form, *item.shape) if item.kind == "gemm" else item.shape)
         if rate:
             spent[item.kind] += item.flops * item.count / rate
             flops[item.kind] += item.flops * item.count

@@ -33,15 +33,16 @@ class Work:
     bytes: float  # of one
     shape: tuple[int, ...] = ()  # gemm: rows, columns, depth; attention: B, heads, T, head size
     count: float = 1
+    form: str = ""  # of a gemm: "forward", or the gradient of the "weight" or the "input", which differ in layout
 
 
 def gemm(part: str, rows: int, columns: int, depth: int, count: float = 1, input_gradient: bool = True) -> list[Work]:
     """A Linear(depth, columns) over ``rows`` rows: forward, gradient of the weight, gradient of the input."""
     flops = 2.0 * rows * columns * depth
     bytes_ = float(BRANCH * (rows * depth + depth * columns + rows * columns))
-    shapes = [(False, (rows, columns, depth)), (True, (depth, columns, rows))]
-    shapes += [(True, (rows, depth, columns))] if input_gradient else []
-    return [Work(part, "gemm", backward, flops, bytes_, shape, count) for backward, shape in shapes]
+    shapes = {"forward": (rows, columns, depth), "weight": (depth, columns, rows)}
+    shapes |= {"input": (rows, depth, columns)} if input_gradient else {}
+    return [Work(part, "gemm", f != "forward", flops, bytes_, shape, count, f) for f, shape in shapes.items()]
 
 
 def elementwise(part: str, forward: float, backward: float, count: float = 1) -> list[Work]:

@@ -1,0 +1,203 @@
+"""benchmarks/gpu_check.py rehearsed without a GPU, with parts that hang, crash, run out of memory or are wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import stand_in
+import torch
+from support import ROOT
+
+PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
+SPEED = 2.0  # of the clock: half of each part's seconds are enough at these sizes, even beside other work
+FAULTS = {"smoke": "red", "ceilings": "crash", "ours again": "hang", "options": "oom"}
+
+
+@pytest.fixture(autouse=True)
+def paths(monkeypatch):
+    for folder in ("benchmarks", "tests/ops"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> SimpleNamespace:
+    """One run of everything: exit status, output, rows, and the rows by part."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    clone = stand_in.write(folder / "official")
+    command = [sys.executable, str(PROGRAM), "--rehearse", "--out", str(folder / "out"), "--speed", str(SPEED)]
+    command += ["--official-dir", str(clone)]
+    for part, kind in FAULTS.items():
+        command += ["--fault", f"{part}={kind}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    rows = [json.loads(line) for line in (folder / "out" / "rows.jsonl").read_text().splitlines()]
+    by_part: dict[str, list[dict]] = {}
+    for row in rows:
+        by_part.setdefault(row["part"], []).append(row)
+    return SimpleNamespace(status=result.returncode, said=result.stdout, rows=rows, by_part=by_part, out=folder / "out")
+
+
+def ending(rehearsal: SimpleNamespace, part: str) -> dict:
+    (row,) = [row for row in rehearsal.by_part[part] if row["benchmark"] == "part"]
+    return row
+
+
+def test_a_fault_costs_its_own_part_alone(rehearsal):
+    check = importlib.import_module("gpu_check")
+    assert rehearsal.status == 1
+    for part in (*check.PLAN, *check.SECOND):
+        row, found = ending(rehearsal, part.name), rehearsal.by_part[part.name]
+        assert row["ok"] == (FAULTS.get(part.name, "red") == "red"), (row, rehearsal.said)
+        assert row["seconds"] <= part.seconds + 5
+        assert len(found) > 1, f"{part.name} left no row of its own"
+
+
+def test_what_became_of_a_part_is_said(rehearsal):
+    assert ending(rehearsal, "ceilings")["why"].startswith("SIGSEGV")
+    assert ending(rehearsal, "ours again")["why"] == "cut off"
+    assert "CUDA out of memory" in ending(rehearsal, "options")["why"]
+    summary = (rehearsal.out / "summary.txt").read_text()
+    assert "RED     swiglu against float64: made to fail" in summary
+    assert "made to happen" in (rehearsal.out / "log.txt").read_text()
+
+
+def test_red_checks_stop_no_timing(rehearsal):
+    assert not any(row["ok"] for row in rehearsal.by_part["smoke"] if row["benchmark"] == "check")
+    timed = [row for row in rehearsal.by_part["ours"] if row["benchmark"] == "ours" and row["ok"]]
+    assert len(timed) >= 4
+    for row in timed:
+        passes, update, batch = row["ms"]["passes"]["median"], row["ms"]["update"]["median"], row["batch"]
+        assert row["images_per_second"]["1024"] == pytest.approx(1024e3 / (1024 / batch * passes + update))
+
+
+def test_the_official_code_is_prepared_early_and_timed_whatever_its_losses(rehearsal):
+    kinds = [row["benchmark"] for row in rehearsal.by_part["official"]]
+    assert kinds.index("official compiled") < kinds.index("official")
+    checks = [row for row in rehearsal.by_part["official"] if row["benchmark"] == "check"]
+    assert [row["ok"] for row in checks] == [False]  # the stand-in has losses of its own
+    steps = [row for row in rehearsal.by_part["winners"] if row.get("component") == "whole step"]
+    assert [row["images_per_update"] for row in steps] == [128, 1024]
+    assert all(row["faster_than"]["official"]["median"] > 0 and not row["agrees"] for row in steps)
+
+
+def test_rows_say_what_they_are_from(rehearsal):
+    for row in rehearsal.rows:
+        assert row["rehearsal"] is True
+        if row["benchmark"] != "part":
+            assert {"date", "commit", "device", "torch"} <= row.keys()
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = subprocess.run([sys.executable, str(PROGRAM)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "needs a CUDA device" in result.stderr
+
+
+def bench(tmp_path: Path, fault: str = "") -> object:
+    parts = importlib.import_module("gpu_parts")
+    settings = {"rehearse": True, "out": str(tmp_path), "run": str(tmp_path), "fault": fault, "official": None}
+    return parts.Bench("x", settings, SimpleNamespace(set=lambda: None), SimpleNamespace(wait=lambda: None))
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """A function that reads what was recorded."""
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness.Target, "file", tmp_path / "rows.jsonl")
+    return lambda: [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
+def test_the_official_code_takes_the_first_batch_that_fits(monkeypatch, tmp_path, rows):
+    steps = importlib.import_module("gpu_parts.steps")
+    monkeypatch.setattr(steps, "our_config", lambda code, batch, *_: batch)
+    monkeypatch.setattr(steps, "images_for", lambda batch, device: SimpleNamespace(images=batch, labels=batch))
+    monkeypatch.setattr(importlib.import_module("gpu_parts").Bench, "toy", False)
+    monkeypatch.setattr(importlib.import_module("gpu_parts").Bench, "device", torch.device("cpu"))
+    monkeypatch.setattr(importlib.import_module("gpu_parts").Bench, "batches", lambda self: (128, 64, 48, 32))
+
+    def passes(images, labels, recipe, form):
+        if images > 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    code = SimpleNamespace(passes=passes, update=lambda: None)
+    assert steps.compiled_for(bench(tmp_path), code, "bf16", ("official",))[0] == 48
+    assert [(row["benchmark"], row["batch"]) for row in rows()] == [
+        ("official", 128), ("official", 64), ("official compiled", 48)
+    ]  # fmt: skip
+
+
+def test_a_setting_that_does_not_fit_is_a_row(monkeypatch, tmp_path, rows):
+    steps = importlib.import_module("gpu_parts.steps")
+
+    def build(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(steps.Setting, "build", build)
+    setting = steps.Setting(batch=128, overrides=[], lpips="eager", cudnn_benchmark=False)
+    assert steps.measure(bench(tmp_path), None, setting, "ours") is None
+    (row,) = rows()
+    assert (row["batch"], row["ok"]) == (128, False)
+    assert "Tried to allocate" in row["why"]
+
+
+def test_every_operation_is_tested_on_the_gpu():
+    """By smoke.run or by a file of TESTS; what is left out has nothing to run there."""
+    smoke = importlib.import_module("gpu_parts.smoke")
+    for test in smoke.TESTS + smoke.TOY_TESTS:
+        name, _, function = test.partition("::")
+        assert not function or f"def {function}(" in (ROOT / name).read_text(), test
+    tested = {Path(name).stem for name in smoke.TESTS if name.startswith("tests/ops/")} | {"test_fused_ops"}
+    elsewhere = {"test_extension", "test_bytes", "test_launches"}  # the CPU's library, the interpreter, plain data
+    assert {path.stem for path in (ROOT / "tests" / "ops").glob("test_*.py")} == tested | elsewhere
+
+
+def test_a_process_ends_with_what_it_started(tmp_path):
+    """A part that is cut off leaves nothing on the GPU."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "benchmarks")!r}]
+import gpu_check, os, pathlib, time
+if __name__ == "__main__":
+    gpu_check.environment(True)
+    os.environ["PYTHONPATH"] += os.pathsep + {str(tmp_path)!r}
+    gpu_check.sys.path.append({str(tmp_path)!r})
+    context = gpu_check.multiprocessing.get_context("forkserver")
+    settings = dict(out={str(tmp_path)!r}, run={str(tmp_path)!r}, rehearse=True, fault="", official=None)
+    job = gpu_check.Job(gpu_check.Part("child", 1, "child.run"), settings, context)
+    begun = time.monotonic()
+    while not pathlib.Path({str(tmp_path)!r}, "begun").exists() and time.monotonic() < begun + 60:
+        time.sleep(0.05)
+    print(job.join(0.1))
+"""
+    (tmp_path / "main.py").write_text(code)
+    package = ROOT / "benchmarks" / "gpu_parts"
+    (tmp_path / "child.py").write_text("")
+    child = "import time; time.sleep(2); open('alive', 'w')"
+    run = (
+        "import subprocess, sys, pathlib\n"
+        "def run(bench):\n"
+        f"    child = subprocess.Popen([sys.executable, '-c', {child!r}], cwd=bench.out)\n"
+        "    (bench.out / 'begun').touch()\n"
+        "    child.wait()\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys, types\nmodule = types.ModuleType('gpu_parts.child')\nexec({run!r}, module.__dict__)\n"
+        "sys.modules['gpu_parts.child'] = module\n"
+    )
+    assert package.is_dir()
+    result = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.stdout.strip() == "cut off", result.stderr
+    import time
+
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
