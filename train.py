@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import checkpoint, config, data, run
+from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
@@ -21,7 +21,7 @@ from unite_fast.modality.lpips import Perceptual, load_perceptual
 from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.parallel import distributed, sharding
 from unite_fast.parallel.tensors import local
-from unite_fast.run import dry_run, monitor, stats
+from unite_fast.run import assemble, dry_run, grids, health, monitor, start, stats, summary
 from unite_fast.run.session import Session, check_agreement, folder
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
         world_size = launcher.world_size()
         config.batch_split(settings.train, world_size)
         sharding.check(settings, world_size)
-        run.check_paths(settings)
+        start.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
@@ -95,18 +95,18 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     graph.check(settings, ranks.device)
-    run.check_kernels(settings, ranks.device)
-    state = run.fresh_state(settings, ranks)
+    assemble.check_kernels(settings, ranks.device)
+    state = assemble.fresh_state(settings, ranks)
     if ranks.is_main:
-        print(run.describe(settings, state, ranks, split, len(source)))
+        print(summary.describe(settings, state, ranks, split, len(source)))
     check_agreement(settings, ranks)
     with Session(settings, ranks, inputs.started) as session:
         # Under the lock: an earlier start that is ending may still save.
-        choice = ranks.decide(lambda: run.choose(settings))
+        choice = ranks.decide(lambda: start.choose(settings))
         sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
         if ranks.is_main:
-            run.tidy(settings, choice, state.step)
-            run.write_description(settings, ranks, inputs.source)
+            start.tidy(settings, choice, state.step)
+            summary.write_description(settings, ranks, inputs.source)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
     return state
@@ -149,7 +149,7 @@ def loop(
     sums: dict[str, float],
 ) -> None:
     t, device, source, path = settings.train, ranks.device, inputs.source, session.path
-    total = run.last_step(settings, state, len(source))
+    total = start.last_step(settings, state, len(source))
     step, batches = open_step(settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
     means = Means(METRICS, ranks)
     means.restore(sums)
@@ -158,7 +158,7 @@ def loop(
         log = stats.Log(path, state.step, stats.open_services(path, settings, yaml_text.to_dict(settings)))
     alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
-    shown = run.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
+    shown = grids.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
     scores = None
     if inputs.scoring is not None:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.perceptual)
@@ -185,16 +185,16 @@ def loop(
             row |= stats.peak_memory(device)
             if log is not None:
                 stats.tell(row, total, log, alarm)
-            run.check_skips(settings, step.skips, source, ranks)
+            health.check_skips(settings, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
-            run.check_replicas(state, ranks)
+            health.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
-            session.guarded("pictures", functools.partial(run.save_pictures, path, state, settings, ranks, *shown))
+            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, settings, ranks, *shown))
         if scores is not None and not ending:
             with meter.paused():
                 ending = scores(state)
         if state.step % t.checkpoint_every == 0 or done or ending:
-            run.check_finite(state, ranks)
+            health.check_finite(state, ranks)
             session.save(state, means.sums())
     session.finish_saving()
     if log is not None:
@@ -203,8 +203,8 @@ def loop(
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:
     """--fast-dev-run: what was saved loads again, equal."""
-    again = run.fresh_state(settings, ranks)
-    choice = ranks.decide(lambda: run.choose(dataclasses.replace(settings, resume="must")))
+    again = assemble.fresh_state(settings, ranks)
+    choice = ranks.decide(lambda: start.choose(dataclasses.replace(settings, resume="must")))
     assert choice.path is not None
     checkpoint.resume(choice.path, again, settings)
     before, after = state.model.state_dict(), again.model.state_dict()
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> int:
         precision.setup(ranks.device)
         faults.arm(ranks.rank)
         if arguments.fast_dev_run:
-            ranks.decide(lambda: run.clear_dev_folder(folder(settings)))
+            ranks.decide(lambda: start.clear_dev_folder(folder(settings)))
         state = train(settings, ranks, inputs)
         if arguments.fast_dev_run:
             check_round_trip(settings, state, ranks)

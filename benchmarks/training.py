@@ -18,7 +18,6 @@ from harness import ROOT, quantiles
 from official import wake
 from torch import Tensor
 
-from unite_fast import run
 from unite_fast.config import Config, ModelConfig, yaml_text
 from unite_fast.data import Batch
 from unite_fast.efficiency import compiling, graph
@@ -26,6 +25,7 @@ from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan.throughput import IMAGENET
+from unite_fast.run import assemble
 from unite_fast.training.step import TrainStep
 
 GIB = 2**30
@@ -101,7 +101,7 @@ class OurStep:
         graph.check(config, origin.device)
         self.config, self.device = config, origin.device
         ranks = Ranks(0, 1, origin.device)
-        self.state = run.fresh_state(config, ranks, origin.model(config.model))
+        self.state = assemble.fresh_state(config, ranks, origin.model(config.model))
         self.state.model.train()
         e = config.efficiency
         lpips = None

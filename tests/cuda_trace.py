@@ -22,7 +22,7 @@ from stepping import load_tiny  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 
-from unite_fast import run, sampling  # noqa: E402
+from unite_fast import sampling  # noqa: E402
 from unite_fast.config import (  # noqa: E402
     Config,
     batch_split,
@@ -34,6 +34,7 @@ from unite_fast.flow.field import Replays  # noqa: E402
 from unite_fast.modality.lpips import Perceptual  # noqa: E402
 from unite_fast.model.unite import UNITE  # noqa: E402
 from unite_fast.parallel.distributed import Ranks  # noqa: E402
+from unite_fast.run import assemble  # noqa: E402
 from unite_fast.training.means import Means  # noqa: E402
 from unite_fast.training.step import METRICS, TrainStep  # noqa: E402
 from unite_kernels import probe  # noqa: E402
@@ -51,7 +52,7 @@ def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTh
 
     def scenario(seen: OnTheGpu) -> None:
         config = load_tiny(*overrides) if tiny else published(*overrides)
-        state = run.fresh_state(config, Ranks(0, 1, DEVICE), moved(UNITE(config.model)).train())
+        state = assemble.fresh_state(config, Ranks(0, 1, DEVICE), moved(UNITE(config.model)).train())
         perceptual = None
         if config.objective.perceptual_weight:
             with unset_fake_temporarily():
@@ -93,7 +94,7 @@ def sample(recipe: str, order: str) -> Callable[[OnTheGpu], None]:
 
     def scenario(seen: OnTheGpu) -> None:
         config = published()
-        model = run.fresh_state(config, Ranks(0, 1, DEVICE), moved(UNITE(config.model))).model.eval()
+        model = assemble.fresh_state(config, Ranks(0, 1, DEVICE), moved(UNITE(config.model))).model.eval()
         labels, seeds = (torch.arange(32, device=DEVICE) for _ in range(2))
         images = torch.empty(8, 3, 256, 256, device=DEVICE)
         options = {"solver": "exp3", "steps": 4, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "cfg_order": order}

@@ -11,11 +11,11 @@ import torch
 from support import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast import run
 from unite_fast.config import Config, batch_split
 from unite_fast.config.yaml_text import load
 from unite_fast.data import Batch
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import TrainStep
 
@@ -54,7 +54,7 @@ def trainer(
     """A step, its state and a source of this rank's batches, as train.py makes them."""
     config = load_tiny(*overrides)
     ranks = ranks or Ranks(0, 1, torch.device(device))
-    state = run.fresh_state(config, ranks)
+    state = assemble.fresh_state(config, ranks)
     state.model.train()
     n, m = config.train.global_batch, config.model
     step = TrainStep(config, ranks, batch_split(config.train, ranks.world_size), 1000)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tape(TorchDispatchMode):
-    """Has the interface of ``runtime.graph.CudaRecording``. Recording runs the function; the first replay does not."""
+    """Has the interface of ``graph.CudaRecording``. Recording runs the function; the first replay does not."""
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], inputs: Mapping[str, Tensor], *_: object) -> None:
         super().__init__()

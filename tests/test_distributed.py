@@ -16,7 +16,7 @@ from ranks import on_ranks
 from support import TINY
 from torch import Tensor
 
-from unite_fast import checkpoint, data, run
+from unite_fast import checkpoint, data
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config
@@ -26,6 +26,7 @@ from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
 from unite_fast.parallel import overlap, sharding
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble, grids
 from unite_fast.training.state import tensors_of
 from unite_fast.training.step import TrainStep
 
@@ -51,7 +52,7 @@ class Run:
     def __init__(self, ranks: Ranks, *overrides: str) -> None:
         self.config = settings(*COMMON, *overrides)
         source = data.open_source(self.config.data, self.config.model)
-        self.state = run.fresh_state(self.config, ranks)
+        self.state = assemble.fresh_state(self.config, ranks)
         batch = self.config.train.global_batch
         self.step = TrainStep(self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
         self.stream = data.stream(source, 0, 0, batch, ranks.rank, ranks.world_size, ranks.device, 0, 30.0)
@@ -267,7 +268,7 @@ def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
     """Three steps, with and without pictures after the second."""
     quiet = Run(ranks, "train.strategy=fsdp2").go(3)
     shown = Run(ranks, "train.strategy=fsdp2").go(2)
-    run.save_pictures(Path(folder), shown.state, shown.config, ranks, *run.examples(shown.config, ranks.device))
+    grids.save_pictures(Path(folder), shown.state, shown.config, ranks, *grids.examples(shown.config, ranks.device))
     return [quiet.tensors(), shown.go(1).tensors()]
 
 
@@ -276,11 +277,11 @@ def test_pictures_of_a_sharded_model(tmp_path):
     for quiet, shown in on_ranks(2, pictured, str(tmp_path)):
         same(quiet, shown)
     alone = Run(ONE).go(2)
-    run.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, *run.examples(alone.config, ONE.device))
-    grids = [
+    grids.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, *grids.examples(alone.config, ONE.device))
+    pictures = [
         np.asarray(Image.open(p / "samples" / "step_0000002.png")).astype(int) for p in (tmp_path, tmp_path / "one")
     ]
-    assert np.abs(grids[0] - grids[1]).max() <= 1
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def poisoned(ranks: Ranks, strategy: str) -> list[dict[str, Tensor]]:

@@ -94,7 +94,7 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
 
 
 def test_defaults_stand_once():
-    """In config.py: a score's settings and ``sample``'s arguments are those of a run that says nothing."""
+    """In config/keys.py: a score's settings and ``sample``'s arguments are those of a run that says nothing."""
     assert Settings() == generation.of_run(from_dict({}))
     arguments = inspect.signature(sampling.sample).parameters
     expected = dataclasses.asdict(SampleConfig())
@@ -291,8 +291,8 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     computed = []
     compute = generation.score
     monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
-    provenance = evaluate.run.provenance
-    monkeypatch.setattr(evaluate.run, "provenance", lambda *a: provenance(*a) | {"commit": "a later one"})
+    provenance = evaluate.summary.provenance
+    monkeypatch.setattr(evaluate.summary, "provenance", lambda *a: provenance(*a) | {"commit": "a later one"})
     again = run(trained, "search", out, "--cfg", 1.4)
     assert len(computed) == len(lines) - 2
     now = [row["environment"]["commit"] == "a later one" for row in again["rows"]]

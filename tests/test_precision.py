@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast import objective, run
+from unite_fast import objective
 from unite_fast.base.errors import UserError
 from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
@@ -26,6 +26,7 @@ from unite_fast.efficiency import precision
 from unite_fast.model.layers import Linear
 from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import TrainStep
 from unite_kernels import copied_linear
@@ -187,7 +188,7 @@ def step_of(**efficiency) -> tuple[TrainStep, TrainState, Batch]:
     config = from_dict(parse_yaml(TINY, "tiny"))
     config = dataclasses.replace(config, efficiency=EfficiencyConfig(**efficiency), device="cpu")
     ranks = Ranks(0, 1, torch.device("cpu"))
-    state = run.fresh_state(config, ranks)
+    state = assemble.fresh_state(config, ranks)
     step = TrainStep(config, ranks, (8, 2), 1000)
     batch = Batch(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))
     return step, state, batch

@@ -14,11 +14,10 @@ import pytest
 import torch
 from support import command, process
 
-from unite_fast import run
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import load_model, load_weights, read
 from unite_fast.config import Config
-from unite_fast.run import stats
+from unite_fast.run import start, stats
 from unite_fast.run.stats import CollapseAlarm, read_metrics
 
 COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
@@ -198,13 +197,13 @@ def test_dry_run_writes_nothing(tiny, tmp_path):
 
 def test_the_run_is_locked_before_a_checkpoint_is_chosen(tiny, tmp_path, monkeypatch):
     """Else an earlier start, which still saves, would have its last checkpoint put aside."""
-    path, choose = tmp_path / "run", run.choose
+    path, choose = tmp_path / "run", start.choose
 
     def locked(config):
         assert (path / "run.lock").read_text().startswith(f"pid {os.getpid()} on ")
         return choose(config)
 
-    monkeypatch.setattr(run, "choose", locked)
+    monkeypatch.setattr(start, "choose", locked)
     train(tiny, path, "train.max_steps=1")
     refused = command("train.py", "--config", tiny, f"run_dir={path}", "resume=never")
     assert refused.returncode == 2

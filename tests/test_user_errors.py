@@ -11,9 +11,10 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import doctor, evaluate, export, run, weights
+from unite_fast import doctor, evaluate, export, weights
 from unite_fast.base.errors import UserError
 from unite_fast.config import EfficiencyConfig, yaml_text
+from unite_fast.run import assemble
 from unite_kernels import backend, extension
 
 
@@ -190,7 +191,7 @@ def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
     assert "needs the package triton" in backend.obstacle("fused", gpu)
     config = yaml_text.from_dict({"efficiency": {"kernels": "fused"}})
     with pytest.raises(UserError, match=r"efficiency\.kernels=fused: .* the package triton.*efficiency\.kernels=eager"):
-        run.check_kernels(config, gpu)
+        assemble.check_kernels(config, gpu)
 
 
 def test_checkpoint_of_another_model(trained, tmp_path):

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from unite_fast import checkpoint, run, sampling
+from unite_fast import checkpoint, sampling
 from unite_fast.base import command
 from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EvaluationConfig
@@ -46,6 +46,7 @@ from unite_fast.modality import lpips
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import summary
 from unite_fast.sampling.generate import parse_interval
 
 TABLE = (
@@ -229,7 +230,7 @@ class Scorer:
             "seeds": f"0-{settings.count - 1}",
             "inception_score_parts": 10,
             "kid_subset": self.context.arguments.kid_subset if self.context.arguments.pairs else None,
-            "environment": run.provenance(self.context.config, self.context.ranks),
+            "environment": summary.provenance(self.context.ranks),
         }
 
     def score(self, settings: Settings, path: Path) -> dict[str, Any]:
@@ -354,7 +355,7 @@ def rfid_command(context: Context) -> None:
         "data": said,
         "lpips": None if perceptual is None else {"trunk": lpips.TORCHVISION_VGG16, "range": perceptual.input_range},
         "uint8": "truncated",
-        "environment": run.provenance(config, context.ranks),
+        "environment": summary.provenance(context.ranks),
     }
     context.save(context.out(protocol), {"protocol": protocol, "result": result})
 

@@ -194,7 +194,7 @@ def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, 
     """Prepares the linear layers of ``model``, which is on ``device``, for training. Raises UserError.
 
     Called once for a model: parameters may be written to afterwards, but not replaced. sharded: they will be, by shards
-    (runtime/sharding.py), of which no copies are kept: bf16 then leaves all casts to autocast.
+    (parallel/sharding.py), of which no copies are kept: bf16 then leaves all casts to autocast.
     """
     name = efficiency.precision
     check(name, device)

@@ -86,7 +86,7 @@ class Perceptual(nn.Module):
         return list(self.run_trunk(self.net.net, scaled))
 
     def compile_trunk(self, region: Callable[..., Any]) -> None:
-        """region: makes a compiled function of the trunk's forward (``runtime.compiling``)."""
+        """region: makes a compiled function of the trunk's forward (``efficiency.compiling``)."""
         self.run_trunk = region(type(self.net.net).forward, inference=True)
 
 

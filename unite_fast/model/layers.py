@@ -46,7 +46,7 @@ class Products(Protocol):
 
 
 class Linear(nn.Linear):
-    """A linear layer that a precision recipe (runtime/precision.py) may compute in its own way while training.
+    """A linear layer that a precision recipe (efficiency/precision.py) may compute in its own way while training.
 
     ``large``: one of the layers that hold most of the FLOPs, which FP8 recipes take.
     ``groups``, ``wide_inputs``: where a recipe may pad, so that products have sizes that GPUs are fast at: zero columns

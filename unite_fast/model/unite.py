@@ -81,7 +81,7 @@ class UNITE(nn.Module):
         return [self.encoder, self.denoiser] if self.config.separate_denoiser else [self.encoder]
 
     def shard_units(self) -> list[list[nn.Module]]:
-        """Modules whose parameters a pass needs at the same time, those within others first (``runtime.sharding``).
+        """Modules whose parameters a pass needs at the same time, those within others first (``parallel.sharding``).
 
         An encoder computes the modulations of all blocks first and reads their norms from outside the blocks.
         """

@@ -90,8 +90,8 @@ def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
     """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies.
 
     Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
-    rank's part (gathered layers aside). The linear layers' copies (runtime/precision.py) take 2 bytes per weight, one
-    in bfloat16 or two in float8.
+    rank's part (gathered layers aside). The linear layers' copies (``efficiency.precision``) take 2 bytes per weight,
+    one in bfloat16 or two in float8.
     """
     with torch.device("meta"):
         model = UNITE(config.model)

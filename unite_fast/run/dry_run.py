@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from unite_fast import data, run
+from unite_fast import data
 from unite_fast.base import launcher
 from unite_fast.config import Config, batch_split
 from unite_fast.efficiency import graph
@@ -15,7 +15,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.parallel import sharding
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory, throughput
-from unite_fast.run import monitor
+from unite_fast.run import assemble, monitor, start, summary
 
 
 def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
@@ -48,14 +48,14 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
 
     mfu: utilisation for which speed is projected; None for a table of several.
     """
-    run.check_paths(config)
+    start.check_paths(config)
     world = ranks or launcher.world_size()
     if ranks and config.train.strategy == "hsdp" and not config.train.shard_size:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))
     split = batch_split(config.train, world)
     sharding.check(config, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    run.check_kernels(config, device)
+    assemble.check_kernels(config, device)
     if device.type == "cuda":  # a plan made on another machine is for one with a GPU
         graph.check(config, device)
     source, missing = open_inputs(config)
@@ -64,8 +64,8 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     with torch.device("meta"):
         model = UNITE(config.model)
     # The whole model, whoever else there is: shapes need no other ranks.
-    state = run.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
-    lines = [run.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
+    state = assemble.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
+    lines = [summary.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
     lines.append(activations_line(config, split[0], world))
     lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]
     if source is not None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast import data, run
+from unite_fast import data
 from unite_fast.base import faults
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config
@@ -33,6 +33,7 @@ from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import summary
 from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import sampling_model
@@ -175,7 +176,7 @@ class Monitor:
             restore()
             state.model.train()
         protocol = {"checkpoint": weights, "extractor": self.files.extractor.identity()} | found.pop("protocol")
-        protocol["environment"] = run.provenance(self.config, self.ranks)
+        protocol["environment"] = summary.provenance(self.ranks)
         epoch = state.images_seen / self.images_per_epoch
         content = {"kind": kind, "step": state.step, "epoch": epoch, "protocol": protocol} | found
         self.ranks.together(functools.partial(self._write, path, content))

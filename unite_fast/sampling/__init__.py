@@ -36,7 +36,7 @@ def initial_noise(model: UNITE, seeds: Sequence[int] | Tensor, device: torch.dev
 
 
 def compile_blocks(model: UNITE) -> None:
-    """Compiles the transformer blocks in place, for sampling; see ``runtime/compiling.py``.
+    """Compiles the transformer blocks in place, for sampling; see ``efficiency/compiling.py``.
 
     Six graphs with guidance, three without: of the encoder's blocks before and among the class tokens and of its last
     one, at each batch size; one of the decoder's. Rounding changes; equal seeds still give equal bits, since the

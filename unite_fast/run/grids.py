@@ -1,0 +1,62 @@
+"""The picture grids of a run: real images, their reconstructions, samples of averaged and of raw weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unite_fast import data, sampling
+from unite_fast.base import faults
+from unite_fast.config import Config
+from unite_fast.modality import pictures
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.training.state import TrainState
+from unite_fast.training.step import sampling_model
+
+GRID_COLUMNS = 8
+
+
+def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images in [0, 1] and labels of the grids: one of each of the first classes, held out where there are any."""
+    held_out = config.data.source == "digits" or config.data.heldout_path
+    source = data.open_source(config.data, config.model, "heldout" if held_out else "train")
+    labels = torch.arange(GRID_COLUMNS) % source.num_classes
+    occurrence = torch.arange(GRID_COLUMNS) // source.num_classes
+    indices = []
+    for label, number in zip(labels.tolist(), occurrence.tolist(), strict=True):
+        members = (source.labels == label).nonzero()[:, 0]
+        indices.append(int(members[number % len(members)]))
+    images = torch.stack([source.load(i) for i in indices])
+    return data.to_float(images.to(device)), labels.to(device)
+
+
+@torch.no_grad()
+def save_pictures(
+    path: Path, state: TrainState, config: Config, ranks: Ranks, images: Tensor, labels: Tensor, steps: int = 0
+) -> None:
+    """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
+
+    images (B, Q, S, S) in [0, 1] and labels (B,) are shown; the samples have the same labels. A sharded model needs
+    all ranks; rank 0 writes.
+    """
+    model, s = state.model, config.sample
+    model.eval()
+    faults.strike("eval", state.step)
+    seeds = range(len(labels))
+    options: dict[str, Any] = {"solver": s.solver, "steps": steps or s.steps, "cfg_scale": s.cfg_scale, "seeds": seeds}
+    options |= {"cfg_interval": s.cfg_interval, "cfg_order": s.cfg_order}
+    try:
+        raw = sampling.sample(model, labels, **options)
+        restore = sampling_model(state)
+        try:
+            reconstruction = model.decode(model.tokenize(images))
+            averaged = sampling.sample(model, labels, **options)
+        finally:
+            restore()
+    finally:
+        model.train()
+    if ranks.is_main:
+        pictures.save_grid(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])

@@ -1,0 +1,61 @@
+"""Whether a run is still well: skipped steps, tensors that are not finite, ranks that no longer hold the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from unite_fast import data
+from unite_fast.base.errors import RunError
+from unite_fast.config import Config
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.tensors import copies_group, local
+from unite_fast.run.session import Diverged, folder
+from unite_fast.training.guards import SkipCounter, first_difference, first_nonfinite
+from unite_fast.training.state import TrainState, tensors_of
+
+
+def bad_batches(config: Config, source: data.Source, positions: list[int], path: Path) -> None:
+    """Writes bad_batches.json: which samples were in the skipped steps that began at ``positions``."""
+    order, n = data.Order(len(source), config.seed), config.train.global_batch
+    rows = [
+        {"step": p // n + 1, "first_position": p, "images": n, "samples": order.indices(p, p + n).tolist()}
+        for p in positions
+    ]
+    (path / "bad_batches.json").write_text(json.dumps(rows))
+
+
+def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: Ranks) -> None:
+    """With the log line, on all ranks: raises Diverged after train.max_skipped skipped steps in a row."""
+    t = config.train
+    longest, positions = skips.drain()
+    if longest >= t.max_skipped:
+        if ranks.is_main:
+            bad_batches(config, source, positions, folder(config))
+        raise Diverged(
+            f"the gradient was not finite in {longest} steps in a row (train.max_skipped={t.max_skipped}); the batches "
+            "are in bad_batches.json, the last checkpoint is from before; lower optim.lr or look at those images"
+        )
+
+
+def _on_any_rank(name: str, state: TrainState, ranks: Ranks) -> str:
+    """``name``, or that of the first rank that has one where each looked at its own shards."""
+    return next(filter(None, ranks.gather(name)), "") if state.optimizer.sharded else name
+
+
+def check_finite(state: TrainState, ranks: Ranks) -> None:
+    """Before a save, on all ranks: raises Diverged naming the first tensor of any of them that is not finite."""
+    mine = first_nonfinite({name: local(tensor) for name, tensor in tensors_of(state).items()})
+    if name := next(filter(None, ranks.gather(mine)), ""):
+        raise Diverged(f"{name} is not finite at step {state.step}; nothing was saved, the last checkpoint stays")
+
+
+def check_replicas(state: TrainState, ranks: Ranks) -> None:
+    """On all ranks: raises RunError naming the first tensor that is not the same everywhere."""
+    tensors = {name: local(tensor) for name, tensor in tensors_of(state).items()}
+    name = first_difference(tensors, ranks, copies_group(next(iter(state.optimizer.parameters.values()))))
+    if name := _on_any_rank(name, state, ranks):
+        raise RunError(
+            f"the ranks no longer hold the same model at step {state.step}: {name} differs; one of the devices "
+            "computes wrongly, or a collective failed; resume from the last checkpoint, without that node"
+        )

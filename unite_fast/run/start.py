@@ -1,0 +1,133 @@
+"""From where a run begins: a fresh start, its own newest checkpoint, or one that was named; and where it ends."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from unite_fast import checkpoint
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import saving
+from unite_fast.config import Config
+from unite_fast.run.session import folder
+from unite_fast.training.state import TrainState
+
+BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which resume=PATH began this run
+
+
+def check_paths(config: Config) -> None:
+    """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
+    path = folder(config)
+    if _is_named(config) and not _began_there(config):
+        checkpoint.locate(config.resume, quiet=True)
+    if config.resume == "must" and not any((path / "checkpoints").glob("step-*")):
+        raise UserError(f"resume=must, but {path} has no usable checkpoint")
+    if config.init_from:
+        checkpoint.locate(config.init_from, quiet=True)
+
+
+class Choice(NamedTuple):
+    """The checkpoint from which a run begins or goes on, and why."""
+
+    path: Path | None
+    why: str
+    lines: list[str]  # one for each newer checkpoint that is damaged, and for each setting that changed
+    rejected: list[Path]  # those
+    begins: bool = True  # false: goes on from the run's own checkpoints
+
+    def said(self, step: int) -> str:
+        """What is printed, once the checkpoint's step is known."""
+        chosen = f"resuming from {self.path} at step {step}: {self.why}" if self.path else f"starting fresh: {self.why}"
+        return "\n".join([*self.lines, chosen])
+
+
+def _is_named(config: Config) -> bool:
+    return config.resume not in ("auto", "must", "never")
+
+
+def _began_there(config: Config) -> bool:
+    """Whether the run in this folder began from the checkpoint that ``resume=PATH`` names."""
+    try:
+        return (folder(config) / BEGAN_FROM).read_text().strip() == str(Path(config.resume).absolute())
+    except OSError:
+        return False
+
+
+def choose(config: Config) -> Choice:
+    """Applies ``resume=auto|never|must|PATH``. Raises UserError."""
+    path = folder(config)
+    if config.resume == "never":
+        if any((path / "checkpoints").glob("step-*")):
+            raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
+        return Choice(None, "resume=never", [], [])
+    found, lines, rejected = checkpoint.newest(path / "checkpoints")
+    why = "the newest that verifies"
+    if _is_named(config):
+        if found is None or not _began_there(config):
+            return _choose_named(config, Choice(found, "", lines, rejected))
+        why += f" of the run that began from {config.resume}"
+    if found is None:
+        if config.resume == "must":
+            detail = f" ({lines[0]})" if lines else ""
+            raise UserError(f"resume=must, but {path} has no usable checkpoint{detail}")
+        return Choice(None, f"no usable checkpoint in {path}", lines, rejected)
+    return Choice(found, why, lines + checkpoint.changes(found, config), rejected, begins=False)
+
+
+def _choose_named(config: Config, own: Choice) -> Choice:
+    """The PATH of ``resume=PATH``: for a run that has no checkpoint, or one of its own, to go back. Raises UserError.
+
+    own: the newest checkpoint of the run.
+    """
+    named = checkpoint.locate(config.resume)
+    if own.path is not None and named.resolve().parent != own.path.resolve().parent:
+        raise UserError(
+            f"resume={config.resume}, but {folder(config)} holds checkpoints of a run that did not begin from there; "
+            "choose another name or run_dir, or go on with resume=auto"
+        )
+    return Choice(named, "it was named", own.lines + checkpoint.changes(named, config), own.rejected)
+
+
+def tidy(config: Config, choice: Choice, step: int) -> None:
+    """Removes unfinished saves; renames damaged checkpoints to step-N.damaged and those newer than ``step``, from which
+    the run goes on, to step-N.abandoned; notes from where a run begins. For the holder of the lock."""
+    checkpoints = folder(config) / "checkpoints"
+    saving.clean(checkpoints)
+    newer = [p for p in checkpoint.newest_first(checkpoints) if (checkpoint.step_of(p) or 0) > step]
+    for path in newer:
+        _put_aside(path, "damaged" if path in choice.rejected else "abandoned")
+    # Last: if this process ends before it, the same start does all of it again.
+    if choice.begins:
+        note = folder(config) / BEGAN_FROM
+        try:
+            note.unlink(missing_ok=True)
+            if choice.path is not None:
+                note.write_text(f"{Path(config.resume).absolute()}\n")
+        except OSError as error:
+            raise UserError(f"{note}: {error.strerror}; choose another folder with run_dir=PATH") from None
+
+
+def _put_aside(path: Path, why: str) -> None:
+    """Renames a checkpoint to step-N.WHY, or step-N.WHY-2 and so on where earlier starts have left some."""
+    aside = path.with_name(f"{path.name}.{why}")
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = path.with_name(f"{path.name}.{why}-{number}")
+    path.rename(aside)
+
+
+def clear_dev_folder(path: Path) -> None:
+    """Removes what an earlier --fast-dev-run left; anything else in its place is a UserError."""
+    if path.exists() and any(path.iterdir()) and not (path / "config.resolved.yaml").is_file():
+        raise UserError(f"--fast-dev-run writes to {path}, which holds something else; choose another run_dir")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def last_step(config: Config, state: TrainState, images_per_epoch: int) -> int:
+    """The number of the run's last step: whole batches until ``epochs`` of images are seen, or ``max_steps``."""
+    t = config.train
+    total = state.step + max(0, int(t.epochs * images_per_epoch) - state.images_seen) // t.global_batch
+    return min(total, t.max_steps or total)
