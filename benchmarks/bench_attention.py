@@ -19,8 +19,8 @@ import torch
 from harness import interleaved, quantiles, ratio, record, require_equal
 from torch import Tensor
 
-from unite_fast.model import attention as module
-from unite_fast.model.attention import attention
+from unite_fast.layers import attention as module
+from unite_fast.layers.attention import attention
 
 KEYS = (544, 288, 257)
 PRUNED = (256, 544)  # queries, keys of the encoder's last block
@@ -142,7 +142,7 @@ def main() -> None:
                 if not args.no_record:  # at once: what follows may run out of time
                     print(f"  {len(new)} rows in {record('attention', device, new).name}", flush=True)
     if device.type == "cuda" and sorted(args.keys) == sorted(KEYS):
-        print("for PREFERRED in unite_fast/model/attention.py:\n" + table(totals, device))
+        print("for PREFERRED in unite_fast/layers/attention.py:\n" + table(totals, device))
 
 
 if __name__ == "__main__":

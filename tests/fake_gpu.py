@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import driver, jit
 
-from unite_fast.model import attention
+from unite_fast.layers import attention
 from unite_kernels import multi_tensor
 
 M = TypeVar("M", bound=torch.nn.Module)

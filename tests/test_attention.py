@@ -16,8 +16,8 @@ from unite_fast import config, doctor
 from unite_fast.base.errors import UserError
 from unite_fast.config import ENCODER_SIZES, ModelConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
-from unite_fast.model import attention as module
-from unite_fast.model.attention import attention, attention_varlen
+from unite_fast.layers import attention as module
+from unite_fast.layers.attention import attention, attention_varlen
 from unite_fast.model.unite import UNITE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from support import ROOT
 from torch import nn
 
 from unite_fast.config import OptimConfig, yaml_text
-from unite_fast.model.layers import adamw_parameter, use_adamw
+from unite_fast.layers import adamw_parameter, use_adamw
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer

@@ -23,7 +23,7 @@ from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, Obje
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import Batch
 from unite_fast.efficiency import precision
-from unite_fast.model.layers import Linear
+from unite_fast.layers import Linear
 from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import assemble

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
-from unite_fast.model.layers import sincos_2d
+from unite_fast.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer

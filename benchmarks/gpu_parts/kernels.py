@@ -11,7 +11,7 @@ import sweep_launches
 from harness import ROOT
 
 from gpu_parts import Bench
-from unite_fast.model import attention as backends
+from unite_fast.layers import attention as backends
 
 OURS = ("math", "efficient", "flash", "cudnn")  # fa2 to fa4 are packages that a machine may lack
 

@@ -255,7 +255,7 @@ class TrainConfig:
 class EfficiencyConfig:
     """Options that change speed and memory, not results (each rung is held to the eager losses by a test)."""
 
-    # efficiency/precision.py explains the recipes, model/attention.py the backends.
+    # efficiency/precision.py explains the recipes, layers/attention.py the backends.
     precision: Literal["fp32", "bf16", "bf16_te", "fp8", "fp8_rowwise", "fp8_te", "fp8_te_delayed"] = option(
         "bf16", "of the matrix products, the weights stay fp32; fp8: of the large ones; _te: by Transformer Engine"
     )

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import Config
+from unite_fast.layers import attention
 from unite_fast.modality.lpips import load_perceptual
-from unite_fast.model import attention
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters

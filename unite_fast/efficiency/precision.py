@@ -10,7 +10,7 @@
     fp8_te_delayed  the same, scales from the last steps' largest values
 
 The large layers are the encoder's qkv, proj, w12 and w3 and the decoder's qkv, attn_proj, ffn_up and ffn_down
-(``Linear(large=True)`` in model/layers.py). Embeddings, modulations and final layers stay in bfloat16, the time MLP in
+(``layers.Linear(large=True)``). Embeddings, modulations and final layers stay in bfloat16, the time MLP in
 float32. Parameters stay float32 under their stock names, so a checkpoint of any recipe goes on under any other.
 
 A recipe rules the forward and backward passes of training, within ``Recipe.step()``, which copies the weights anew. A

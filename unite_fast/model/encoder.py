@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import EncoderConfig
-from unite_fast.model.attention import attention
-from unite_fast.model.layers import Linear, RMSNorm, adamw_parameter, rotary_table, use_adamw
+from unite_fast.layers import Linear, RMSNorm, adamw_parameter, rotary_table, use_adamw
+from unite_fast.layers.attention import attention
 from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
 from unite_kernels.qk_norm_rope import qk_norm_rope
 from unite_kernels.swiglu import swiglu
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = "sdpa"  # the backend or plan of model/attention.py
+        self.attention = "sdpa"  # the backend or plan of layers/attention.py
         self.qkv = Linear(width, 3 * width, large=True)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)

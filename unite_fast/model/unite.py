@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import ModelConfig
-from unite_fast.model.decoder import Decoder
+from unite_fast.layers import Linear, adamw_parameter, sincos_1d, use_adamw
+from unite_fast.layers.vit import Decoder
 from unite_fast.model.encoder import GenerativeEncoder
-from unite_fast.model.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_kernels import corruption
 from unite_kernels.backend import obstacle
 

@@ -1,4 +1,4 @@
-"""Which optimizer updates which parameter, decided by the tags in ``model.layers`` and by shape."""
+"""Which optimizer updates which parameter, decided by the tags in ``layers`` and by shape."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency import compiling, precision
-from unite_fast.model import attention
-from unite_fast.model.decoder import DecoderLayer
+from unite_fast.layers import attention
+from unite_fast.layers.vit import DecoderLayer
 from unite_fast.model.encoder import Block
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.optimizer import Optimizer

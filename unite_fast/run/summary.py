@@ -16,7 +16,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_yaml
 from unite_fast.efficiency import graph, precision
-from unite_fast.model import attention
+from unite_fast.layers import attention
 from unite_fast.model.flops import training_flops
 from unite_fast.parallel import overlap, sharding
 from unite_fast.parallel.distributed import Ranks

@@ -17,7 +17,7 @@ from unite_fast.config import SampleConfig
 from unite_fast.efficiency import compiling
 from unite_fast.flow import solvers
 from unite_fast.flow.field import GuidedField, Replays
-from unite_fast.model.decoder import DecoderLayer
+from unite_fast.layers.vit import DecoderLayer
 from unite_fast.model.encoder import Block
 from unite_fast.model.unite import UNITE
 from unite_kernels import philox

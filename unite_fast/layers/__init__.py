@@ -1,4 +1,4 @@
-"""Small layers shared by the encoder and the decoder, and the tags that assign parameters to optimizers.
+"""Small layers of which the encoder and the decoders are made, and the tags that assign parameters to optimizers.
 
 Shape letters: B batch, T tokens, D width, H heads, E head size (D / H).
 """

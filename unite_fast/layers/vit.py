@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import DecoderConfig
-from unite_fast.model.attention import attention
-from unite_fast.model.layers import Linear, adamw_parameter, sincos_2d
+from unite_fast.layers import Linear, adamw_parameter, sincos_2d
+from unite_fast.layers.attention import attention
 
 EPS = 1e-12
 
@@ -30,7 +30,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = "sdpa"  # the backend or plan of model/attention.py
+        self.attention = "sdpa"  # the backend or plan of layers/attention.py
         self.layernorm_before = nn.LayerNorm(width, eps=EPS)
         self.qkv = Linear(width, 3 * width, large=True)
         self.attn_proj = Linear(width, width, large=True)
