@@ -12,9 +12,20 @@ import pytest
 import torch
 
 from unite_fast.base.errors import UserError
-from unite_fast.data.atoms import Structure, Structures, crystals, describe, join, lattice, open_structures, pack, qm9
+from unite_fast.data.atoms import (
+    Structure,
+    Structures,
+    checks,
+    crystals,
+    describe,
+    join,
+    lattice,
+    open_structures,
+    pack,
+    qm9,
+)
 from unite_fast.data.atoms.__main__ import main
-from unite_fast.data.atoms.checks import faults, typical_distance
+from unite_fast.data.atoms.checks import faults, neighbours, typical_distance
 from unite_fast.data.atoms.structures import load
 from unite_fast.data.atoms.writers import check, write
 
@@ -114,7 +125,7 @@ def test_qm9_is_what_a_direct_reading_of_its_package_gives():
     assert row == 130_831
     assert worst < 1e-6
     assert not faults(structures, 29)
-    assert 0.9 < typical_distance(structures)[0] < 1.1
+    assert 0.9 < typical_distance(structures, 29)[0] < 1.1
     small = structures.select((structures.heavy_atoms() <= 7).nonzero()[:, 0])
     assert len(small) == 3_921
 
@@ -229,17 +240,40 @@ def test_mp20_csv_is_what_pymatgen_reduces(tmp_path):
         open_structures("mp20", tmp_path, "valid")
 
 
-def test_real_crystals_of_pymatgen():
-    read = crystals.read_packages(Path("no such folder"))
-    assert len(read.structures) == 246
-    assert not read.bad
+def test_real_crystals_of_packages(tmp_path):
+    """Those of pymatgen, and of a folder as Avogadro has it what is new, ordered and small enough."""
+    found = tmp_path / "kinds"
+    found.mkdir()
+    salt, _, iron, _ = pymatgen_crystals()
+    garnet = Crystal(Lattice.cubic(12.0), ["Si"] * 81, np.random.default_rng(0).random((81, 3)))
+    alloy = Crystal(Lattice.cubic(3.6), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]])
+    new = Crystal(Lattice.orthorhombic(5.1, 6.2, 7.3), ["La", "Cl", "F"], [[0, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]])
+    for name, structure in {"salt": salt, "iron": iron, "large": garnet, "alloy": alloy, "new": new}.items():
+        (found / f"{name}.cif").write_text(structure.to(fmt="cif"))
+    (found / "broken.cif").write_text("no crystal")
+    read = crystals.read_packages(tmp_path)
+    assert len(read.structures) == 248
+    assert [read.structures.names[i] for i in (246, 247)] == ["avogadro:kinds/iron", "avogadro:kinds/new"]
     assert not faults(read.structures, 20)
-    assert 0.8 < typical_distance(read.structures)[0] < 1.2
-    salt = next(read.structures[i] for i in range(246) if read.structures.names[i].endswith("Halite, Rock Salt"))
-    assert crystals.identity(salt) == ("NaCl", 225)
+    assert 0.8 < typical_distance(read.structures, 20)[0] < 1.2
+    halite = next(read.structures[i] for i in range(246) if read.structures.names[i].endswith("Halite, Rock Salt"))
+    assert crystals.identity(halite) == ("NaCl", 225)
     kept, apart = crystals.held_out(246)
     assert len(apart) == 24
     assert set(kept.tolist()) | set(apart.tolist()) == set(range(246))
+
+
+def test_one_huge_structure_needs_no_memory_for_all(monkeypatch):
+    """Distances are taken in parts of equal cost, and not at all of what is too large anyway."""
+    huge = Structure(np.full(3000, 6), np.random.default_rng(0).normal(0, 60, (3000, 3)), None, "huge")
+    structures = pack([WATER] * 50 + [huge] + [METHANOL] * 50)
+    parts = list(structures.parts(2))
+    assert [(low, len(part), part.largest) for low, part in parts] == [(0, 50, 3), (50, 1, 3000), (51, 50, 6)]
+    seen = []
+    monkeypatch.setattr(checks, "neighbours", lambda part: seen.append(part.largest) or neighbours(part))
+    assert list(faults(structures, 29)) == [50]
+    assert 0.9 < typical_distance(structures, 29)[0] < 1.1
+    assert max(seen) == 6
 
 
 def test_cells_are_pymatgens():

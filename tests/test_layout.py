@@ -40,6 +40,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "qm9pack": "data/atoms/qm9.py",
     "rdkit": ("data/atoms/", "evaluation/atoms/"),
     "smact": "evaluation/atoms/",
+    "openbabel": "evaluation/atoms/molecules.py",
 }
 FILES = sorted((ROOT / "unite_fast").rglob("*.py"))
 

@@ -21,7 +21,6 @@ from unite_fast.data.atoms.elements import LARGEST, SYMBOLS, covalent_radii
 from unite_fast.data.atoms.structures import Structures
 
 ENOUGH = 5000  # structures that show the unit
-CHUNK = 2048  # structures whose distances are in memory together
 OVERLAP = 0.5  # Å; the shortest bond, H-H, is 0.74
 MIN_VOLUME = 0.1  # Å^3
 USUAL = (0.6, 1.6)  # the median over atoms of distance to the nearest neighbour / sum of covalent radii
@@ -37,12 +36,12 @@ class Read:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def neighbours(structures: Structures, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest neighbour in Å and which atom that is, (B, M) each, of structures first .. last - 1.
+def neighbours(structures: Structures) -> tuple[Tensor, Tensor]:
+    """Distance to the nearest neighbour in Å and which atom that is, (S, M) each, M atoms of the largest structure.
 
     Periodic images count, an atom's own as well; exact for reduced cells. Infinite where there is no neighbour.
     """
-    batch = structures.gather(torch.arange(first, last), structures.largest)
+    batch = structures.gather(torch.arange(len(structures)), structures.largest)
     pairs = batch.mask[:, :, None] & batch.mask[:, None, :]
     near = torch.full(batch.mask.shape, torch.inf)
     which = torch.zeros(batch.mask.shape, dtype=torch.int64)
@@ -91,8 +90,8 @@ def faults(structures: Structures, largest: int) -> dict[int, str]:
     add(sizes > largest, lambda i: f"too many atoms: {sizes[i]}, and the network takes {largest}")
     usable = torch.tensor([i for i in range(len(structures)) if i not in found], dtype=torch.int64)
     sound = structures.select(usable) if len(found) else structures
-    for low in range(0, len(sound), CHUNK):
-        near, which = neighbours(sound, low, min(low + CHUNK, len(sound)))
+    for low, part in sound.parts(2):
+        near, which = neighbours(part)
         least, atom = near.min(1)
         for row in (least < OVERLAP).nonzero()[:, 0].tolist():
             a, b = int(atom[row]), int(which[row, atom[row]])
@@ -101,21 +100,21 @@ def faults(structures: Structures, largest: int) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def typical_distance(structures: Structures) -> tuple[float, bool]:
+def typical_distance(structures: Structures, largest: int) -> tuple[float, bool]:
     """(the median over atoms of distance to the nearest neighbour / sum of the two covalent radii, whether it is sure).
 
-    Structures with overlapping atoms count when there are no others, which makes it unsure. NaN without any pair.
+    Structures with overlapping atoms count when there are no others, which makes it unsure; those of more than
+    ``largest`` atoms do not. NaN without any pair.
     """
     finite, volumes = _finite_volumes(structures)
-    sound = finite & (structures.sizes > 0) & (~structures.periodic | (volumes > 0))
+    sound = finite & (structures.sizes > 0) & (structures.sizes <= largest) & (~structures.periodic | (volumes > 0))
     # Enough to judge by, spread over the source.
     some = structures.select(sound.nonzero()[:, 0][:: max(1, len(structures) // ENOUGH)])
     radii = torch.from_numpy(covalent_radii()).float()
     apart, overlapping = [torch.zeros(0)], [torch.zeros(0)]
-    for low in range(0, len(some), CHUNK):
-        indices = torch.arange(low, min(low + CHUNK, len(some)))
-        near, which = neighbours(some, low, low + len(indices))
-        species = some.gather(indices, some.largest).species.clamp(max=LARGEST)
+    for _, part in some.parts(2):
+        near, which = neighbours(part)
+        species = part.gather(torch.arange(len(part)), part.largest).species.clamp(max=LARGEST)
         ratio = near / (radii[species] + radii[species.gather(1, which)])
         there = near.isfinite() & (species > 0)
         good = (near.min(1).values >= OVERLAP)[:, None]
@@ -126,9 +125,9 @@ def typical_distance(structures: Structures) -> tuple[float, bool]:
     return (float(together.median()) if len(together) else float("nan")), sure
 
 
-def check_units(structures: Structures, where: str) -> None:
+def check_units(structures: Structures, where: str, largest: int) -> None:
     """Raises UserError when the typical distance between neighbours is not that of atoms in Å."""
-    ratio, sure = typical_distance(structures)
+    ratio, sure = typical_distance(structures, largest)
     unit = next((text for factor, text in UNITS.items() if 0.8 < ratio / factor < 1.25), None)
     if np.isnan(ratio) or USUAL[0] <= ratio <= USUAL[1] or not (sure or unit):
         return
@@ -151,7 +150,7 @@ def admit(read: Read, where: str, largest: int, on_error: str) -> Structures:
     logs a line for each. Raises UserError for positions in another unit than Å, and when nothing is left.
     """
     structures = read.structures
-    check_units(structures, where)
+    check_units(structures, where, largest)
     found = faults(structures, largest)
     bad = [*read.bad, *((structures.names[index], reason) for index, reason in found.items())]
     total = len(structures) + len(read.bad)

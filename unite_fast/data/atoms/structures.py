@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from unite_fast.base.errors import UserError, first_line
 from unite_fast.data.encoded import Names
 
 FORMAT = "unite-fast structures 1"
+BUDGET = 1 << 21  # numbers of an array over pairs or triples of atoms
 ARRAYS = ("species", "coordinates", "lattices", "offsets", "labels")
 
 
@@ -121,7 +122,7 @@ class Structures:
 
     def select(self, indices: Tensor | np.ndarray | Sequence[int]) -> Structures:
         """The structures ``indices`` (int64), in this order. On the host."""
-        chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64).reshape(-1)
+        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64)).reshape(-1)
         here = self.to("cpu")
         sizes = here.sizes[chosen]
         offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
@@ -137,6 +138,19 @@ class Structures:
             None if self.smiles is None else Names([self.smiles[i] for i in numbers]),
             int(sizes.max()) if len(sizes) else 0,
         )
+
+    def parts(self, power: int) -> Iterator[tuple[int, Structures]]:
+        """Consecutive parts and where each begins, small enough for arrays of (structures, atoms ** power) numbers."""
+        low, widest = 0, 1
+        sizes = self.sizes.tolist()
+        for high, size in enumerate(sizes):
+            wider = max(widest, size)
+            if high > low and (high - low + 1) * wider**power > BUDGET:
+                yield low, self.select(range(low, high))
+                low, wider = high, max(1, size)
+            widest = wider
+        if low < len(sizes):
+            yield low, self.select(range(low, len(sizes)))
 
     def heavy_atoms(self) -> Tensor:
         """Atoms other than hydrogen of each structure, int64 (S,)."""
@@ -251,7 +265,7 @@ def of_arrays(
     wrapped[wrapped == 1.0] = 0.0  # what rounds up
     crystal = np.any(cells != 0, axis=(1, 2), keepdims=True)[owner, 0]
     return Structures(
-        torch.from_numpy(np.asarray(species).astype(np.uint8)),
+        torch.from_numpy(np.clip(species, 0, 255).astype(np.uint8)),  # 255 is no element either
         torch.from_numpy(np.where(crystal, wrapped, centred.astype(np.float32))),
         torch.from_numpy(cells.astype(np.float32)),
         torch.from_numpy(np.concatenate([[0], sizes.cumsum()]).astype(np.int64)),

@@ -24,15 +24,14 @@ from unite_fast.data.atoms.parallel import mapped
 from unite_fast.data.atoms.structures import Structures
 
 BOND = 1.25
-CHUNK = 256
 RELAXATION = 500  # iterations at most
 
 
-def total_variation(a: np.ndarray, b: np.ndarray) -> float:
-    """Half the sum of differences of two histograms' shares; they may differ in length."""
+def total_variation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Half the sum of differences of two histograms' shares; they may differ in length. None when one is empty."""
     size = max(len(a), len(b))
     p, q = (np.pad(np.asarray(h, dtype=np.float64), (0, size - len(h))) for h in (a, b))
-    return float(np.abs(p / max(1, p.sum()) - q / max(1, q.sum())).sum() / 2)
+    return float(np.abs(p / p.sum() - q / q.sum()).sum() / 2) if p.sum() and q.sum() else None
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -54,8 +53,8 @@ def geometry(molecules: Structures) -> Geometry:
     """All bonds and all angles between two bonds of an atom."""
     radii = torch.from_numpy(covalent_radii()).float()
     lengths, kinds, angles = [], [], []
-    for low in range(0, len(molecules), CHUNK):
-        batch = molecules.gather(torch.arange(low, min(low + CHUNK, len(molecules))), molecules.largest)
+    for _, part in molecules.parts(3):
+        batch = part.gather(torch.arange(len(part)), part.largest)
         species = batch.species.clamp(max=LARGEST)
         away = batch.positions[:, None] - batch.positions[:, :, None]  # (B, M, M, 3), from the first atom to the second
         distance = away.norm(dim=-1)

@@ -156,12 +156,10 @@ def crystals_reconstructed(made: Structures, true: Structures, workers: int = 0)
 
 def generated(made: Structures, real: Structures | None, training: Structures | None, **options: Any) -> dict[str, Any]:
     """``molecules_generated`` or ``crystals_generated``, by what the samples are. Raises UserError for a mixture."""
-    periodic = made.periodic
-    if bool(periodic.any()) != bool(periodic.all()):
-        raise UserError(
-            f"{int(periodic.sum()):,} of {len(made):,} samples are crystals; score molecules and crystals apart"
-        )
-    if len(made) and periodic.all():
+    crystal = int(made.periodic.sum())
+    if 0 < crystal < len(made):
+        raise UserError(f"{crystal:,} of {len(made):,} samples are crystals; score molecules and crystals apart")
+    if crystal or (not len(made) and real is not None and bool(real.periodic.all())):
         options.pop("scorer", None)
         return crystals_generated(made, real, training, **options)
     return molecules_generated(made, real, training, **options)
