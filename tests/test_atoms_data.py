@@ -15,6 +15,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.data.atoms import (
     Structure,
     Structures,
+    augment,
     checks,
     crystals,
     describe,
@@ -28,6 +29,7 @@ from unite_fast.data.atoms.__main__ import main
 from unite_fast.data.atoms.checks import faults, neighbours, typical_distance
 from unite_fast.data.atoms.structures import load
 from unite_fast.data.atoms.writers import check, write
+from unite_kernels import philox
 
 Chem = pytest.importorskip("rdkit.Chem")
 pytest.importorskip("ase")
@@ -334,6 +336,8 @@ def test_selecting_joining_and_saving_keep_every_array(tmp_path):
     assert again.smiles is not None
     assert (again[0].smiles, again.largest) == (both[0].smiles, 6)
     assert len(open_structures("packed", tmp_path / "both.safetensors")) == len(both)
+    with pytest.raises(UserError, match="is one part; name another file for the held-out structures"):
+        open_structures("packed", tmp_path / "both.safetensors", "test")
     content = bytearray((tmp_path / "both.safetensors").read_bytes())
     content[-20] ^= 1
     (tmp_path / "both.safetensors").write_bytes(content)
@@ -497,3 +501,61 @@ def test_the_command_packs_and_describes(tmp_path, capsys):
     assert "5 molecules and 1 crystals" in describe(
         join([pack([WATER] * 5), pack([crystals.of_pymatgen(pymatgen_crystals()[2], "iron")])])
     )
+
+
+def distances(batch, row: int) -> np.ndarray:
+    """Of all pairs of a sample's atoms; in a crystal to the nearest image, as pymatgen has it."""
+    n = int(batch.sizes[row])
+    if batch.lattice[row].any():
+        cell = Lattice(batch.lattice[row].double().numpy())
+        fractional = batch.fractional[row, :n].double().numpy()
+        again = cell.get_fractional_coords(batch.positions[row, :n].double().numpy())
+        assert np.abs((again - fractional + 0.5) % 1 - 0.5).max() < 1e-5
+        return cell.get_all_distances(fractional, fractional)
+    return torch.cdist(batch.positions[row, :n], batch.positions[row, :n]).numpy()
+
+
+def test_poses_change_no_distance_and_no_hand():
+    structures = rattled(9)
+    batch = structures.gather(torch.arange(len(structures)), 10)
+    uniforms = philox.uniform(3, 1 << 20, torch.arange(len(structures)), (augment.LANES,))
+    moved = augment.posed(batch, uniforms)
+    for row in range(len(structures)):
+        n = int(batch.sizes[row])
+        assert np.allclose(distances(moved, row), distances(batch, row), atol=1e-4)
+        assert not moved.positions[row, n:].any()
+        assert not moved.fractional[row, n:].any()
+        if batch.lattice[row].any():
+            assert torch.linalg.det(moved.lattice[row]) == pytest.approx(
+                float(torch.linalg.det(batch.lattice[row])), 1e-5
+            )
+            step = (moved.fractional[row, :n] - batch.fractional[row, :n]) % 1
+            assert np.allclose((step - uniforms[row, 3:] + 0.5) % 1, 0.5, atol=1e-6)
+            assert moved.fractional.max() < 1
+        else:
+            a, b = batch.positions[row, :3], moved.positions[row, :3]
+            fourth = 3 if n > 3 else 0
+            hand = [
+                torch.linalg.det(x[:, :3] - p[row, fourth]) for x, p in ((a, batch.positions), (b, moved.positions))
+            ]
+            assert hand[1] == pytest.approx(float(hand[0]), abs=1e-4)
+            assert not torch.allclose(a, b, atol=0.1)
+            assert moved.positions[row].mean(0).abs().max() < 1e-6
+    alone = structures.gather(torch.tensor([4]), 10)
+    same = augment.posed(alone, philox.uniform(3, 1 << 20, torch.tensor([4]), (augment.LANES,)))
+    assert torch.equal(same.positions[0], moved.positions[4])  # whatever else is in the batch
+
+
+def test_rotations_are_uniform():
+    """Haar's measure: means of matrices and of their products vanish, angles have the density (1 - cos) / pi."""
+    matrices = augment.rotations(philox.uniform(0, 1 << 20, torch.arange(20_000), (3,))).double()
+    assert torch.allclose(matrices @ matrices.transpose(1, 2), torch.eye(3).double().expand_as(matrices), atol=1e-5)
+    assert torch.allclose(torch.linalg.det(matrices), torch.ones(()).double(), atol=1e-5)
+    assert matrices.mean(0).abs().max() < 0.02
+    second = torch.einsum("nij,nkl->ijkl", matrices, matrices) / len(matrices)
+    expected = torch.einsum("ik,jl->ijkl", torch.eye(3), torch.eye(3)).double() / 3
+    assert (second - expected).abs().max() < 0.02
+    angles = torch.arccos(((matrices.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1))
+    for angle in (0.5, 1.0, 2.0, 2.8):
+        share = float((angles < angle).double().mean())
+        assert share == pytest.approx((angle - np.sin(angle)) / np.pi, abs=0.01)

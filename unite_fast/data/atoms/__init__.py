@@ -56,7 +56,8 @@ def open_structures(
 ) -> Structures:
     """The structures of a source (see the table above) that a network with ``largest`` slots can use, on the host.
 
-    ``part`` is "train", "valid", "test" or "all"; where nothing is published, valid and test are the same tenth.
+    ``part`` is "train", "valid", "test" or "all"; where nothing is published, valid and test are the same tenth. A
+    packed file is one part, whichever, so that only "train" and "all" name it.
     ``on_error`` is "fail" or "skip" (checks.admit). ``split`` is QM9's: "edm" or "adit_sizes". ``max_heavy_atoms``
     above 0 keeps the structures with at most so many atoms other than hydrogen; a split comes before it.
     ``workers`` processes read (0: one per core). Raises UserError.
@@ -71,6 +72,8 @@ def open_structures(
         )
     where = f"data.source {source}" + (f", {path}" if str(path) else "")
     if source == "packed":
+        if part not in ("train", "all"):
+            raise UserError(f"{where} is one part; name another file for the held-out structures")
         structures = admit(Read(load(root)), where, largest, on_error)
     elif source == "qm9":
         structures = _qm9(root if str(path) else None, where, part, largest, on_error, split)
