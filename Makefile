@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-faults soak check check-kernels bench gpu-check clean
+.PHONY: help install demo test test-faults soak check check-kernels bench gpu-pack gpu-check gpu-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ check-kernels: install  ## compile every kernel for sm_90 without a GPU; registe
 
 bench: install  ## kernels of this machine's device against eager and torch.compile
 	$(RUN) benchmarks/bench_kernels.py
+
+gpu-pack:  ## gpu-pack/: what travels to a lent GPU, with OFFICIAL_DIR a clone of the official code; lists sizes, says what is missing
+	$(PYTHON) benchmarks/gpu_pack.py
+
+gpu-report:  ## from ROWS (rows.jsonl): README's figures, a record, the tables that the code reads, what the YAMLs should choose
+	$(PYTHON) benchmarks/gpu_report.py --write $(ROWS)
 
 gpu-check:  ## on a lent GPU: checks, ours and the official code, tables, in 560 s; then AGAIN=1; REHEARSE=1 without a GPU
 	$(PYTHON) benchmarks/gpu_check.py $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)

@@ -36,6 +36,10 @@ E4M3 = torch.float8_e4m3fn
 TE = ("bf16_te", "fp8_te", "fp8_te_delayed")
 TE_FLOAT8 = ("fp8_te", "fp8_te_delayed")
 SCALED = ("fp8", "fp8_rowwise")
+# Large layers that fp8 and fp8_rowwise leave in bfloat16 because float8 was slower: (outputs, inputs) as padded, by
+# compute capability. `make gpu-report` writes the row of a device; what has not been measured is taken.
+SLOWER_IN_FLOAT8: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {
+}  # fmt: skip
 
 
 def setup(device: torch.device) -> None:
@@ -149,7 +153,8 @@ class Recipe:
         self.halves: list[tuple[Tensor, Tensor]] = []  # (copy, parameter)
         self.scaled: list[tuple[Scaled, Tensor]] = []
         self.engines: list[TransformerEngine] = []
-        self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16
+        self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16 because of their sizes
+        self.slower: list[str] = []  # and because they are faster there
         self.residual = "fp32"
 
     def follow(self, copy: Tensor, parameter: Tensor, groups: int) -> None:
@@ -186,6 +191,7 @@ class Recipe:
             text += f" with a {self.residual} residual"
         if self.scaled or self.name in TE_FLOAT8:
             text += f" ({len(self.scaled) or len(self.engines)} layers in float8"
+            text += f"; in bfloat16, where float8 is slower: {', '.join(self.slower)}" if self.slower else ""
             text += f"; in bfloat16, sizes no multiples of 16: {', '.join(self.left)})" if self.left else ")"
         return text
 
@@ -228,16 +234,22 @@ def _prepare(recipe: Recipe, path: str, layer: Any) -> None:
         recipe.engines.append(layer.products)
         return
     padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
-    if layer.large and recipe.name in SCALED and fits(padded):
+    if layer.large and recipe.name in SCALED and fits(padded) and not slower(padded, recipe.device):
         layer.products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
         recipe.scaled.append((layer.products, layer.weight))
     else:
         layer.products = Half(layer)
         recipe.follow(layer.products.weight, layer.weight, layer.groups)
         pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
-        if layer.large and recipe.name != "bf16" and pattern not in recipe.left:
-            recipe.left.append(pattern)
+        reasons = recipe.slower if slower(padded, recipe.device) else recipe.left
+        if layer.large and recipe.name != "bf16" and pattern not in reasons:
+            reasons.append(pattern)
     recipe.follow(layer.products.bias, layer.bias, layer.groups)
+
+
+def slower(shape: tuple[int, int], device: torch.device) -> bool:
+    """Whether a layer's products are known to be slower in float8 on ``device``."""
+    return device.type == "cuda" and shape in SLOWER_IN_FLOAT8.get(torch.cuda.get_device_capability(device), ())
 
 
 def check(name: str, device: torch.device) -> None:

@@ -54,10 +54,11 @@ MODULES = {
 # What auto takes, in half precision: per compute capability, (most keys, backends, the first that runs). Not measured:
 # chosen from figures that others published for an H100, in which cuDNN's kernels are ahead of FlashAttention 2 in both
 # directions at head sizes 64 and 128, with longer sequences than ours. FlashAttention 3 and 4 are not candidates before
-# they are measured. `benchmarks/bench_attention.py --device cuda` gives the rows (544, 288 and 257 keys, head sizes 64
-# and 72) and prints this table from them. Date: 2026-11-25; GPU: none.
+# they are measured: `make gpu-check` measures 544, 288 and 257 keys, `make gpu-report` writes the row of the device.
 PREFERRED: dict[tuple[int, int], tuple[tuple[int, tuple[str, ...]], ...]] = {
+    # not measured
     (9, 0): ((1 << 30, ("cudnn", "flash")),),
+    # not measured
     (8, 0): ((1 << 30, ("flash",)),),
 }
 
