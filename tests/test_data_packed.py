@@ -253,7 +253,7 @@ def test_full_disk(folder, packs, tmp_path, monkeypatch):
             pack(folder, tmp_path / "p", SIZE, per_shard=28)
     code = (
         "import resource, sys; from pathlib import Path; from unite_fast.data.pack import main; "
-        "from unite_fast.config import UserError\n"
+        "from unite_fast.base.errors import UserError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "try: main(sys.argv[1:])\n"
         "except UserError as error: sys.exit(str(error))\n"
@@ -278,7 +278,7 @@ def test_nothing_is_written_outside_the_destination(folder, packs, tmp_path):
     dest = tmp_path / "q"
     (dest / ".parts").mkdir(parents=True)
     (dest / ".parts" / "plan.json").write_text(plan)
-    for name in (".shard-00000.bin.tmp", "shard-00001.bin", ".labels.npy.tmp", ".index.json.tmp"):
+    for name in (".shard-00000.bin.incomplete", "shard-00001.bin", ".labels.npy.incomplete", ".index.json"):
         (dest / name).symlink_to(outside)
     pack(folder, dest, SIZE, per_shard=28)
     assert outside.read_text() == "keep me"

@@ -291,8 +291,8 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     computed = []
     compute = generation.score
     monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
-    provenance = evaluate.summary.provenance
-    monkeypatch.setattr(evaluate.summary, "provenance", lambda *a: provenance(*a) | {"commit": "a later one"})
+    provenance = evaluate.provenance.of
+    monkeypatch.setattr(evaluate.provenance, "of", lambda *a: provenance(*a) | {"commit": "a later one"})
     again = run(trained, "search", out, "--cfg", 1.4)
     assert len(computed) == len(lines) - 2
     now = [row["environment"]["commit"] == "a later one" for row in again["rows"]]

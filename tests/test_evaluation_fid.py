@@ -90,7 +90,7 @@ def oracle(weights) -> dict[str, float]:
 TWO_PROCESSES = """
 import json, sys, torch
 from test_evaluation_fid import accumulate, as_oracle
-from unite_fast.runtime import distributed
+from unite_fast.parallel import distributed
 torch.set_num_threads(1)
 ranks = distributed.start("cpu")
 made, real = (accumulate(sys.argv[1], seed, contrast, ranks) for seed, contrast in ((1, 1.0), (2, 0.8)))

@@ -111,6 +111,7 @@ def test_files_stay_readable():
     [
         (r"file_digest\(|read_bytes\(\)\)\.hexdigest", "files.py"),
         (r"splitlines\(\) or \[type\(error\)", "errors.py"),
+        (r"O_NOFOLLOW|\.write_(text|bytes)\(", "files.py"),
     ],
 )
 def test_helpers_are_written_once(pattern, home):

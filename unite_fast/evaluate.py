@@ -34,19 +34,18 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint, sampling
-from unite_fast.base import command
+from unite_fast.base import command, files, provenance
 from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EvaluationConfig
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
-from unite_fast.evaluation.generation import PLAIN, Options, Settings, digest, of_run, score
+from unite_fast.evaluation.generation import PLAIN, Options, Settings, of_run, score
 from unite_fast.modality import lpips
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.run import summary
 from unite_fast.sampling.generate import parse_interval
 
 TABLE = (
@@ -127,7 +126,7 @@ class Context:
         counted = self.located.is_dir() or self.located.name == checkpoint.EXPORTED  # an official step counts otherwise
         step = checkpoint.recorded_step(self.located) if counted else None
         of = self.located.stem if step is None else f"step_{step:07d}"
-        parts = [self.arguments.command, of, self.arguments.weights, what, digest(timeless(protocol))[:8]]
+        parts = [self.arguments.command, of, self.arguments.weights, what, files.digest(timeless(protocol))[:8]]
         return self.folder() / f"{'_'.join(filter(None, parts))}.json"
 
     def settings(self) -> Settings:
@@ -151,12 +150,8 @@ class Context:
         """Writes the result whole, on one process. Raises UserError when the disk refuses."""
         if not self.ranks.is_main:
             return
-        temporary = path.with_name(f"{path.name}.incomplete")
-        try:
-            temporary.write_text(json.dumps(content, indent=1))
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"--out {path}: {error.strerror}") from None
+        with files.refusals(f"--out {path}"):
+            files.write_json(path, content)
         if finished:
             print(f"written to {path}")
 
@@ -230,7 +225,7 @@ class Scorer:
             "seeds": f"0-{settings.count - 1}",
             "inception_score_parts": 10,
             "kid_subset": self.context.arguments.kid_subset if self.context.arguments.pairs else None,
-            "environment": summary.provenance(self.context.ranks),
+            "environment": provenance.of(self.context.ranks.device, self.context.ranks.world_size),
         }
 
     def score(self, settings: Settings, path: Path) -> dict[str, Any]:
@@ -319,7 +314,9 @@ def search_command(context: Context) -> None:
     scorer, start = Scorer(context), context.settings()
     protocol = scorer.protocol(start)
     path = context.out(protocol, f"from_{short(start)}")
-    identity = digest([context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]])
+    identity = files.digest(
+        [context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]]
+    )
     scored = guidance_search.Scored(
         path.with_suffix(".jsonl"),
         identity,
@@ -355,7 +352,7 @@ def rfid_command(context: Context) -> None:
         "data": said,
         "lpips": None if perceptual is None else {"trunk": lpips.TORCHVISION_VGG16, "range": perceptual.input_range},
         "uint8": "truncated",
-        "environment": summary.provenance(context.ranks),
+        "environment": provenance.of(context.ranks.device, context.ranks.world_size),
     }
     context.save(context.out(protocol), {"protocol": protocol, "result": result})
 
@@ -378,10 +375,8 @@ def main(argv: list[str]) -> None:
     try:
         precision.setup(ranks.device)
         context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
-        try:
+        with files.refusals(str(context.folder()), "; choose another place with --out"):
             context.folder().mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{context.folder()}: {error.strerror}; choose another place with --out") from None
         with torch.no_grad():
             COMMANDS[arguments.command](context)
     finally:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from unite_fast import __version__, checkpoint, interop
+from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint.shards import write_tensors
@@ -130,15 +130,12 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False) -> 
         commit=f" at commit {str(provenance['commit'])[:12]}" if provenance.get("commit") else "",
         sampling=sampling_line(options),
     )  # fmt: skip
-    try:
+    with files.refusals(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        temporary = out / "model.safetensors.incomplete"
-        write_tensors(temporary, {name: state[name].contiguous() for name in sorted(state)}, facts)
-        os.replace(temporary, out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps({"model": values["model"], "sample": options}, indent=1))
-        (out / "README.md").write_text(card)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        with files.replacing(out / "model.safetensors") as file:
+            write_tensors(Path(file.name), {name: state[name].contiguous() for name in sorted(state)}, facts)
+        files.write_json(out / "config.json", {"model": values["model"], "sample": options})
+        files.write(out / "README.md", card)
     return out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.layers import sincos_2d
@@ -259,7 +259,7 @@ def save_reference(
     best_cfg_scale: float = 1.0,
     ema: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the official format (temporary file, then rename). ``ema`` defaults to the optimizer's, else weights."""
+    """Writes the official format (whole or not at all). ``ema`` defaults to the optimizer's, else weights."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()} | derived_tables(model)
     averaged = ema or (optimizer.ema if optimizer else {})
     content: dict[str, Any] = {
@@ -275,9 +275,8 @@ def save_reference(
     }
     if optimizer is not None:
         content["optimizer"], content["optimizer_muon"] = _official_optimizers(model, optimizer, lr)
-    temporary = Path(f"{path}.incomplete")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with files.replacing(Path(path)) as file:
+        torch.save(content, file)
 
 
 def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple[dict[str, Any], dict[str, Any]]:

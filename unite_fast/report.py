@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unite_fast.base import command
+from unite_fast.base import command, files
 from unite_fast.base.errors import UserError
 from unite_fast.run.stats import read_metrics
 
@@ -247,13 +247,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run / "report" / "index.html"
     text = page(arguments.run)
-    try:
+    with files.refusals(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f"{out.name}.incomplete")
-        temporary.write_text(text)
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        files.write(out, text)
     print(f"the run on one page: {out} ({len(text) / 1024:.0f} KiB); open it in a browser")
 
 

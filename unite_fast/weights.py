@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
@@ -130,11 +131,10 @@ def _check_scheme(url: str, schemes: tuple[str, ...]) -> None:
 
 def _download(weights: Weights, path: Path, schemes: tuple[str, ...]) -> None:
     _check_scheme(weights.url, schemes)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
     opener = urllib.request.build_opener(_Redirects(schemes))
     digest, received = hashlib.sha256(), 0
-    try:
-        with opener.open(weights.url, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
+    with files.replacing(path, writer=str(os.getpid()), sync=True) as file:
+        with opener.open(weights.url, timeout=TIMEOUT) as answer:
             expected = int(answer.headers.get("Content-Length") or 0)
             with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while block := answer.read(BLOCK):
@@ -144,16 +144,11 @@ def _download(weights: Weights, path: Path, schemes: tuple[str, ...]) -> None:
                     digest.update(block)
                     file.write(block)
                     bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
         if digest.hexdigest() != weights.sha256:
             cut = f" ({received} of {expected} bytes came)" if received != expected else ""
             raise UserError(
                 f"{weights.url} has sha256 {digest.hexdigest()}{cut}, expected {weights.sha256}; refused and removed"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:

@@ -1,12 +1,94 @@
-"""What identifies a file's content, wherever this program writes or compares it."""
+"""How this program writes files: beside their place, then renamed, so that a name holds a whole file or none.
+
+What lies beside is called ``.NAME.incomplete``; nothing reads it, and the next writer of NAME removes it. A symbolic
+link at either name is replaced, never followed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from unite_fast.base.errors import UserError
 
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal; the file is never whole in memory. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def refusals(where: str, mend: str = "") -> Iterator[None]:
+    """What the system refuses within (an OSError) is raised as UserError: ``where``: why``mend``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}{mend}") from None
+
+
+def aside(path: Path, writer: str = "") -> Path:
+    """Where ``path`` is written first. writer: tells apart those that may write the same file at the same time."""
+    return path.with_name(f".{path.name}.{writer}.incomplete" if writer else f".{path.name}.incomplete")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file in the place of what has its name; a link is not followed. Raises OSError."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "", sync: bool = False) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends without an error, and otherwise leaves no trace.
+
+    sync: its content is on the disk before it has the name. Raises OSError.
+    """
+    temporary = aside(path, writer)
+    try:
+        with create(temporary) as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``path`` when the block ends without an error. Raises OSError."""
+    temporary = aside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(path: Path, content: str | bytes, writer: str = "", sync: bool = False) -> None:
+    """Writes a whole file, text as UTF-8. Raises OSError."""
+    with replacing(path, writer, sync) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, writer: str = "") -> None:
+    """Writes plain values as indented JSON. Raises OSError."""
+    write(path, json.dumps(value, indent=1), writer)

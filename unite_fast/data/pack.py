@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
@@ -97,64 +98,35 @@ def encode(image: Tensor, format: Format, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def create(path: Path) -> BinaryIO:
-    """A new file; a link of that name is not followed. Raises OSError."""
-    path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that under its own name it is either complete or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with create(temporary) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def pack_shard(source: EncodedSource, plan: Plan, dest: Path, number: int, done: Any) -> None:
     """Writes one shard, then the part that describes it. ``done``: a shared counter of images, or None.
 
     Raises UserError for an unreadable image (with on_error=fail) and OSError when it cannot write.
     """
-    target = dest / shard_name(number)
-    temporary = target.with_name(f".{target.name}.tmp")
     digest, offset = hashlib.sha256(), 0
     labels, extents, skipped = [], [], []
-    try:
-        with create(temporary) as file:
-            for index in plan.samples_of(number):
-                try:
-                    record = encode(source.read(index, None, 0), plan.format, plan.quality)
-                except BadImage as error:
-                    if plan.on_error == "fail":
-                        raise UserError(
-                            f"{source.name(index)}: {error}; mend or remove it, or leave it out with --on-error skip"
-                        ) from None
-                    skipped.append((source.name(index), str(error)))
-                    continue
-                finally:
-                    if done is not None:
-                        with done.get_lock():
-                            done.value += 1
-                file.write(record)
-                digest.update(record)
-                labels.append(int(source.labels[index]))
-                extents.append((offset, len(record)))
-                offset += len(record)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.replacing(dest / shard_name(number), sync=True) as file:
+        for index in plan.samples_of(number):
+            try:
+                record = encode(source.read(index, None, 0), plan.format, plan.quality)
+            except BadImage as error:
+                if plan.on_error == "fail":
+                    raise UserError(
+                        f"{source.name(index)}: {error}; mend or remove it, or leave it out with --on-error skip"
+                    ) from None
+                skipped.append((source.name(index), str(error)))
+                continue
+            finally:
+                if done is not None:
+                    with done.get_lock():
+                        done.value += 1
+            file.write(record)
+            digest.update(record)
+            labels.append(int(source.labels[index]))
+            extents.append((offset, len(record)))
+            offset += len(record)
     part = {"bytes": offset, "sha256": digest.hexdigest(), "labels": labels, "extents": extents, "skipped": skipped}
-    write_whole(dest / PARTS / f"{number:05d}.json", json.dumps(part).encode())
+    files.write(dest / PARTS / f"{number:05d}.json", json.dumps(part), sync=True)
 
 
 _job: tuple[EncodedSource, Plan, Path, Any] | None = None  # of a packing process
@@ -215,7 +187,7 @@ def prepare(dest: Path, source_path: Path, plan: Plan) -> list[int]:
         raise UserError(f"{dest} exists and is not an unfinished pack; choose a new or empty folder")
     else:
         parts.mkdir(parents=True)
-        write_whole(parts / "plan.json", text.encode())
+        files.write(parts / "plan.json", text, sync=True)
     finished = []
     for number in range(plan.shards):
         part, shard = parts / f"{number:05d}.json", dest / shard_name(number)
@@ -256,7 +228,7 @@ def finish(dest: Path, plan: Plan) -> Index:
     for name, array in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, array)
-        write_whole(dest / name, buffer.getvalue())
+        files.write(dest / name, buffer.getvalue(), sync=True)
         hashes[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
     index = Index(
         format=plan.format,
@@ -268,9 +240,9 @@ def finish(dest: Path, plan: Plan) -> Index:
         extents_sha256=hashes.get("extents.npy", ""),
         skipped=[(name, reason) for part in parts for name, reason in part["skipped"]],
     )
-    write_whole(dest / "index.json", index.to_json().encode())
+    files.write(dest / "index.json", index.to_json(), sync=True)
     hashes["index.json"] = file_sha256(dest / "index.json")
-    write_whole(dest / "manifest.sha256", "".join(f"{h}  {name}\n" for name, h in sorted(hashes.items())).encode())
+    files.write(dest / "manifest.sha256", "".join(f"{h}  {name}\n" for name, h in sorted(hashes.items())), sync=True)
     shutil.rmtree(dest / PARTS)
     return index
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
@@ -114,15 +115,9 @@ def write_index(tar: Path) -> TarIndex:
     index = scan(tar)
     target = index_path(tar)
     names = np.frombuffer("\0".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            size = tar.stat().st_size
-            np.savez(file, version=VERSION, size=size, extents=index.extents, labels=index.labels, names=names)
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{target}: {error.strerror}") from None
+    with files.refusals(str(target)), files.replacing(target) as file:
+        size = tar.stat().st_size
+        np.savez(file, version=VERSION, size=size, extents=index.extents, labels=index.labels, names=names)
     return index
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig
@@ -62,17 +63,12 @@ def write_stats(dest: Path, source: EncodedSource, source_path: Path) -> None:
     names = (name for i in range(len(source)) if (name := source.name(i)) not in left_out)
     labels = _open(dest, index).labels.tolist()
     images = tqdm(images_of(dest, index), total=len(labels), unit="image", desc="listing")
-    temporary = dest / ".stats.tsv.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("number\tclass\tsha256\tname\n")
-            for number, (label, name, (where, image)) in enumerate(zip(labels, names, images, strict=True)):
-                if isinstance(image, str):
-                    raise UserError(f"{where}: {image}; run verify")
-                digest = hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()
-                shown = os.path.relpath(name, source_path).replace("\t", "\\t").replace("\n", "\\n")
-                file.write(f"{number}\t{index.class_names[label]}\t{digest}\t{shown}\n")
-        os.replace(temporary, dest / "stats.tsv")
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{dest}: {error.strerror or error}") from None
+    with files.refusals(str(dest)), files.replacing(dest / "stats.tsv") as file:
+        file.write(b"number\tclass\tsha256\tname\n")
+        for number, (label, name, (where, image)) in enumerate(zip(labels, names, images, strict=True)):
+            if isinstance(image, str):
+                raise UserError(f"{where}: {image}; run verify")
+            digest = hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()
+            shown = os.path.relpath(name, source_path).replace("\t", "\\t").replace("\n", "\\n")
+            row = f"{number}\t{index.class_names[label]}\t{digest}\t{shown}\n"
+            file.write(row.encode(errors="surrogateescape"))

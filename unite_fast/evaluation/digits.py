@@ -22,7 +22,6 @@ Shape letters: N images, Q channels, S image size, P = Q * S * S pixels, F featu
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import checkpoint, data, sampling
+from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.config import Config, SampleConfig
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> None:
     figures, images = measure(model, config, args.samples)
     folder = args.run / "report"
     paths = save_pictures(folder, images, digits(config, "heldout")[1])
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    files.write_json(folder / "figures.json", figures)
     print(table(figures, config, args.samples))
     print(f"\nin {folder}: {', '.join(path.name for path in paths)}, figures.json")
 

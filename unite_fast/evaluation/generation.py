@@ -5,9 +5,6 @@ Interrupted scoring goes on: each process keeps its sums in a file beside the re
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +14,7 @@ from typing import Any
 import torch
 
 from unite_fast import sampling
+from unite_fast.base import files
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
 from unite_fast.efficiency import precision
@@ -77,11 +75,6 @@ def of_run(config: Config, **changes: Any) -> Settings:
     return Settings(**(taken | changes))
 
 
-def digest(value: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 class Progress:
     """A process's sums on disk while it works; ``key`` says what they are of, ``done`` how many tiles they hold."""
 
@@ -106,10 +99,9 @@ class Progress:
 
     def save(self, accumulator: fid.Accumulator, done: int, now: bool = False) -> None:
         if self.path is not None and (now or time.monotonic() - self.saved >= SAVE_SECONDS):
-            temporary = self.path.with_name(f"{self.path.name}.incomplete")
-            temporary.parent.mkdir(parents=True, exist_ok=True)  # a node's own disk may not have it
-            torch.save({"key": self.key, "done": done, "sums": accumulator.state()}, temporary)
-            os.replace(temporary, self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # a node's own disk may not have it
+            with files.replacing(self.path) as file:
+                torch.save({"key": self.key, "done": done, "sums": accumulator.state()}, file)
             self.saved = time.monotonic()
 
     def remove(self) -> None:
@@ -177,7 +169,7 @@ def score(
     accumulator = fid.Accumulator(settings.count, extractor.sizes, ranks.device, pairs)
     # Kept, restored and added over processes with the others: tiles, evaluations, passes.
     work = accumulator.sums["work"] = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    key = digest([identity, extractor.identity(), asdict(settings), pairs, ranks.world_size])
+    key = files.digest([identity, extractor.identity(), asdict(settings), pairs, ranks.world_size])
     file = Progress(options.progress, key, ranks)
     tiles = range(ranks.rank, -(-settings.count // settings.tile), ranks.world_size)
     done = resumed = file.load(accumulator)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.evaluation.generation import Settings
 from unite_fast.parallel.distributed import Ranks
@@ -74,9 +75,7 @@ class Scored:
 
     def _write(self) -> None:
         if self.ranks.is_main:
-            temporary = self.path.with_name(f"{self.path.name}.incomplete")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
-            temporary.replace(self.path)
+            files.write(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
 
 def search(fid: Callable[[Settings], float], start: Settings) -> Settings:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from unite_fast import data
-from unite_fast.base import command
+from unite_fast.base import command, files
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import Config, yaml_text
@@ -77,17 +76,13 @@ def check_extractor(reference: dict[str, Any], size: int, extractor: Extractor, 
 def write(path: str, statistics: Statistics, protocol: dict[str, Any]) -> None:
     """Writes the file whole or not at all. Raises UserError when it cannot."""
     file = Path(path)
-    temporary = file.with_name(file.name + ".incomplete")
     arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.count}
     if statistics.features is not None:
         arrays["features"] = statistics.features
-    try:
+    with files.refusals(f"--out {path}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as opened:
+        with files.replacing(file) as opened:
             np.savez(opened, protocol=np.array(json.dumps(protocol)), **arrays)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}") from None
 
 
 def described(config: Config, split: str, source: Source, device: torch.device) -> dict[str, Any]:

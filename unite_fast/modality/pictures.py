@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.base import files
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images (B, Q, S, S) in [0, 1] -> uint8, values truncated as in the published evaluation (x * 255)."""
@@ -25,9 +27,8 @@ def save_png(path: Path, image: Tensor, text: Mapping[str, str] | None = None) -
         said.add_text(key, value)
     pixels = image if image.dtype == torch.uint8 else to_uint8(image[None])[0]
     array = pixels.permute(1, 2, 0).cpu().numpy()
-    temporary = path.with_name(f"{path.name}.incomplete")
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary, format="PNG", pnginfo=said)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(file, format="PNG", pnginfo=said)
 
 
 def save_grid(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unite_fast import data
+from unite_fast.base import files
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config
 from unite_fast.parallel.distributed import Ranks
@@ -22,7 +22,7 @@ def bad_batches(config: Config, source: data.Source, positions: list[int], path:
         {"step": p // n + 1, "first_position": p, "images": n, "samples": order.indices(p, p + n).tolist()}
         for p in positions
     ]
-    (path / "bad_batches.json").write_text(json.dumps(rows))
+    files.write_json(path / "bad_batches.json", rows)
 
 
 def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: Ranks) -> None:

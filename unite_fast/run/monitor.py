@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import data
-from unite_fast.base import faults
+from unite_fast.base import faults, files, provenance
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config
 from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
@@ -33,7 +33,6 @@ from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.run import summary
 from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import sampling_model
@@ -135,13 +134,11 @@ class Monitor:
         self.ranks.decide(functools.partial(self._tidy, state.step))
 
     def _tidy(self, step: int) -> None:
-        try:
+        with files.refusals(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("step_*"):
                 if int(path.name.split("_")[1]) > step and path.suffix == ".json":
                     path.unlink()
-        except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror}") from None
 
     def __call__(self, state: TrainState) -> str:
         """Scores what is due and not done yet; an empty string, or the state in which a stop ends all ranks."""
@@ -176,7 +173,7 @@ class Monitor:
             restore()
             state.model.train()
         protocol = {"checkpoint": weights, "extractor": self.files.extractor.identity()} | found.pop("protocol")
-        protocol["environment"] = summary.provenance(self.ranks)
+        protocol["environment"] = provenance.of(self.ranks.device, self.ranks.world_size)
         epoch = state.images_seen / self.images_per_epoch
         content = {"kind": kind, "step": state.step, "epoch": epoch, "protocol": protocol} | found
         self.ranks.together(functools.partial(self._write, path, content))
@@ -187,7 +184,7 @@ class Monitor:
         """The published search from the best scale so far; "sweep" also tries other intervals and cfg_first."""
         extractor, reference, about = self.files
         progress = path.with_suffix(".jsonl")
-        identity = generation.digest([weights, extractor.identity(), about["sha256"]])
+        identity = files.digest([weights, extractor.identity(), about["sha256"]])
         options = Options(progress, stopping=self.session.stopping)
 
         def compute(chosen: Settings) -> dict[str, Any]:
@@ -226,9 +223,7 @@ class Monitor:
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         if not self.ranks.is_main:
             return
-        temporary = path.with_name(f"{path.name}.incomplete")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        files.write_json(path, content)
         for left in self.folder.glob(f"{path.stem}.jsonl*"):  # of other numbers of ranks, too
             left.unlink(missing_ok=True)
         shown = {k: v for k, v in content["result"].items() if k in ("fid", "is", "rfid", "psnr", "lpips")}

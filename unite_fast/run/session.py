@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint
+from unite_fast.base import files
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
 from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
 from unite_fast.config import Config
@@ -201,12 +202,9 @@ class Session:
             "rank": self.ranks.rank,
             "time": time.time(),
         }
-        temporary = self.path / f"status.json.{self.ranks.rank}.tmp"
         try:
-            temporary.write_text(json.dumps(content))
-            temporary.replace(self.path / "status.json")
+            files.write_json(self.path / "status.json", content, writer=str(self.ranks.rank))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             if self.log is not None:
                 self.log.logger.warning("status.json cannot be written (%s)", error)
 

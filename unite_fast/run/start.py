@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unite_fast import checkpoint
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config
@@ -101,12 +102,10 @@ def tidy(config: Config, choice: Choice, step: int) -> None:
     # Last: if this process ends before it, the same start does all of it again.
     if choice.begins:
         note = folder(config) / BEGAN_FROM
-        try:
+        with files.refusals(str(note), "; choose another folder with run_dir=PATH"):
             note.unlink(missing_ok=True)
             if choice.path is not None:
-                note.write_text(f"{Path(config.resume).absolute()}\n")
-        except OSError as error:
-            raise UserError(f"{note}: {error.strerror}; choose another folder with run_dir=PATH") from None
+                files.write(note, f"{Path(config.resume).absolute()}\n")
 
 
 def _put_aside(path: Path, why: str) -> None:

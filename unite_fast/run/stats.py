@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import Config, TrainConfig
 from unite_fast.training.means import SKIPPED
@@ -63,7 +63,7 @@ class WeightsAndBiases:
             project=t.wandb_project, name=t.wandb_name or config.name, dir=str(folder), config=values, id=known,
             mode="offline" if t.wandb_offline else "online", resume="allow",
         )  # fmt: skip
-        file.write_text(self.run.id)
+        files.write(file, self.run.id)
 
     def write(self, row: dict[str, float]) -> None:
         self.run.log({name: value for name, value in row.items() if not math.isnan(value)}, step=int(row["step"]))
@@ -111,12 +111,10 @@ class Log:
     def _cut(self, resumed_step: int) -> None:
         """Removes rows later than the checkpoint from which the run goes on: they will come again."""
         rows = [r for r in read_metrics(self.json_path) if r["step"] <= resumed_step]
-        temporary = self.json_path.with_suffix(".tmp")
-        temporary.write_text("".join(_json(row) for row in rows))
-        os.replace(temporary, self.json_path)
+        files.write(self.json_path, "".join(_json(row) for row in rows))
         self.header = list(rows[0]) if rows else []
         table = [self.header, *([row.get(k, "") for k in self.header] for row in rows)]
-        self.csv_path.write_text(_csv(table) if rows else "")
+        files.write(self.csv_path, _csv(table) if rows else "")
 
     def _warn(self, who: object, error: Exception) -> None:
         """Once for the files and once for each service."""

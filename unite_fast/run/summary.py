@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-import time
-from pathlib import Path
-from typing import Any
-
-import torch
-
-from unite_fast import __version__, data
-from unite_fast.base.errors import UserError
+from unite_fast import data
+from unite_fast.base import files, provenance
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_yaml
 from unite_fast.efficiency import graph, precision
@@ -26,41 +17,13 @@ from unite_fast.run.start import last_step
 from unite_fast.training.state import TrainState
 
 
-def provenance(ranks: Ranks) -> dict[str, Any]:
-    """What is needed to repeat the run: code, versions, device. No paths, no environment."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parents[1]
-        try:
-            result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-        except OSError:  # no git in this image
-            return ""
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
-    return {
-        "unite_fast": __version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": device,
-        "world_size": ranks.world_size,
-        "threads": torch.get_num_threads(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def write_description(config: Config, ranks: Ranks, source: data.Source) -> None:
     """Writes into the run folder what the run is. Raises UserError when the disk refuses."""
     path = folder(config)
-    try:
-        (path / "config.resolved.yaml").write_text(to_yaml(config))
-        described = provenance(ranks) | {"pipeline": source.pipeline_id(ranks.device.type)}
-        (path / "provenance.json").write_text(json.dumps(described, indent=1))
-    except OSError as error:
-        raise UserError(f"run folder {path}: {error.strerror}; choose another with run_dir=PATH") from None
+    with files.refusals(f"run folder {path}", "; choose another with run_dir=PATH"):
+        files.write(path / "config.resolved.yaml", to_yaml(config))
+        described = provenance.of(ranks.device, ranks.world_size) | {"pipeline": source.pipeline_id(ranks.device.type)}
+        files.write_json(path / "provenance.json", described)
 
 
 def strategy_line(config: Config, ranks: Ranks) -> str:

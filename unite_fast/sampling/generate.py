@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
 import tarfile
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.flow.field import Replays
 from unite_fast.modality import pictures
@@ -186,12 +186,10 @@ def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool
             raise UserError(f"{out} {why}; choose another --out, or replace it with --overwrite")
     file = folder / PROTOCOL
     if overwrite and file.is_file() and _carried(folder) != request.protocol(identity):
-        try:
+        with files.refusals(f"--overwrite {folder}"):
             for image in folder.glob("[0-9]*_class[0-9]*.png"):
                 image.unlink()
-            file.write_text(json.dumps(request.protocol(identity), indent=1))
-        except OSError as error:
-            raise UserError(f"--overwrite {folder}: {error.strerror}") from None
+            files.write_json(file, request.protocol(identity))
     return False
 
 
@@ -208,11 +206,9 @@ def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
         raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
     ranks.barrier()
     if ranks.is_main:
-        try:
+        with files.refusals(f"--out {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(protocol, indent=1))
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}") from None
+            files.write_json(file, protocol)
     ranks.barrier()
 
 
@@ -288,9 +284,12 @@ def merge(request: Request, out: str, identity: str) -> None:
     if folder == path:
         return
     names = [_name(s, y) for s, y in zip(request.seeds, request.labels, strict=True)]
-    temporary, protocol = path.with_name(path.name + ".incomplete"), json.dumps(request.whole(identity))
+    protocol = json.dumps(request.whole(identity))
     if path.suffix == ".tar":
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": protocol}) as tar:
+        with (
+            files.replacing(path) as file,
+            tarfile.open(None, "w", file, format=tarfile.PAX_FORMAT, pax_headers={"comment": protocol}) as tar,
+        ):
             for name in names:
                 content = (folder / name).read_bytes()
                 info = tarfile.TarInfo(name)
@@ -299,12 +298,11 @@ def merge(request: Request, out: str, identity: str) -> None:
     else:
         images = torch.stack([_read(folder / name) for name in names])
         if path.suffix == ".npz":
-            with temporary.open("wb") as file:
+            with files.replacing(path) as file:
                 labels, seeds = np.array(request.labels), np.array(request.seeds)
                 pixels = images.permute(0, 2, 3, 1).numpy()
                 np.savez(file, images=pixels, labels=labels, seeds=seeds, protocol=np.array(protocol))
         else:
             rows = list((images.float() / 255).split(GRID_COLUMNS))
-            pictures.save_grid(temporary, rows, text={"protocol": protocol})
-    os.replace(temporary, path)
+            pictures.save_grid(path, rows, text={"protocol": protocol})
     shutil.rmtree(folder)

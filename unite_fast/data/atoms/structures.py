@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.data.encoded import Names
 
@@ -194,13 +194,8 @@ class Structures:
         tensors |= {"names": _text(self.names)}
         if self.smiles is not None:
             tensors |= {"smiles": _text(self.smiles)}
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(tensors, temporary, {"format": FORMAT, "sha256": _hash(tensors)})
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: {error.strerror or error}") from None
+        with files.refusals(str(path)), files.replacing(path) as file:
+            save_file(tensors, file.name, {"format": FORMAT, "sha256": _hash(tensors)})
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:

@@ -6,11 +6,10 @@ molecules alone, and .cif takes crystals alone. .extxyz takes both.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.data.atoms.bonds import bonded, unbonded
 from unite_fast.data.atoms.crystals import to_pymatgen
@@ -69,29 +68,19 @@ def write(path: Path, structures: Iterable[Structure]) -> int:
     Replaces what is there. Raises UserError for a kind that the format cannot hold, and when it cannot be written.
     """
     suffix = path.suffix.lower()
-    temporary = path.with_name(f".{path.name}.tmp")
     count = 0
-    try:
+    with files.refusals(str(path)):
         if suffix in SUFFIXES:
-            with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            with files.replacing(path) as file:
                 for structure in structures:
                     check(path, structure.lattice is not None)
                     count += 1
-                    file.write(sdf(structure) if suffix == ".sdf" else xyz(structure, suffix == ".extxyz"))
+                    text = sdf(structure) if suffix == ".sdf" else xyz(structure, suffix == ".extxyz")
+                    file.write(text.encode(errors="surrogateescape"))
         else:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for structure in structures:
-                check(path, structure.lattice is not None)
-                (temporary / f"{count:06d}.cif").write_text(cif(structure), encoding="utf-8")
-                count += 1
-            shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+            with files.replacing_folder(path) as folder:
+                for structure in structures:
+                    check(path, structure.lattice is not None)
+                    files.write(folder / f"{count:06d}.cif", cif(structure))
+                    count += 1
     return count

@@ -12,11 +12,11 @@ SAMPLES and the others are .sdf, .xyz, .extxyz, .cif, a folder of them, or a .sa
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.data.atoms import Structures, open_structures
@@ -81,10 +81,8 @@ def main(argv: list[str]) -> int:
         result = report.generated(made, against, training, scorer=a.scorer, unreadable=unreadable, workers=a.workers)
     print(report.table(result))
     if a.out is not None:
-        try:
-            a.out.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{a.out}: {error.strerror or error}") from None
+        with files.refusals(f"--out {a.out}"):
+            files.write_json(a.out, result)
     return 0
 
 

@@ -1,0 +1,89 @@
+"""Files come whole under their name or not at all, and no link leads a write elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unite_fast.base import files, provenance
+from unite_fast.base.errors import UserError
+from unite_fast.modality import pictures
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_error_leaves_the_earlier_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+
+    def half():
+        with files.replacing(path) as file:
+            file.write(b"half")
+            assert names(tmp_path) == [".a.json.incomplete", "a.json"]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert path.read_text() == '{\n "a": 1\n}'
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_an_error_leaves_the_earlier_folder(tmp_path):
+    path = tmp_path / "a"
+    with files.replacing_folder(path) as folder:
+        files.write(folder / "kept", "é")
+
+    def half():
+        with files.replacing_folder(path) as folder:
+            files.write(folder / "new", "x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert names(tmp_path) == ["a"]
+    assert (path / "kept").read_bytes() == b"\xc3\xa9"
+    assert names(path) == ["kept"]
+
+
+@pytest.mark.parametrize("link", ["a.png", ".a.png.incomplete"])
+def test_links_are_replaced_not_followed(tmp_path, link):
+    outside = tmp_path / "outside"
+    outside.write_text("keep me")
+    (tmp_path / link).symlink_to(outside)
+    pictures.save_png(tmp_path / "a.png", torch.zeros(1, 4, 4))
+    assert outside.read_text() == "keep me"
+    assert not (tmp_path / "a.png").is_symlink()
+    assert names(tmp_path) == ["a.png", "outside"]
+
+
+def test_what_is_left_of_a_killed_writer_goes(tmp_path):
+    (tmp_path / ".a.incomplete").write_text("of a process that died")
+    files.write(tmp_path / "a", b"new", sync=True)
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"^--out x: Not a directory; choose another$"),
+        files.refusals("--out x", "; choose another"),
+    ):
+        files.write(tmp_path / "file" / "a", "")
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "status.json"
+    with files.replacing(path, writer="0") as first:
+        files.write(path, "1", writer="1")
+        first.write(b"0")
+    assert path.read_text() == "0"
+    assert names(tmp_path) == ["status.json"]
+
+
+def test_provenance_says_the_code_and_no_path():
+    found = provenance.of(torch.device("cpu"), 2)
+    assert found["world_size"] == 2
+    assert found["torch"] == torch.__version__
+    assert not any("/" in str(value) for value in found.values())
