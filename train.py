@@ -112,7 +112,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     return state
 
 
-def open_step(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
+def open_step(state: TrainState, settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
     """The training step, with LPIPS on the device."""
     perceptual = inputs.perceptual
     if perceptual is not None:
@@ -120,7 +120,7 @@ def open_step(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs)
             perceptual.compile_trunk(compiling.region)
         perceptual.to(ranks.device)
     split = config.batch_split(settings.train, ranks.world_size)
-    return TrainStep(settings, ranks, split, len(inputs.source), perceptual)
+    return TrainStep(state, settings, ranks, split, len(inputs.source), perceptual)
 
 
 def open_batches(
@@ -150,7 +150,7 @@ def loop(
 ) -> None:
     t, device, source, path = settings.train, ranks.device, inputs.source, session.path
     total = start.last_step(settings, state, len(source))
-    step, batches = open_step(settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
+    step, batches = open_step(state, settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
     means = Means(METRICS, ranks)
     means.restore(sums)
     log = None
@@ -173,7 +173,7 @@ def loop(
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
         began = time.perf_counter()
-        means.add(step(state, next(batches)))
+        means.add(step(next(batches)))
         if settings.efficiency.compile != "none" and state.step == first and ranks.is_main:
             print(compiling.report(time.perf_counter() - began), flush=True)
         ending = session.boundary(state.step)

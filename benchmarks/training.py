@@ -109,8 +109,7 @@ class OurStep:
             lpips = origin.lpips(e.kernels, e.compile == "all" if compile_lpips is None else compile_lpips)
             if lpips is not None:
                 lpips.input_range = config.objective.perceptual_range
-        self.step = TrainStep(config, ranks, (config.train.micro_batch, 1), IMAGENET, lpips)
-        self.step.prepare(self.state)
+        self.step = TrainStep(self.state, config, ranks, (config.train.micro_batch, 1), IMAGENET, lpips)
         self.batch = batch or images_like(config, origin.device)
         self.losses: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor | None] = {}
@@ -123,7 +122,7 @@ class OurStep:
         graphs, parameters = self.step.graphs, self.state.optimizer.parameters
         if graphs is not None:
             graphs.gradients.begin()
-        self.losses = self.step.accumulate(self.state, self.batch, 1)
+        self.losses = self.step.accumulate(self.batch, 1)
         if graphs is not None:
             graphs.gradients.keep()
         self.gradients = {name: p.grad for name, p in parameters.items()}
@@ -140,9 +139,9 @@ class OurStep:
         """Clip, Muon, AdamW and EMA from the gradients of the last ``passes``, which stay."""
         for name, parameter in self.state.optimizer.parameters.items():
             parameter.grad = self.gradients[name]
-        lr, position = self.step.scalars(self.state)
+        lr, position = self.step.scalars()
         update = self.step.update if self.step.graphs is None else self.step.graphs.update
-        metrics = update(self.state, lr, position, self.losses)
+        metrics = update(lr, position, self.losses)
         for name, parameter in self.state.optimizer.parameters.items():
             parameter.grad = self.gradients[name]
         return metrics
@@ -159,7 +158,7 @@ class OurStep:
 
     def whole(self) -> dict[str, Tensor]:
         """One optimizer step over this micro-batch alone."""
-        return self.step(self.state, self.batch)
+        return self.step(self.batch)
 
 
 def images_like(config: Config, device: torch.device) -> Batch:

@@ -58,12 +58,12 @@ def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTh
             with unset_fake_temporarily():
                 perceptual = Perceptual(None, backend=config.efficiency.kernels)
             moved(perceptual)
-        step = TrainStep(config, Ranks(0, 1, DEVICE), batch_split(config.train, 1), 1000, perceptual)
+        step = TrainStep(state, config, Ranks(0, 1, DEVICE), batch_split(config.train, 1), 1000, perceptual)
         means = Means(METRICS, step.ranks)
         for _ in range(steps):
             batch = batch_of(config, state.images_seen)
             with seen:
-                means.add(step(state, batch))
+                means.add(step(batch))
 
     return scenario
 

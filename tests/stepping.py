@@ -16,7 +16,6 @@ from unite_fast.config.yaml_text import load
 from unite_fast.data import Batch
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import assemble
-from unite_fast.training.state import TrainState
 from unite_fast.training.step import TrainStep
 
 
@@ -48,16 +47,14 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def trainer(
-    *overrides: str, device: str = "cpu", ranks: Ranks | None = None
-) -> tuple[TrainStep, TrainState, Callable[[], Batch]]:
-    """A step, its state and a source of this rank's batches, as train.py makes them."""
+def trainer(*overrides: str, device: str = "cpu", ranks: Ranks | None = None) -> tuple[TrainStep, Callable[[], Batch]]:
+    """A step and a source of this rank's batches, as train.py makes them."""
     config = load_tiny(*overrides)
     ranks = ranks or Ranks(0, 1, torch.device(device))
     state = assemble.fresh_state(config, ranks)
     state.model.train()
     n, m = config.train.global_batch, config.model
-    step = TrainStep(config, ranks, batch_split(config.train, ranks.world_size), 1000)
+    step = TrainStep(state, config, ranks, batch_split(config.train, ranks.world_size), 1000)
     generator = torch.Generator().manual_seed(0)
     share = slice(ranks.rank * n // ranks.world_size, (ranks.rank + 1) * n // ranks.world_size)
 
@@ -66,4 +63,4 @@ def trainer(
         images = torch.rand(n, m.channels, m.image_size, m.image_size, generator=generator)
         return Batch(*(t[share].to(ranks.device) for t in (images, samples % m.num_classes, samples)))
 
-    return step, state, batch
+    return step, batch

@@ -37,15 +37,15 @@ def test_the_number_of_compilations_does_not_grow_with_depth(traced, kernels, re
     for depth in (3, 5):
         torch._dynamo.reset()
         counters.clear()
-        step, state, batch = trainer(
+        step, batch = trainer(
             "efficiency.compile=all", f"efficiency.kernels={kernels}", f"efficiency.recompute={recompute}",
             f"model.encoder.depth={depth}", f"model.decoder.depth={depth - 2}",
         )  # fmt: skip
-        step(state, batch())
+        step(batch())
         compiled.append(compiling.graphs())
         with torch.compiler.set_stance("fail_on_recompile"):
             for _ in range(3):
-                step(state, batch())
+                step(batch())
         assert compiling.graphs() == compiled[-1]
     assert compiled == [BLOCKS + LAYERS] * 2
     assert not counters["graph_break"]
@@ -53,18 +53,18 @@ def test_the_number_of_compilations_does_not_grow_with_depth(traced, kernels, re
 
 def test_uneven_flow_mini_batches_stay_within_the_limit(traced):
     """N = 3 in mini-batches of 2 and 1: three more sizes of a block, above torch's default limit."""
-    step, state, batch = trainer(
+    step, batch = trainer(
         "efficiency.compile=all", "efficiency.kernels=fused", "efficiency.flow_mini_batch=2", "objective.flow_steps=3"
     )
-    step(state, batch())
+    step(batch())
     assert compiling.graphs() == BLOCKS + 3 + LAYERS
     with torch.compiler.set_stance("fail_on_recompile"):
-        step(state, batch())
+        step(batch())
 
 
 def test_a_separate_denoiser_shares_the_blocks(traced):
-    step, state, batch = trainer("efficiency.compile=all", "efficiency.kernels=fused", "model.separate_denoiser=true")
-    step(state, batch())
+    step, batch = trainer("efficiency.compile=all", "efficiency.kernels=fused", "model.separate_denoiser=true")
+    step(batch())
     assert compiling.graphs() == BLOCKS + LAYERS
 
 
@@ -84,7 +84,7 @@ def test_keys_of_a_compiled_model_are_plain(traced):
 
 
 def losses(state: TrainState, step, batch) -> list[float]:
-    return [float(step(state, batch())["total"]) for _ in range(4)]
+    return [float(step(batch())["total"]) for _ in range(4)]
 
 
 def test_traced_regions_compute_the_same(traced):

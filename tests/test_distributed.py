@@ -54,14 +54,14 @@ class Run:
         source = data.open_source(self.config.data, self.config.model)
         self.state = assemble.fresh_state(self.config, ranks)
         batch = self.config.train.global_batch
-        self.step = TrainStep(self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
+        self.step = TrainStep(self.state, self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
         self.stream = data.stream(source, 0, 0, batch, ranks.rank, ranks.world_size, ranks.device, 0, 30.0)
         self.ranks = ranks
         self.rows: list[list[float]] = []
 
     def go(self, steps: int) -> Run:
         for _ in range(steps):
-            metrics = self.step(self.state, next(self.stream))
+            metrics = self.step(next(self.stream))
             row = torch.stack([metrics[name].float() for name in COMPARED])
             self.ranks.average_([row])
             self.rows.append(row.tolist())

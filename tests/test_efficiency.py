@@ -106,12 +106,12 @@ WAITING = (
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_a_step_never_waits_for_the_device(kernels):
     """The whole step, with its optimizer, the guards and the means of the log line."""
-    step, state, batch = trainer(f"efficiency.kernels={kernels}", "efficiency.recompute=blocks")
+    step, batch = trainer(f"efficiency.kernels={kernels}", "efficiency.recompute=blocks")
     means = Means(METRICS, step.ranks)
     batches = [batch() for _ in range(2)]
     with Dispatched() as seen:
         for b in batches:
-            means.add(step(state, b))
+            means.add(step(b))
     assert not {name for name in seen.counts if name.startswith(WAITING)}
     assert sum(seen.counts.values()) > 500  # it did look
     with Dispatched() as seen:
@@ -126,9 +126,9 @@ def test_a_step_needs_no_values():
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = UNITE(config.model)
         state = TrainState(model, Optimizer(model, config.optim))
-        step = TrainStep(config, Ranks(0, 1, torch.device("cpu")), batch_split(config.train, 1), 1000)
+        step = TrainStep(state, config, Ranks(0, 1, torch.device("cpu")), batch_split(config.train, 1), 1000)
         batch = Batch(torch.empty(n, 1, 8, 8), torch.arange(n) % 10, torch.arange(n))
-        metrics = step(state, batch)
+        metrics = step(batch)
         assert metrics["total"].shape == ()
         for read in (float, Tensor.tolist, Tensor.numpy, Tensor.nonzero):
             with pytest.raises((RuntimeError, DataDependentOutputException, DynamicOutputShapeException)):
@@ -138,14 +138,14 @@ def test_a_step_needs_no_values():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_a_step_never_waits_for_the_gpu(kernels):
-    step, state, batch = trainer(f"efficiency.kernels={kernels}", device="cuda")
+    step, batch = trainer(f"efficiency.kernels={kernels}", device="cuda")
     means = Means(METRICS, step.ranks)
-    step(state, batch())  # libraries load, kernels compile
+    step(batch())  # libraries load, kernels compile
     batches = [batch() for _ in range(2)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for b in batches:
-            means.add(step(state, b))
+            means.add(step(b))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -157,11 +157,11 @@ MOST_OPERATIONS = {"eager": 12_000, "fused": 2_000}
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_operations_of_a_step(kernels):
     """Operations that launch something: on a GPU each is at least one kernel, copy or fill."""
-    step, state, batch = trainer(f"efficiency.kernels={kernels}")
-    step(state, batch())
+    step, batch = trainer(f"efficiency.kernels={kernels}")
+    step(batch())
     b = batch()
     with Dispatched() as seen:
-        step(state, b)
+        step(b)
     assert seen.launching.total() <= MOST_OPERATIONS[kernels]
 
 

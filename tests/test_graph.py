@@ -30,12 +30,12 @@ def run(
     *overrides: str, device: str = "cpu", ranks: Ranks | None = None
 ) -> tuple[list[list[float]], dict[str, Tensor], TrainStep]:
     """(losses of every step, weights, averages and states at the end, the step)."""
-    step, state, batch = trainer(*overrides, device=device, ranks=ranks)
+    step, batch = trainer(*overrides, device=device, ranks=ranks)
     losses = []
     for _ in range(STEPS):
-        metrics = step(state, batch())
+        metrics = step(batch())
         losses.append([float(metrics[name]) for name in ("total", "l1", "flow", "latent_std", "grad_norm", "lr")])
-    o = state.optimizer
+    o = step.state.optimizer
     ema = {f"{kind}.{name}": value for kind, values in o.averages.items() for name, value in values.items()}
     end = {**o.parameters, **o.state_dict(), **ema, "steps": o.steps, "longest": step.skips.longest}
     return losses, {name: value.detach().clone() for name, value in end.items()}, step
@@ -66,27 +66,27 @@ def test_replayed_steps_equal_plain_ones(tape, mode, overrides):
 
 def test_a_skipped_step_is_skipped_in_replay(tape):
     """A gradient that is not finite: decided on the device, so a graph decides anew each time."""
-    step, state, batch = trainer("efficiency.cuda_graph=step", "efficiency.kernels=fused")
+    step, batch = trainer("efficiency.cuda_graph=step", "efficiency.kernels=fused")
     for number in range(8):
         b = batch()
         if number == 6:
             b.images[0] = torch.nan
-        weight = state.model.decoder.decoder_pred.weight
+        weight = step.state.model.decoder.decoder_pred.weight
         before = weight.detach().clone()
-        metrics = step(state, b)
+        metrics = step(b)
         assert bool(metrics["skipped"]) == (number == 6)
         assert torch.equal(before, weight) == (number in (0, 6)), number  # the first step has learning rate 0
     assert step.skips.drain() == (1, [6 * 16])
 
 
 def test_gradients_stay_where_they_are(tape):
-    step, state, batch = trainer("efficiency.cuda_graph=step")
+    step, batch = trainer("efficiency.cuda_graph=step")
     addresses = []
     for _ in range(5):
-        step(state, batch())
+        step(batch())
         addresses.append({n: g.data_ptr() for n, g in step.graphs.gradients.buffers.items()})
     assert all(a == addresses[0] for a in addresses)
-    without = set(state.optimizer.parameters) - set(addresses[0])
+    without = set(step.state.optimizer.parameters) - set(addresses[0])
     assert without == {"encoder.t_embedder.special_time_emb"}
 
 
@@ -189,12 +189,12 @@ def test_train_says_why_not(tiny, tmp_path):
 
 
 def test_another_micro_batch_is_refused(tape):
-    step, state, batch = trainer("efficiency.cuda_graph=step")
+    step, batch = trainer("efficiency.cuda_graph=step")
     for _ in range(3):
-        step(state, batch())
+        step(batch())
     step.micro_batch = 4
     with pytest.raises(RuntimeError, match="the micro-batch that it began with"):
-        step(state, batch())
+        step(batch())
 
 
 @CUDA
@@ -216,14 +216,14 @@ def test_graphs_on_a_gpu(mode, compiled, precision):
 
 @CUDA
 def test_graphs_never_wait():
-    step, state, batch = trainer("efficiency.kernels=fused", "efficiency.cuda_graph=step", device="cuda")
+    step, batch = trainer("efficiency.kernels=fused", "efficiency.cuda_graph=step", device="cuda")
     for _ in range(5):
-        step(state, batch())
+        step(batch())
     batches = [batch() for _ in range(3)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for b in batches:
-            step(state, b)
+            step(b)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -231,16 +231,16 @@ def test_graphs_never_wait():
 @CUDA
 def test_launches_of_a_replayed_step():
     """The host launches a few copies and two graphs; the work on the device stays what it was."""
-    step, state, batch = trainer(
+    step, batch = trainer(
         "efficiency.kernels=fused", "efficiency.cuda_graph=step", "train.micro_batch=16", device="cuda"
     )
     for _ in range(5):
-        step(state, batch())
+        step(batch())
     b = batch()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        step(state, b)
+        step(b)
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if "Launch" in event.name]
     assert sum(name.startswith("cudaGraphLaunch") for name in launched) == 2

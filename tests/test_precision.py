@@ -189,7 +189,7 @@ def step_of(**efficiency) -> tuple[TrainStep, TrainState, Batch]:
     config = dataclasses.replace(config, efficiency=EfficiencyConfig(**efficiency), device="cpu")
     ranks = Ranks(0, 1, torch.device("cpu"))
     state = assemble.fresh_state(config, ranks)
-    step = TrainStep(config, ranks, (8, 2), 1000)
+    step = TrainStep(state, config, ranks, (8, 2), 1000)
     batch = Batch(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))
     return step, state, batch
 
@@ -208,7 +208,7 @@ def test_weights_are_cast_once_per_step(name, monkeypatch):
     parameters = {p.data_ptr() for p in state.model.parameters() if p.ndim > 1}
     embeddings = {state.model.encoder.y_embedder.embedding_table.weight.data_ptr()}
     with Casts(parameters - embeddings) as casts:
-        step(state, batch)
+        step(batch)
     assert casts.of_watched == 1
     assert len(written) == len(state.recipe.scaled)
 
@@ -340,12 +340,12 @@ def test_a_step_needs_the_recipe_that_the_model_was_prepared_for():
     step, state, batch = step_of(precision="fp8")
     state.recipe = precision.Recipe("bf16")
     with pytest.raises(ValueError, match="prepared for bf16, not fp8"):
-        step(state, batch)
+        step(batch)
 
 
 def test_evaluation_uses_the_parameters_not_the_copies():
     step, state, batch = step_of(precision="fp8")
-    step(state, batch)  # the copies are of the weights before this step
+    step(batch)  # the copies are of the weights before this step
     plain = build(step.config.model)
     plain.load_state_dict(state.model.state_dict())
     images = torch.rand(2, 1, 8, 8)

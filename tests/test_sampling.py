@@ -511,3 +511,11 @@ def test_weights_by_name(trained, tmp_path):
     assert torch.equal(found[name], model.get_parameter(name))
     with pytest.raises(UserError, match=r"no weights called 'ema'; it has model, ema_0\.999"):
         checkpoint.load_weights(tmp_path / "official.pt", "ema")
+
+
+def test_a_model_in_training_stays_so_when_sampling_fails(model, monkeypatch):
+    model = build(model.config).train()
+    monkeypatch.setattr(UNITE, "decode", lambda self, z: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampling.sample(model, torch.arange(2), solver="euler", steps=1)
+    assert model.training

@@ -20,11 +20,14 @@ GRID_COLUMNS = 8
 
 
 def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The images in [0, 1] and labels of the grids: one of each of the first classes, held out where there are any."""
+    """The images in [0, 1] and labels of the grids: one of each of the first classes that have any.
+
+    Held-out images where the run has them.
+    """
     held_out = config.data.source == "digits" or config.data.heldout_path
     source = data.open_source(config.data, config.model, "heldout" if held_out else "train")
-    labels = torch.arange(GRID_COLUMNS) % source.num_classes
-    occurrence = torch.arange(GRID_COLUMNS) // source.num_classes
+    present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)
+    labels, occurrence = present[columns % len(present)], columns // len(present)
     indices = []
     for label, number in zip(labels.tolist(), occurrence.tolist(), strict=True):
         members = (source.labels == label).nonzero()[:, 0]

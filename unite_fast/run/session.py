@@ -29,6 +29,7 @@ from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.garbage import Collector
 from unite_fast.run.rank_log import RankLog, redact
 from unite_fast.run.stop import Stop
 from unite_fast.training.state import TrainState
@@ -129,6 +130,7 @@ class Session:
         self.step = 0
         self.begun = False
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
+        self.collector = Collector()
         self.writer = Writer(self.path / "checkpoints", config, ranks)
         self.descriptor: int | None = None
         self.log: RankLog | None = None
@@ -150,6 +152,7 @@ class Session:
 
     def begin(self, step: int) -> None:
         self.step, self.begun = step, True
+        self.collector.hold()
         if self.ranks.is_main:
             self.status("running")
 
@@ -158,6 +161,8 @@ class Session:
         self.step = step
         if self.log is not None:
             self.log.alive()
+        if not self.collector.frozen or step % self.config.train.log_every == 0:
+            self.collector.collect()
         state, reason = self.stop.agreed()
         if state == "running":
             return ""
@@ -228,6 +233,7 @@ class Session:
             self.log.logger.info("traceback", exc_info=error)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.collector.release()
         state, reason = self.outcome
         if error is not None:
             state, reason = ("diverged" if isinstance(error, Diverged) else "failed"), first_line(error)

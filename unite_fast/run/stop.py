@@ -1,8 +1,8 @@
 """When a run has to stop early: a signal, the wall-time budget, or a failure that one rank alone knows.
 
-Every rank notes its own reason; at each step boundary the reasons are combined over a gloo group of their own, so all
-ranks stop after the same step. The exchange of one boundary is read at the next: no rank waits for the network, and
-the GPU is not involved.
+Every rank notes its own reason; at each step boundary the most serious is agreed upon over a gloo group of their own,
+so all ranks stop after the same step. The exchange of one boundary is read at the next: no rank waits for the network,
+and the GPU is not involved.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 1.0  # seconds in which a repeated Ctrl-C is the same one: a terminal and torchrun both deliver it
 NONE, TIME_LIMIT, PREEMPTED, FAILED = range(4)
 STATES = ("running", "time_limit", "preempted", "failed")
+FIELD = 1 << 24  # more than there are ranks or signals
+
+
+def encode(code: int, number: int, rank: int) -> int:
+    """One integer, of which the largest over ranks is one rank's: the most serious reason, and its first rank."""
+    return (code * FIELD + (FIELD - 1 - rank)) * FIELD + number if code else 0
+
+
+def decode(word: int) -> tuple[int, int, int]:
+    """(code, signal, rank) of ``encode``."""
+    rest, number = divmod(word, FIELD)
+    code, behind = divmod(rest, FIELD)
+    return code, number, FIELD - 1 - behind if code else 0
 
 
 class Stop:
@@ -67,7 +80,7 @@ class Stop:
     def agreed(self) -> tuple[str, str]:
         """(state, reason) in which all ranks stop now, or ("running", ""). All ranks must call it after each step."""
         self.requested()
-        mine = torch.tensor([self.code, self.signal, self.ranks.rank if self.code else 0])
+        mine = torch.tensor(encode(self.code, self.signal, self.ranks.rank))
         if self.ranks.world_size == 1:
             return self._explain(mine)
         combined = self._finish()
@@ -88,7 +101,7 @@ class Stop:
         self._finish()
 
     def _explain(self, combined: torch.Tensor) -> tuple[str, str]:
-        code, number, rank = (int(x) for x in combined)
+        code, number, rank = decode(int(combined))
         if code == PREEMPTED:
             return STATES[code], f"{signal.Signals(number).name} on rank {rank}"
         failed = self.problem or f"rank {rank} cannot go on; its own line says why"

@@ -112,15 +112,17 @@ def sample(
     field = GuidedField(model, labels, cfg_scale, cfg_interval, cfg_order, replays)
     training = model.training
     model.eval()
-    state = noise.to(device)
-    if solver == "dopri5":
-        latents = _dopri5(field, state, flow.time_grid(steps, model.time_shift, device))
-    else:
-        exp3 = solver == "exp3"
-        times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
-        latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
-    images = model.decode(latents).float().clamp(0, 1)
-    model.train(training)
+    try:
+        state = noise.to(device)
+        if solver == "dopri5":
+            latents = _dopri5(field, state, flow.time_grid(steps, model.time_shift, device))
+        else:
+            exp3 = solver == "exp3"
+            times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
+            latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
+        images = model.decode(latents).float().clamp(0, 1)
+    finally:
+        model.train(training)
     if counts is not None:
         for name, value in (("solutions", 1), ("evaluations", field.evaluations), ("passes", field.passes)):
             counts[name] = counts.get(name, 0) + value

@@ -15,7 +15,6 @@ from unite_fast.config import Config
 from unite_fast.data import Batch, to_float
 from unite_fast.efficiency import graph, precision
 from unite_fast.modality.lpips import Perceptual
-from unite_fast.model.unite import UNITE
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.parallel import overlap
 from unite_fast.parallel.distributed import Ranks
@@ -30,10 +29,11 @@ METRICS = ("total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr", SKIP
 
 
 class TrainStep:
-    """One optimizer step on one rank's share of the global batch; returns device scalars, averaged over the share."""
+    """One optimizer step of ``state`` on one rank's share of the global batch; device scalars, averaged over it."""
 
     def __init__(
         self,
+        state: TrainState,
         config: Config,
         ranks: Ranks,
         split: tuple[int, int],
@@ -41,12 +41,13 @@ class TrainStep:
         perceptual: Perceptual | None = None,
     ) -> None:
         """split: (micro-batch, accumulation steps) of ``config.batch_split``."""
-        self.config, self.ranks, self.perceptual = config, ranks, perceptual
+        self.state, self.config, self.ranks, self.perceptual = state, config, ranks, perceptual
         self.micro_batch, self.accumulation = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
-        self.averager: Averager | None = None
-        self.graphs: Graphs | None = None
+        optimizer = state.optimizer
+        self.averager = Averager(list(optimizer.parameters.values()), ranks, overlap.wanted(config), optimizer.sharded)
+        self.graphs = Graphs(self) if config.efficiency.cuda_graph != "none" else None
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
@@ -54,56 +55,46 @@ class TrainStep:
             self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs, self.accumulation
         )
 
-    def draws(self, model: UNITE, samples: Tensor) -> objective.Draws | objective.SeededDraws:
+    def draws(self, samples: Tensor) -> objective.Draws | objective.SeededDraws:
         """Every random number of a micro-batch, from its global sample positions (B,)."""
+        model = self.state.model
         if self.config.efficiency.kernels == "fused" and self.config.objective.stop_gradient:
             return objective.SeededDraws(model, self.config.objective, self.config.seed, samples)
         return objective.Draws.make(model, self.config.objective, self.config.seed, samples)
 
-    def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
 
         A step whose gradient norm is not finite changes nothing, on all ranks; its metrics are 0 and "skipped" is 1.
         """
-        number = state.step + 1
-        if self.averager is None:
-            self.prepare(state)
-        assert self.averager is not None
+        state, number = self.state, self.state.step + 1
         if self.graphs is not None:
             self.graphs.gradients.begin()
-        losses = self.accumulate(state, batch, number)
+        losses = self.accumulate(batch, number)
         if self.graphs is not None:
             self.graphs.gradients.keep()
         self.averager.finish()
-        lr, position = self.scalars(state)
+        lr, position = self.scalars()
         update = self.update if self.graphs is None else self.graphs.update
-        metrics = update(state, lr, position, losses)
+        metrics = update(lr, position, losses)
         faults.strike("opt", number, list(state.optimizer.parameters.values()))
         faults.strike("ema", number, list(state.optimizer.ema.values()))
         state.step = number
         state.images_seen += self.config.train.global_batch
         return metrics
 
-    def prepare(self, state: TrainState) -> None:
-        """Before the first step: what averages its gradients, and the graphs of its parts."""
-        e, optimizer = self.config.efficiency, state.optimizer
-        early = overlap.wanted(self.config)
-        self.averager = Averager(list(optimizer.parameters.values()), self.ranks, early, optimizer.sharded)
-        if e.cuda_graph != "none":
-            self.graphs = Graphs(self, state)
-
-    def scalars(self, state: TrainState) -> tuple[Tensor, Tensor]:
+    def scalars(self) -> tuple[Tensor, Tensor]:
         """The learning rate (float32) and the number of images seen (int64) of this step, 0-d, on the device."""
-        device = self.ranks.device
-        lr = torch.full((), self.lr(state.images_seen), device=device)
-        return lr, torch.full((), state.images_seen, dtype=torch.int64, device=device)
+        device, seen = self.ranks.device, self.state.images_seen
+        lr = torch.full((), self.lr(seen), device=device)
+        return lr, torch.full((), seen, dtype=torch.int64, device=device)
 
-    def update(self, state: TrainState, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
         moments = torch.stack((losses["latent_mean"], losses["latent_square"]))
         self.ranks.average_([moments])  # over the global batch, however it is split
-        norm = state.optimizer.step(lr)
-        skip = state.optimizer.skip
+        norm = self.state.optimizer.step(lr)
+        skip = self.state.optimizer.skip
         self.skips.record(skip, position)
         metrics = {name: value for name, value in losses.items() if value.ndim == 0}
         metrics["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
@@ -111,19 +102,19 @@ class TrainStep:
         metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
         return metrics | {SKIPPED: skip.to(norm.dtype)}
 
-    def accumulate(self, state: TrainState, batch: Batch, number: int) -> dict[str, Tensor]:
+    def accumulate(self, batch: Batch, number: int) -> dict[str, Tensor]:
         """Gradients of the share's mean loss; the losses. Out of memory: halves this rank's micro-batch if allowed.
 
         The gradient does not depend on how the share is cut, so the ranks need not agree on it.
         """
-        wanted = self.config.efficiency.precision
+        state, wanted = self.state, self.config.efficiency.precision
         if state.recipe.name != wanted:
             raise ValueError(f"the model is prepared for {state.recipe.name}, not {wanted}: see precision.apply")
         while True:
             try:
                 # One context for all passes of the step: low-precision copies of the weights are made once in it.
                 with state.recipe.step():
-                    return self._accumulate(state, batch, number)
+                    return self._accumulate(batch, number)
             except torch.OutOfMemoryError:
                 half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
                 where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
@@ -137,24 +128,22 @@ class TrainStep:
             if self.ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, state: TrainState, batch: Batch, number: int) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, number: int) -> dict[str, Tensor]:
         parts = len(batch.labels) // self.micro_batch
         micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
-        assert self.averager is not None
         micro_batches = zip(*(part.split(self.micro_batch) for part in batch), strict=True)
         for i, (images, labels, samples) in enumerate(micro_batches):
             self.averager.begin(number, last=i == parts - 1)
             images = to_float(images)
             faults.strike("fwd", number, [images])
-            losses = micro_step(state, images, labels, samples, 1 / parts)
+            losses = micro_step(images, labels, samples, 1 / parts)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}
 
     def micro_step(
         self,
-        state: TrainState,
         images: Tensor,
         labels: Tensor,
         samples: Tensor,
@@ -165,10 +154,9 @@ class TrainStep:
 
         images (B, Q, S, S) in [0, 1], labels and samples int64 (B,).
         """
-        config, model = self.config, state.model
-        draws = self.draws(model, samples)
+        config, draws = self.config, self.draws(samples)
         losses = objective.backward(
-            model,
+            self.state.model,
             images,
             labels,
             draws,
@@ -183,47 +171,45 @@ class TrainStep:
 
 
 class Graphs:
-    """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``; for one state."""
+    """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``."""
 
-    def __init__(self, step: TrainStep, state: TrainState) -> None:
-        self.step, self.state = step, state
+    def __init__(self, step: TrainStep) -> None:
+        self.step = step
         self.mode = step.config.efficiency.cuda_graph
-        self.gradients = graph.Gradients(state.optimizer.parameters)
+        self.gradients = graph.Gradients(step.state.optimizer.parameters)
         place = graph.Place.on(step.ranks.device)
         self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
         self.flow = graph.Captured("the flow mini-batch", self._flow, place)
         self.micro = graph.Captured("the micro-batch", self._micro, place)
         self.last = graph.Captured("the update", self._update, place)
 
-    def micro_step(
-        self, state: TrainState, images: Tensor, labels: Tensor, samples: Tensor, scale: float
-    ) -> dict[str, Tensor]:
+    def micro_step(self, images: Tensor, labels: Tensor, samples: Tensor, scale: float) -> dict[str, Tensor]:
         """As ``TrainStep.micro_step``, from one graph or with graphs of its flow mini-batches."""
-        if state is not self.state or scale != self.scale:
-            raise RuntimeError("a captured step goes on with the state and the micro-batch that it began with")
+        if scale != self.scale:
+            raise RuntimeError("a captured step goes on with the micro-batch that it began with")
         if self.mode == "flow":
             flow_pass = lambda z, zt, t, y: self.flow(z=z, zt=zt, t=t, labels=y)["loss"]  # noqa: E731
-            return self.step.micro_step(state, images, labels, samples, scale, flow_pass)
+            return self.step.micro_step(images, labels, samples, scale, flow_pass)
         return self.micro(images=images, labels=labels, samples=samples)
 
-    def update(self, state: TrainState, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """As ``TrainStep.update``; it communicates where there are several ranks, and is not captured then."""
         if self.mode == "flow" or self.step.ranks.world_size > 1:
-            return self.step.update(state, lr, position, losses)
+            return self.step.update(lr, position, losses)
         return self.last(lr=lr, position=position, **losses)
 
     def _flow(self, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor) -> dict[str, Tensor]:
         o = self.step.config.objective
         with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
-            loss = objective.flow_backward(self.state.model, z, zt, t, labels, o, o.flow_steps, self.scale)
+            loss = objective.flow_backward(self.step.state.model, z, zt, t, labels, o, o.flow_steps, self.scale)
         return {"loss": loss}
 
     def _micro(self, images: Tensor, labels: Tensor, samples: Tensor) -> dict[str, Tensor]:
         with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
-            return self.step.micro_step(self.state, images, labels, samples, self.scale)
+            return self.step.micro_step(images, labels, samples, self.scale)
 
     def _update(self, lr: Tensor, position: Tensor, **losses: Tensor) -> dict[str, Tensor]:
-        return self.step.update(self.state, lr, position, losses)
+        return self.step.update(lr, position, losses)
 
 
 def sampling_model(state: TrainState, weights: Mapping[str, Tensor] | None = None) -> Callable[[], None]:

@@ -1,0 +1,123 @@
+"""What surrounds a run: how it stops, what it shows, when Python collects garbage; and steps that own their state."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+
+import pytest
+import torch
+from ranks import on_ranks
+from stepping import load_tiny, trainer
+from support import command
+from torch import Tensor
+
+from unite_fast import data
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import grids
+from unite_fast.run.stop import Stop
+from unite_fast.training.step import TrainStep
+
+
+def stopped(ranks: Ranks, failing: int, signals: dict[int, int]) -> tuple[str, str]:
+    """What a rank learns when the rank ``failing`` cannot go on and others got signals in the same step."""
+    stop = Stop(ranks, 0, time.monotonic())
+    if ranks.rank == failing:
+        stop.fail("the disk is full")
+    if ranks.rank in signals:
+        stop._handle(signals[ranks.rank], None)
+    stop.agreed()
+    return stop.agreed()
+
+
+@pytest.mark.parametrize(
+    ("failing", "signals", "state", "says"),
+    [
+        (1, {2: signal.SIGTERM}, "failed", ("rank 1 cannot go on", "the disk is full", "rank 1 cannot go on")),
+        (-1, {0: signal.SIGTERM, 2: signal.SIGUSR1}, "preempted", ("SIGTERM on rank 0",) * 3),
+        (-1, {1: signal.SIGUSR1, 2: signal.SIGTERM}, "preempted", ("SIGUSR1 on rank 1",) * 3),
+    ],
+    ids=["failure and signal", "two signals", "the other two"],
+)
+def test_the_rank_that_is_named_is_the_one_that_has_the_reason(failing, signals, state, says):
+    for (found, reason), said in zip(on_ranks(3, stopped, failing, signals), says, strict=True):
+        assert found == state
+        assert said in reason
+
+
+@pytest.mark.parametrize(("held", "shown"), [((0, 2), [0, 2] * 4), (range(1, 10), [1, 2, 3, 4, 5, 6, 7, 8])])
+def test_grids_show_classes_that_have_images(held, shown, monkeypatch):
+    """Held-out images need not be of all classes."""
+    config = load_tiny()
+    source = data.open_source(config.data, config.model, "heldout")
+    monkeypatch.setattr(source, "labels", torch.tensor(held)[source.labels % len(held)])
+    monkeypatch.setattr(data, "open_source", lambda *_: source)
+    images, labels = grids.examples(config, torch.device("cpu"))
+    assert labels.tolist() == shown
+    assert images.shape == (8, 1, 8, 8)
+    assert not torch.equal(images[0], images[2])
+
+
+def test_two_states_train_side_by_side():
+    """In turn or one after the other: the same."""
+
+    def steps(step: TrainStep, batch, count: int) -> list[float]:
+        return [float(step(batch())["total"]) for _ in range(count)]
+
+    expected = [steps(*trainer(f"seed={seed}"), 4) for seed in (0, 1)]
+    (one, first), (two, second) = (trainer(f"seed={seed}") for seed in (0, 1))
+    mixed = [steps(one, first, 2), steps(two, second, 2), steps(one, first, 2), steps(two, second, 2)]
+    assert [mixed[0] + mixed[2], mixed[1] + mixed[3]] == expected
+    assert expected[0] != expected[1]
+
+
+def test_garbage_is_collected_when_the_run_says_so(tiny, tmp_path, monkeypatch):
+    seen, collected, update = [], [], TrainStep.update
+
+    def spied(step: TrainStep, *arguments: Tensor) -> dict[str, Tensor]:
+        seen.append(gc.isenabled())
+        return update(step, *arguments)
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(len(seen))
+
+    monkeypatch.setattr(TrainStep, "update", spied)
+    gc.callbacks.append(watch)
+    try:
+        outcome = command(
+            "train.py", "--config", tiny, f"run_dir={tmp_path / 'r'}", "train.max_steps=7", "train.log_every=3"
+        )
+    finally:
+        gc.callbacks.remove(watch)
+    assert outcome.returncode == 0, outcome.stderr
+    assert seen == [False] * 7
+    assert [step for step in collected if 0 < step < 7] == [1, 3, 6]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("graphs", ["none", "step"])
+def test_a_step_leaves_no_tensors_to_the_collector(graphs, monkeypatch):
+    """Else they would stay on the device until the next collection."""
+    from tape import Tape
+
+    from unite_fast.efficiency import graph
+
+    monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
+    step, batch = trainer(f"efficiency.cuda_graph={graphs}", "efficiency.precision=bf16")
+    for _ in range(5):
+        step(batch())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            step(batch())
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [x for x in gc.garbage if isinstance(x, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
