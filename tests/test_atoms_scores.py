@@ -339,6 +339,17 @@ def test_strain_is_what_relaxation_gains(real):
     assert (distributions.strains(some, 1) > 0).all()
 
 
+def test_energies_are_of_a_sample_of_all(real, monkeypatch):
+    """Not of the first: sources are in the order of size."""
+    seen = []
+    monkeypatch.setattr(report, "STRAINED", 10)
+    monkeypatch.setattr(distributions, "strains", lambda listed, workers: seen.append(listed) or np.ones(1))
+    report.molecules_generated(real, real, workers=1)
+    first = molecules.atoms_of(real)[:10]
+    assert [len(listed) for listed in seen] == [10, 10, 10]
+    assert sum(np.array_equal(a[1], b[1]) for a in seen[0] for b in first) < 5
+
+
 def test_processes_change_nothing(real):
     some = molecules.atoms_of(real.select(range(150)))
     assert molecules.perceive(some, workers=2) == molecules.perceive(some, workers=1)

@@ -44,11 +44,12 @@ def _rdkit_smiles(species: np.ndarray, positions: np.ndarray) -> str:
 
 
 def _adit_smiles(species: np.ndarray, positions: np.ndarray) -> str:
-    from openbabel import pybel
+    from openbabel import openbabel, pybel
     from pymatgen.core import Molecule
     from pymatgen.io.babel import BabelMolAdaptor
     from rdkit import Chem, rdBase
 
+    openbabel.obErrorLog.SetOutputLevel(0)
     with rdBase.BlockLogs():
         try:
             adaptor = BabelMolAdaptor(Molecule([SYMBOLS[number] for number in species], positions))

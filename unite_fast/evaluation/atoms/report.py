@@ -36,6 +36,12 @@ def what(structures: Structures) -> dict[str, Any]:
     return {"count": len(structures), "sha256": structures.digest()}
 
 
+def drawn(structures: Structures, count: int, seed: int = 0) -> Structures:
+    """``count`` of them at random, or all."""
+    order = np.random.default_rng(seed).permutation(len(structures))
+    return structures.select(order[:count])
+
+
 def halves(real: Structures, count: int, seed: int = 0) -> tuple[Structures, Structures]:
     """Two random disjoint parts of ``real`` with ``count`` structures each, or half when there are not so many."""
     order = np.random.default_rng(seed).permutation(len(real))
@@ -82,8 +88,8 @@ def molecules_generated(
         floor = _floor(distributions.of_molecules, real, len(made))
         result["scores"] |= distributions.of_molecules(made, real)
         some = [
-            distributions.strains(molecules.atoms_of(set_)[:STRAINED], workers)
-            for set_ in (made, *halves(real, STRAINED))
+            distributions.strains(molecules.atoms_of(part), workers)
+            for part in (drawn(made, STRAINED), *halves(real, STRAINED))
         ]
         result["scores"] |= {
             "strain_median": float(np.median(some[0])) if len(some[0]) else None,
