@@ -131,6 +131,39 @@ def one_line(data: DataConfig, words: str, model: ModelConfig = MODEL, split: st
     assert "\n" not in str(caught.value)
 
 
+def test_links_are_followed_and_loops_refused(root, tmp_path_factory):
+    """A link to a folder above would repeat all images for ever; one to another folder is a class of its own."""
+    images = tmp_path_factory.mktemp("links")
+    for name in ("ape", "bee", "cat"):
+        (images / name).symlink_to(root / name)
+    assert len(open_source(config(images), MODEL)) == 42
+    for target in ("..", "."):
+        (root / "bee" / "again").symlink_to(target)
+        one_line(config(root), "bee/again is a link to a folder that it lies in; remove the link")
+        (root / "bee" / "again").unlink()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_cannot_be_read(root):
+    (root / "bee").chmod(0)
+    try:
+        one_line(config(root), "bee: Permission denied")
+    finally:
+        (root / "bee").chmod(0o755)
+
+
+def test_a_folder_that_the_system_refuses(root, monkeypatch):
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    one_line(config(root), "bee: Permission denied; make it readable")
+
+
 def test_wrong_folders(root, tmp_path_factory):
     one_line(config(root / "none"), "none: no such folder")
     one_line(config(root / "ape" / "00.JPEG"), "Not a directory")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from photographs import add, check_streams, crop, equal, jpeg, take, write_folder, write_tars
+from PIL import Image
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
@@ -148,11 +149,35 @@ def test_missing_foreign_and_damaged_indexes(tars, tmp_path):
             refused.append(str(error))
     assert len(refused) > 30
     assert all("002.tar" in reason and "\n" not in reason for reason in refused)
-    for version, size in ((99, 1), (1, 1)):
+    for version, size in ((99, 1), (2, 1)):
         with open(path, "wb") as file:
             empty = np.zeros(0, np.int64)
             np.savez(file, version=version, size=size, extents=empty.reshape(0, 2), labels=empty, names=empty)
-        one_line(tars, "not an index of version 1" if version == 99 else "but had 1 when")
+        one_line(tars, "not an index of version 2" if version == 99 else "but had 1 when")
+
+
+def rewritten(tar: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(tar, "w") as archive:
+        for name, content in members:
+            add(archive, name, content)
+
+
+def test_a_tar_written_again_after_its_index(tmp_path):
+    """Tars are padded, so the size may be the same: other places and other labels are noticed, a copy is no change."""
+    x, y = (jpeg(Image.new("RGB", (50, 50), gray)) for gray in ("black", "white"))
+    members = [("x.jpg", x), ("x.cls", b"0"), ("y.jpg", y), ("y.cls", b"1")]
+    tar, model = tmp_path / "a.tar", replace(MODEL, num_classes=2)
+    rewritten(tar, members)
+    index_main([str(tar)])
+    size = tar.stat().st_size
+    for others in (members[2:] + members[:2], [("x.jpg", x), ("x.cls", b"1"), ("y.jpg", y), ("y.cls", b"0")]):
+        rewritten(tar, others)
+        os.utime(tar, ns=(1, tar.stat().st_mtime_ns + 1))
+        assert tar.stat().st_size == size
+        one_line(tar, "other images or labels than when its index was written: write it again with", model)
+    rewritten(tar, members)
+    os.utime(tar, ns=(1, 1))
+    assert len(open_source(DataConfig(source="tar", path=str(tar)), model)) == 2
 
 
 def test_wrong_places(tars, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from support import command
 
@@ -67,3 +69,42 @@ def test_srun_without_a_meeting_point(known, environment, tiny, tmp_path):
     environment(STEP | known)
     assert command(*words).stderr == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"RANK": "1"}, "RANK=1 and no WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a number"),
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK='abc' in the environment is not a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_contradicts_itself(values, words, environment, tiny, tmp_path):
+    """One line and exit code 2, in training and sampling alike, and nothing is made."""
+    environment(values)
+    for program in (
+        ("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", "device=cpu"),
+        ("sample.py", "--checkpoint", tmp_path / "none", "--seeds", "0", "--out", tmp_path / "s.npz"),
+    ):
+        refused = command(*program)
+        if "MASTER_PORT" in values and program[0] == "sample.py":
+            continue  # it looks at the checkpoint first
+        assert refused.returncode == 2, refused
+        assert words in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use(environment, tiny, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        words = ("--config", tiny, f"run_dir={tmp_path / 'run'}", "device=cpu", "comm.train_timeout=5")
+        refused = command("train.py", *words, "train.micro_batch=8")
+    assert refused.returncode == 2
+    assert f"no meeting at 127.0.0.1:{port}" in refused.stderr
+    assert refused.stderr.count("\n") == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.base import files
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.layers import sincos_2d
 from unite_fast.model.unite import UNITE
@@ -36,8 +37,9 @@ def read_official(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
+    zipped = _is_zip(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         text = str(error)
         if "Unsupported global" in text or "weights_only" in text.lower():
@@ -56,11 +58,33 @@ def read_official(path: str | Path) -> dict[str, Any]:
         values = content.get(part)
         for key, value in values.items() if isinstance(values, dict) else ():
             dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
-            if not isinstance(key, str) or not dense:
+            if not isinstance(key, str) or not dense or value.is_meta:
                 raise UserError(
                     f"{path}: '{part}' holds {key!r}, which is not a dense tensor of floating-point numbers"
                 )
     return content
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is in torch's present format rather than its first one. Raises UserError where it is neither."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not start:
+        raise UserError(f"{path} is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is Git LFS's pointer to a file, not the file; get it with git lfs pull")
+    if start.lstrip()[:1] == b"<":
+        raise UserError(f"{path} is a web page, not a checkpoint; fetch the file itself")
+    return start.startswith(b"PK")
+
+
+def best_scale(content: dict[str, Any]) -> float:
+    """The guidance scale that the official search found, as the file records it; 0 where it names none."""
+    scale = content.get("current_best_cfg_scale")
+    return float(scale) if isinstance(scale, (int, float)) and 0 < scale < math.inf else 0.0
 
 
 def weights_of(content: dict[str, Any], name: str, where: str) -> dict[str, Tensor]:
@@ -173,7 +197,7 @@ def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
 
 
 def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
-    """Raises UserError that lists what of ``state`` (cleaned keys) does not fit ``model``."""
+    """Raises UserError that lists what of ``state`` (cleaned keys) does not fit ``model``, or is not finite."""
     own = model.state_dict()
     wrong = [
         f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}"
@@ -182,6 +206,7 @@ def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
     ]
     wrong += [f"{k} is missing" for k in own if k not in state and not OPTIONAL.search(k)]
     wrong += [f"{k} is unknown to the model" for k in state if k not in own]
+    wrong += [f"{k} is not finite" for k, v in state.items() if k in own and not torch.isfinite(v).all()]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where} holds another model: {'; '.join(wrong[:3])}{more}")
@@ -217,36 +242,56 @@ def sidecar(path: Path) -> dict[str, Any]:
 
 
 def load_training(content: dict[str, Any], model: UNITE, optimizer: Optimizer, where: str) -> None:
-    """Model, EMA and both optimizers of an official checkpoint into ours. Raises UserError."""
-    ema = clean_keys(content.get("ema", content["model"]))
+    """Model, EMA and both optimizers of an official checkpoint into ours. Raises UserError before anything changes."""
+    weights = clean_keys(content["model"])
+    ema = weights
+    if "ema" in content:  # a file that never had one starts its average from its weights
+        if not isinstance(content["ema"], dict):
+            raise UserError(f"{where}: 'ema' is not a state dict; init_from={where} starts from its weights alone")
+        ema = clean_keys(content["ema"])
+        check_weights(model, ema, f"{where}, 'ema',")
+    check_weights(model, weights, where)
+    tensors, steps = _moments(content, optimizer, where)
+    try:
+        optimizer.load_state_dict(tensors, steps)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    load_weights(model, weights, where)
+    with torch.no_grad():
+        for name, value in optimizer.ema.items():
+            local(value).copy_(part_of(ema.get(name, optimizer.parameters[name]), value))
+    optimizer.restart(name for name in optimizer.averages if name != "ema")
+
+
+def _moments(content: dict[str, Any], optimizer: Optimizer, where: str) -> tuple[dict[str, Tensor], int]:
+    """Our optimizer's tensors from both of an official checkpoint, and the updates done. Raises UserError."""
     tensors: dict[str, Tensor] = {}
     steps = 0
     sources = (
-        ("optimizer", optimizer.adamw, ("exp_avg", "exp_avg_sq")),
-        ("optimizer_muon", optimizer.muon, ("momentum",)),
+        ("optimizer", optimizer.adamw, {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}),
+        ("optimizer_muon", optimizer.muon, {"momentum": "momentum_buffer"}),
     )
     for key, params, parts in sources:
         saved = content.get(key)
         if not isinstance(saved, dict) or "state" not in saved:
             raise UserError(f"{where} has no '{key}' state; use init_from={where} to start from its weights alone")
-        indices = [i for group in saved["param_groups"] for i in group["params"]]
-        if len(indices) != len(params):
-            raise UserError(f"{where}: '{key}' holds {len(indices)} tensors, this model has {len(params)}")
-        for index, (name, parameter) in zip(indices, params.items(), strict=True):
-            state = saved["state"].get(index, {})
-            steps = max(steps, int(state.get("step", 0)))
-            for part in parts:
-                official = "momentum_buffer" if part == "momentum" else part
-                tensors[f"{part}.{name}"] = state.get(official, torch.zeros_like(parameter))
-    load_weights(model, content["model"], where)
-    try:
-        optimizer.load_state_dict(tensors, steps)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    with torch.no_grad():
-        for name, value in optimizer.ema.items():
-            local(value).copy_(part_of(ema.get(name, optimizer.parameters[name]), value))
-    optimizer.restart(name for name in optimizer.averages if name != "ema")
+        try:
+            indices = [i for group in saved["param_groups"] for i in group["params"]]
+            if len(indices) != len(params):
+                raise UserError(f"{where}: '{key}' holds {len(indices)} tensors, this model has {len(params)}")
+            for index, (name, parameter) in zip(indices, params.items(), strict=True):
+                state = saved["state"].get(index, {})
+                if not state and saved["state"] and not OPTIONAL.search(name):  # those that never get a gradient
+                    raise UserError(f"{where}: '{key}' has no state of {name}")
+                steps = max(steps, int(state.get("step", 0)))
+                for ours, official in parts.items():
+                    moment = state.get(official, torch.zeros(parameter.shape))
+                    if moment.is_meta or not torch.isfinite(moment).all():
+                        raise UserError(f"{where}: '{key}' holds a {official} of {name} that is not finite")
+                    tensors[f"{ours}.{name}"] = moment
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{where}: '{key}' is not a state of torch.optim ({first_line(error)})") from None
+    return tensors, steps
 
 
 def save_reference(

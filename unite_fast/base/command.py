@@ -20,9 +20,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    rank = launcher.rank()
-    who = f"rank {rank}: " if rank else ""
+    rank, who = 0, ""
     try:
+        rank = launcher.rank()
+        who = f"rank {rank}: " if rank else ""
         return main(arguments) or 0
     except UserError as error:
         if debug:

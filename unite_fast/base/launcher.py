@@ -14,19 +14,33 @@ MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def _number(name: str, slurm: str, default: int) -> int:
-    if name in os.environ:
-        return int(os.environ[name])
-    return int(os.environ.get(slurm, default)) if "SLURM_STEP_NUM_TASKS" in os.environ else default
+    step = "SLURM_STEP_NUM_TASKS" in os.environ
+    source = name if name in os.environ else slurm
+    if source not in os.environ or (source == slurm and not step):
+        return default
+    text = os.environ[source].strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise CommonError(f"{source}={text!r} in the environment is not a number; unset it, or start with torchrun")
+    return int(text)
 
 
 def rank() -> int:
-    """Of this process, 0 without a launcher."""
-    return _number("RANK", "SLURM_PROCID", 0)
+    """Of this process, 0 without a launcher. Raises CommonError where the environment contradicts itself."""
+    number, world = _number("RANK", "SLURM_PROCID", 0), world_size()
+    if number >= world:
+        said = f"but WORLD_SIZE={world}" if "WORLD_SIZE" in os.environ else "and no WORLD_SIZE"
+        raise CommonError(
+            f"the environment says RANK={number} {said}; unset RANK, or start all processes with torchrun"
+        )
+    return number
 
 
 def world_size() -> int:
-    """How many processes were started together."""
-    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+    """How many processes were started together. Raises CommonError."""
+    number = _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+    if number < 1:
+        raise CommonError("WORLD_SIZE=0 in the environment; unset it, or start with torchrun")
+    return number
 
 
 def local_rank() -> int:
@@ -42,3 +56,6 @@ def check_meeting_point() -> None:
             f"{world_size()} processes, but no {' and no '.join(missing)} to meet at; start them with torchrun, or "
             f"export {' and '.join(MEETING_POINT)} before srun, as scripts/slurm/train.sbatch does"
         )
+    port = os.environ.get("MASTER_PORT", "0")
+    if world_size() > 1 and not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise CommonError(f"MASTER_PORT={port!r} in the environment is not a port; give a number below 65536")

@@ -200,9 +200,8 @@ def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
     Guidance: the scale that the official search found, which the file records, on the interval of that search.
     """
     values = {"model": to_dict(model), "evaluation": {"precision": "fp32"}, "efficiency": {"kernels": "fused"}}
-    scale = content.get("current_best_cfg_scale")
-    if isinstance(scale, (int, float)) and 0 < scale < math.inf:
-        values["sample"] = {"cfg_scale": float(scale), "cfg_interval": [0.1, 1.0]}
+    if scale := interop.best_scale(content):
+        values["sample"] = {"cfg_scale": scale, "cfg_interval": [0.1, 1.0]}
     return from_dict(values)
 
 
@@ -288,7 +287,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         # The official counter counts micro-batches; the optimizer's counts updates.
         state.step = int(state.optimizer.steps)
         state.images_seen = state.step * config.train.global_batch
-        state.best_cfg_scale = float(content.get("current_best_cfg_scale", 0.0))
+        state.best_cfg_scale = interop.best_scale(content)
         return {}
     counters = _read_counters(path)
     step, images_seen, optimizer_steps, means = _counters(counters, path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
+from unite_fast.data.listing import images_below
 from unite_fast.data.source import BadImage, check_channels, check_classes
 
 
@@ -56,15 +57,6 @@ def _class_names(root: Path, field: str) -> list[str]:
     return entries
 
 
-def _images_below(folder: Path) -> list[str]:
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.join(parent, name) for name in names]
-    return found
-
-
 def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]]:
     """Paths and labels of the images, and the class names. Raises UserError."""
     names = _class_names(root, field)
@@ -72,7 +64,7 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
     labels: list[int] = []
     empty = []
     for label, name in enumerate(names):
-        found = _images_below(root / name)
+        found = images_below(root / name, [root])
         if not found:
             empty.append(name)
         paths += found

@@ -7,8 +7,11 @@ Each tar needs an index (``NAME.tar.index.npz``: offsets, lengths, labels, names
 
     python -m unite_fast.data.index FOLDER
 
-so that any sample is one read at a known place. Members are only ever read in memory, nothing is extracted. Members
-that are links or devices, or whose names leave the archive (absolute, or with "..") are refused with a warning.
+so that any sample is one read at a known place. A tar that was written or copied after its index is scanned again when
+it is opened, and refused when the index is not that of its headers and labels.
+
+Members are only ever read in memory, nothing is extracted. Members that are links or devices, or whose names leave the
+archive (absolute, or with "..") are refused with a warning.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource
 from unite_fast.data.folder import files_of, place
 from unite_fast.data.source import BadImage, check_channels, check_classes
 
-VERSION = 1
+VERSION = 2
 COMMAND = "python -m unite_fast.data.index"
 OPEN_FILES = 64  # descriptors kept per process
 MAX_LABEL_BYTES = 2**20
@@ -112,12 +115,18 @@ def scan(tar: Path) -> TarIndex:
 
 def write_index(tar: Path) -> TarIndex:
     """Scans a tar and writes its index. Raises UserError."""
+    try:
+        status = tar.stat()  # before the scan: what is written meanwhile is noticed later
+    except OSError as error:
+        raise UserError(f"{tar}: {error.strerror}") from None
     index = scan(tar)
     target = index_path(tar)
     names = np.frombuffer("\0".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
     with files.refusals(str(target)), files.replacing(target) as file:
-        size = tar.stat().st_size
-        np.savez(file, version=VERSION, size=size, extents=index.extents, labels=index.labels, names=names)
+        np.savez(
+            file, version=VERSION, size=status.st_size, modified=status.st_mtime_ns, extents=index.extents,
+            labels=index.labels, names=names,
+        )  # fmt: skip
     return index
 
 
@@ -128,6 +137,7 @@ def read_index(tar: Path, field: str) -> TarIndex:
     try:
         with np.load(path, allow_pickle=False) as content:
             version, size = int(content["version"]), int(content["size"])
+            modified = int(content["modified"]) if "modified" in content else 0
             extents, labels, names = content["extents"], content["labels"], content["names"]
     except FileNotFoundError:
         raise UserError(f"{field} {tar} has no index; write it with {COMMAND} {tar.parent}") from None
@@ -138,10 +148,18 @@ def read_index(tar: Path, field: str) -> TarIndex:
     n = len(labels)
     if version != VERSION or shapes != ((n, 2), np.dtype("int64"), (n,), np.dtype("int64"), n):
         raise UserError(f"{path}: not an index of version {VERSION}; {again}")
-    actual = tar.stat().st_size
+    status = tar.stat()
+    actual = status.st_size
     if actual != size or (n and (extents.min() < 0 or extents.sum(1).max() > actual or labels.min() < 0)):
         raise UserError(f"{tar} has {actual} bytes, but had {size} when its index was written: truncated? else {again}")
-    return TarIndex(extents, labels, members)
+    index = TarIndex(extents, labels, members)
+    if status.st_mtime_ns != modified and not _same(index, scan(tar)):
+        raise UserError(f"{tar} holds other images or labels than when its index was written: {again}")
+    return index
+
+
+def _same(a: TarIndex, b: TarIndex) -> bool:
+    return np.array_equal(a.extents, b.extents) and np.array_equal(a.labels, b.labels) and a.names == b.names
 
 
 def class_names(tars: list[Path], largest: int) -> list[str]:

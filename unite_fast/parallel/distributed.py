@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unite_fast.base import launcher
-from unite_fast.base.errors import CommonError, RunError, Stopped, UserError
+from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
 
 T = TypeVar("T")
 
@@ -117,7 +117,14 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(world))
         limit = timedelta(seconds=timeout)
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        except dist.DistNetworkError as error:
+            where = ":".join(os.environ[name] for name in launcher.MEETING_POINT)
+            raise UserError(
+                f"no meeting at {where} ({first_line(error)}): is the port in use, or a process missing? choose "
+                "another MASTER_PORT, or start all of them with torchrun"
+            ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",

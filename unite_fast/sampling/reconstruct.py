@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
-from unite_fast.data.encoded import EXTENSIONS, decode
+from unite_fast.data.encoded import decode
 from unite_fast.data.folder import read_file
+from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
 from unite_fast.modality import pictures
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
@@ -33,7 +34,7 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--reconstruct {source}: no such folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    files = [Path(path) for path in images_below(root)]
     if not files:
         raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
     folder = Path(out)

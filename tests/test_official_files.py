@@ -1,0 +1,132 @@
+"""Official .pt files as people have them: torch's older format, pages in their place, fields gone wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import TINY
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import OptimConfig
+from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.interop import best_scale, load_reference, load_training, read_official, save_reference
+from unite_fast.model.unite import UNITE, build
+from unite_fast.optim.optimizer import Optimizer
+
+OPTIONS = {"in_context_start": 1, "decoder_heads": 2}
+
+
+def trained() -> tuple[UNITE, Optimizer]:
+    """A model of which every tensor has had an update."""
+    model = build(from_dict(parse_yaml(TINY, "tiny")).model)
+    optimizer = Optimizer(model, OptimConfig())
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step(torch.tensor(1e-3))
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "tiny.pt"
+    save_reference(path, *trained(), lr=1e-3, step=1, best_cfg_scale=3.4)
+    return path
+
+
+def test_the_older_format_of_torch_loads(official, tmp_path):
+    torch.save(torch.load(official), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    new, old = (load_reference(p, **OPTIONS).state_dict() for p in (official, tmp_path / "old.pt"))
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty; fetch it again"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS's pointer .* git lfs pull"),
+        (b"PK\3\4 and no more", "is damaged or not a checkpoint"),
+        (b"any words", "is damaged or not a checkpoint"),
+    ],
+)
+def test_what_is_there_instead_of_a_checkpoint(content, words, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_official(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def drop(content: dict[str, Any]) -> None:
+    del content["ema"]["encoder.blocks.1.attn.qkv.weight"]
+
+
+def scalar(content: dict[str, Any]) -> None:
+    content["ema"]["encoder.blocks.1.attn.qkv.weight"] = torch.tensor(1.0)
+
+
+def nan_weight(content: dict[str, Any]) -> None:
+    content["model"]["encoder.blocks.1.attn.qkv.weight"][0, 0] = math.nan
+
+
+def nan_moment(content: dict[str, Any]) -> None:
+    content["optimizer_muon"]["state"][0]["momentum_buffer"][0, 0] = math.inf
+
+
+def meta(content: dict[str, Any]) -> None:
+    content["model"]["latent_tokens"] = content["model"]["latent_tokens"].to("meta")
+
+
+def no_groups(content: dict[str, Any]) -> None:
+    del content["optimizer"]["param_groups"]
+
+
+def odd_step(content: dict[str, Any]) -> None:
+    content["optimizer"]["state"][0]["step"] = "soon"
+
+
+def no_state(content: dict[str, Any]) -> None:
+    del content["optimizer_muon"]["state"][3]
+
+
+def no_average(content: dict[str, Any]) -> None:
+    content["ema"] = None
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (drop, "'ema', holds another model: encoder.blocks.1.attn.qkv.weight is missing"),
+        (scalar, r"qkv.weight is \(\), the model has"),
+        (nan_weight, "encoder.blocks.1.attn.qkv.weight is not finite"),
+        (nan_moment, "'optimizer_muon' holds a momentum_buffer of .* that is not finite"),
+        (meta, "'model' holds 'latent_tokens', which is not a dense tensor"),
+        (no_groups, "'optimizer' is not a state of torch.optim"),
+        (odd_step, "'optimizer' is not a state of torch.optim"),
+        (no_state, "'optimizer_muon' has no state of"),
+        (no_average, "'ema' is not a state dict"),
+    ],
+)
+def test_a_wrong_field_is_one_line_and_changes_nothing(
+    harm: Callable[[dict[str, Any]], None], words, official, tmp_path
+):
+    content = torch.load(official)
+    harm(content)
+    torch.save(content, tmp_path / "x.pt")
+    model, optimizer = trained()
+    before = {name: value.clone() for name, value in (model.state_dict() | optimizer.state_dict()).items()}
+    with pytest.raises(UserError, match=words) as caught:
+        load_training(read_official(tmp_path / "x.pt"), model, optimizer, "x.pt")
+    assert "\n" not in str(caught.value)
+    after = model.state_dict() | optimizer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("scale", [None, math.nan, math.inf, -1.0, "3.4"])
+def test_an_odd_guidance_scale_counts_as_none(scale):
+    assert best_scale({"current_best_cfg_scale": scale}) == 0.0
+    assert best_scale({"current_best_cfg_scale": 3.4}) == 3.4
