@@ -1,5 +1,9 @@
-"""The keys of a run: their types and defaults (``keys``), what they must satisfy (``checks``), YAML (``yaml_text``)."""
+"""The keys of a run: their types and defaults (``keys``), what they must satisfy (``checks``), YAML (``yaml_text``).
 
+UserError and its kin are found here, too: who reads a configuration meets them.
+"""
+
+from unite_fast.base.errors import CommonError, RunError, Stopped, UserError
 from unite_fast.config.keys import (
     DECODER_SIZES,
     ENCODER_SIZES,
@@ -24,6 +28,7 @@ __all__ = [
     "ENCODER_SIZES",
     "SIZES",
     "CommConfig",
+    "CommonError",
     "Config",
     "DataConfig",
     "DecoderConfig",
@@ -33,7 +38,10 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "RunError",
     "SampleConfig",
+    "Stopped",
     "TrainConfig",
+    "UserError",
     "batch_split",
 ]
