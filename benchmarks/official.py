@@ -47,7 +47,7 @@ class Official:
         folder = folder.resolve()
         if not (folder / "models" / "unite.py").is_file():
             raise SystemExit(f"--official-dir {folder}: no models/unite.py there; give a clone of the official code")
-        self.device = device
+        self.device, self.backend = device, "eager" if toy else "inductor"  # a rehearsal traces and compiles nothing
         self.config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text())
         self.settings = settings = self.config["gen_tok"] | {"flow_steps_per_recon": flow_steps}
         sys.path.insert(0, str(folder))
@@ -95,9 +95,10 @@ class Official:
         training = self.config["training"]
         if training.get("torch_compile_decoder"):
             accumulates = int(training.get("grad_accum_steps", 1)) > 1
-            self.model.decoder.compile(mode="default" if accumulates else "reduce-overhead")
-        if expert:
-            self.model.encoder.compile(dynamic=False)  # else its second size would make it a form for any size
+            mode = "default" if accumulates else "reduce-overhead"
+            self.model.decoder.compile(mode=mode, backend=self.backend)
+        if expert:  # dynamic: else its second size would make it a form for any size
+            self.model.encoder.compile(dynamic=False, backend=self.backend)
             copy = deepcopy(self.lpips["official"]).to(memory_format=torch.channels_last)
             self.lpips["compiled"] = copy
             self.encoder_call = self.model.encoder._compiled_call_impl

@@ -18,6 +18,7 @@ from harness import ROOT, quantiles
 from official import wake
 from torch import Tensor
 
+from unite_fast.base.errors import RunError
 from unite_fast.config import Config, ModelConfig, yaml_text
 from unite_fast.data import Batch
 from unite_fast.efficiency import compiling, graph
@@ -122,7 +123,10 @@ class OurStep:
         graphs, parameters = self.step.graphs, self.state.optimizer.parameters
         if graphs is not None:
             graphs.gradients.begin()
-        self.losses = self.step.accumulate(self.batch, 1)
+        try:
+            self.losses = self.step.accumulate(self.batch, 1)
+        except RunError as error:  # a run would be told to end; a benchmark takes a smaller batch
+            raise (torch.OutOfMemoryError(str(error)) if "out of memory" in str(error) else error) from None
         if graphs is not None:
             graphs.gradients.keep()
         self.gradients = {name: p.grad for name, p in parameters.items()}

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import bench_attention
 import sweep_launches
-from harness import ROOT
+from harness import PACK, ROOT
 
 from gpu_parts import Bench
-from unite_fast.layers import attention as backends
 
 OURS = ("math", "efficient", "flash", "cudnn")  # fa2 to fa4 are packages that a machine may lack
 
@@ -19,7 +18,6 @@ OURS = ("math", "efficient", "flash", "cudnn")  # fa2 to fa4 are packages that a
 def attention(bench: Bench) -> None:
     batch, rounds = (1, 2) if bench.toy else (min(64, bench.batches()[0]), 10)
     names = ["math", "flash"] if bench.toy else list(OURS)
-    names += [n for n in backends.PLUGGED if not bench.toy and not backends.obstacle(n, bench.device, True, 64)]
     shapes = [(33, 0)] if bench.toy else [(keys, 0) for keys in bench_attention.KEYS]
     for keys, queries in (*shapes, (33, 16) if bench.toy else bench_attention.PRUNED[::-1]):
         rows, _ = bench_attention.bench(bench.device, batch, keys, 64, rounds, names, queries)
@@ -30,7 +28,7 @@ def attention(bench: Bench) -> None:
 def compile(bench: Bench) -> None:
     """All kernels that the sweeps launch, into the cache, while the GPU does other things."""
     words = ["--compile", "--processes", "1" if bench.toy else "6", *(["--toy"] if bench.toy else [])]
-    words += ["--file", str(fitting(bench))]
+    words += ["--file", str(Path(bench.settings["run"]) / "launches.json")]
     bench.prepared.set()
     command = [sys.executable, str(ROOT / "benchmarks" / "sweep_launches.py"), *words]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -40,8 +38,9 @@ def compile(bench: Bench) -> None:
 
 
 def fitting(bench: Bench) -> Path:
-    """The candidates that compile, with how many programs of each a multiprocessor holds."""
-    return Path(bench.settings["run"]) / "launches.json"
+    """The candidates that compile, with how many programs of each a multiprocessor holds: found here, or packed."""
+    here, packed = Path(bench.settings["run"]) / "launches.json", PACK / "triton" / "launches.json"
+    return packed if packed.is_file() and not here.is_file() else here
 
 
 def sweeps(bench: Bench) -> None:

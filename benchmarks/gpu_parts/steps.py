@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from pathlib import Path
 
 import compare_official
@@ -41,6 +42,13 @@ def switch(bench: Bench) -> None:
     precision.setup(bench.device)
     if bench.toy:
         compiling.BACKEND = "eager"  # traced, not compiled
+
+
+def usual(bench: Bench) -> Setting:
+    """As configs/imagenet_b.yaml has it, at the official code's batch if that is known."""
+    batch = (kept(bench, "official") or {}).get("batch") or bench.official_batches()[0]
+    overrides = [*CHOSEN, "efficiency.compile=decoder"]
+    return Setting(batch=batch, overrides=overrides, lpips="eager", cudnn_benchmark=False)
 
 
 def begin(bench: Bench) -> Origin:
@@ -95,11 +103,8 @@ def speed(row: dict | None) -> float:
 def ours(bench: Bench) -> None:
     """One choice after the other, each from the best so far; the settings that won are kept for the later parts."""
     origin = begin(bench)
-    shared = (kept(bench, "official") or {}).get("batch") or bench.batches()[-1 if bench.toy else 1]
-    plain = Setting(
-        batch=shared, overrides=[*CHOSEN, "efficiency.compile=decoder"], lpips="eager", cudnn_benchmark=False
-    )
-    best, found = plain, measure(bench, origin, plain, "ours")
+    plain = usual(bench)
+    shared, best, found = plain["batch"], plain, measure(bench, origin, plain, "ours")
     for change in ({"cudnn_benchmark": True}, {"lpips": "compiled"}):
         tried = Setting(best | change)
         row = measure(bench, origin, tried, "ours")
@@ -149,13 +154,11 @@ def official(bench: Bench) -> None:
     wake(code.model)
     code.prepare()
     compare(bench, code, recipe)
-    if not bench.toy:
-        code.compile()
-    forms = FORMS[:1] if bench.toy else FORMS
-    batch, images = compiled_for(bench, code, recipe, forms)
+    code.compile()
+    batch, images, forms = compiled_for(bench, code, recipe)
     kept(bench, "official", {"batch": batch})
     bench.wait()
-    updates = [t for times in [timed(bench, code.update)] for t in times]
+    updates = timed(bench, code.update)
     for form in forms:
         times = timed(bench, lambda form=form: code.passes(images.images, images.labels, recipe, form))
         ms = {"passes": quantiles(times), "update": quantiles(updates)}
@@ -181,32 +184,45 @@ def compare(bench: Bench, code: Official, recipe: str) -> None:
     bench.check("losses of the official code", why, differences=found)
 
 
-def compiled_for(bench: Bench, code: Official, recipe: str, forms: tuple[str, ...]) -> tuple[int, Batch]:
-    """The first batch size whose passes and update fit, with everything compiled for it and searched."""
-    for size in bench.batches()[-1:] if bench.toy else bench.batches():
+def compiled_for(bench: Bench, code: Official, recipe: str) -> tuple[int, Batch, list[str]]:
+    """The first batch size whose passes and update fit, with everything compiled for it and searched; its images, and
+    the forms that compile."""
+    for size in bench.official_batches():
         images = images_for(our_config(code, size, recipe, FLOW_STEPS, ()), bench.device)
-        begun = time.monotonic()
+        begun, forms = time.monotonic(), []
         try:
-            for form in forms:
-                for _ in range(2):
-                    code.passes(images.images, images.labels, recipe, form)
+            for form in FORMS:
+                if warm(bench, code, images, recipe, form):
+                    forms.append(form)
             code.update()
         except torch.OutOfMemoryError as error:
             bench.row("official", batch=size, ok=False, why=f"OutOfMemoryError: {str(error)[:120]}")
         else:
-            bench.row("official compiled", batch=size, seconds=round(time.monotonic() - begun, 1))
+            bench.row("official compiled", batch=size, forms=forms, seconds=round(time.monotonic() - begun, 1))
             release(bench.device)
-            return size, images
+            return size, images, forms
         release(bench.device)
     raise torch.OutOfMemoryError("no batch size of the official code fits")
+
+
+def warm(bench: Bench, code: Official, images: Batch, recipe: str, form: str) -> bool:
+    """Whether ``form`` compiles and runs; what a compiler refuses is a row, and leaves the other form."""
+    try:
+        for _ in range(2):
+            code.passes(images.images, images.labels, recipe, form)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        bench.row("official", form=form, ok=False, why=f"{type(error).__name__}: {str(error)[:200]}")
+        return False
+    return True
 
 
 def options(bench: Bench) -> None:
     """What computes in other numbers, beside the best settings: its speed, and its first loss."""
     origin = begin(bench)
-    best = Setting(kept(bench, "shared") or Setting(
-        batch=bench.batches()[-1], overrides=[*CHOSEN], lpips="eager", cudnn_benchmark=False
-    ))  # fmt: skip
+    best = Setting(kept(bench, "shared") or usual(bench))
     more = {"fp8": ["efficiency.precision=fp8"], "bf16 residual": ["efficiency.residual=bf16"]}
     for name, changes in {"": [], **more}.items():
         measure(bench, origin, Setting(best | {"overrides": [*best["overrides"], *changes], "option": name}), "option")
@@ -214,22 +230,15 @@ def options(bench: Bench) -> None:
 
 def winners(bench: Bench) -> None:
     """Ours as it won and the official code in both forms, one after the other in every round."""
-    best = kept(bench, "shared")
-    if bench.official is None or best is None:
-        bench.row("missing", what="winners", why="no official code" if best else "the first command kept no settings")
+    if bench.official is None:
+        bench.row("missing", what="winners", why="no official code")
         return
+    best = kept(bench, "shared") or usual(bench)
     switch(bench)
     torch.backends.cudnn.benchmark = best["cudnn_benchmark"]
-    words = [
-        "--official-dir",
-        str(bench.official),
-        "--device",
-        bench.device.type,
-        "--rounds",
-        "2" if bench.toy else "9",
-    ]
-    words += ["--precision", "fp32" if bench.toy else "bf16", "--sample-steps", "0"]
+    words = ["--official-dir", str(bench.official), "--device", bench.device.type, "--sample-steps", "0"]
+    words += ["--precision", "fp32" if bench.toy else "bf16", "--rounds", "2" if bench.toy else "9"]
     words += ["--batch", ",".join(str(b) for b in bench.batches() if b <= best["batch"])]
-    words += ["--toy", "--no-compile"] if bench.toy else []
+    words += ["--toy"] if bench.toy else []
     arguments: argparse.Namespace = compare_official.parse([*words, *best["overrides"]])
     compare_official.compare(arguments, compile_lpips=best["lpips"] == "compiled")
