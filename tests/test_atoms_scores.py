@@ -60,13 +60,13 @@ def noisy(structures: Structures, sigma: float, seed: int = 0) -> Structures:
                  for one in listed])  # fmt: skip
 
 
-def rdkit_directly(one: Structure) -> str | None:
+def rdkit_directly(one: Structure, **options) -> str | None:
     rows = [f"{Chem.Atom(int(z)).GetSymbol()} {x:.9f} {y:.9f} {w:.9f}" for z, (x, y, w) in
             zip(one.species, one.coordinates, strict=True)]  # fmt: skip
     molecule = Chem.MolFromXYZBlock("\n".join([str(len(rows)), "", *rows]) + "\n")
     try:
         rdDetermineBonds.DetermineBonds(molecule, charge=0, allowChargedFragments=True, embedChiral=False,
-                                        maxIterations=1000)  # fmt: skip
+                                        maxIterations=1000, **options)  # fmt: skip
         Chem.SanitizeMol(molecule)
     except Exception:
         return None
@@ -86,6 +86,31 @@ def test_validity_is_rdkits(real, sigma):
     if sigma == 0:
         stated = [Chem.CanonSmiles(real[i].smiles, useChiral=0) for i in range(len(real))]
         assert all(a == b for a, b in zip(found, stated, strict=True) if a is not None)
+
+
+def test_cages_are_valid_by_the_tight_rule():
+    """Bicyclo[1.1.1]pentane, of MMFF94: its bridgeheads are 1.9 Å apart and not bonded."""
+    from rdkit.Chem import AllChem
+
+    molecule = Chem.AddHs(Chem.MolFromSmiles("C1C2CC1C2"))
+    AllChem.EmbedMolecule(molecule, randomSeed=1)
+    AllChem.MMFFOptimizeMolecule(molecule)
+    cage = np.array([a.GetAtomicNum() for a in molecule.GetAtoms()]), molecule.GetConformer().GetPositions()
+    (loose,), (tight,) = (molecules.perceive([cage], rule, 1) for rule in molecules.WHOLE)
+    assert (loose.smiles, loose.reason.split(":")[0]) == (None, "no valences")
+    assert tight.smiles == "C1C2CC1C2"
+    assert molecules.reconstruction(molecules.pairs([cage], [cage], "rdkit_tight", 1))["match"] == 1
+    with pytest.raises(UserError, match="reconstructions are compared by rdkit or rdkit_tight"):
+        molecules.pairs([cage], [cage], "edm")
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05])
+def test_the_tight_rule_is_rdkits_with_a_shorter_reach(real, sigma):
+    structures = noisy(real, sigma)
+    found = [one.smiles for one in molecules.perceive(molecules.atoms_of(structures), "rdkit_tight", 1)]
+    assert found == [rdkit_directly(structures[i], useVdw=True, covFactor=1.15) for i in range(len(structures))]
+    valid = sum(smiles is not None for smiles in found) / len(found)
+    assert valid > 0.99 if sigma == 0 else 0.2 < valid < 0.99
 
 
 def test_radicals_and_fragments_are_not_valid():
@@ -171,15 +196,15 @@ def test_rmsd_is_scipys_and_keeps_the_hand(real):
 def test_reconstructions_of_molecules(real):
     some = real.select(range(60))
     true = molecules.atoms_of(some)
-    same = molecules.reconstruction(molecules.pairs(true, true, 1))
+    same = molecules.reconstruction(molecules.pairs(true, true, workers=1))
     assert same["match"] == same["match_ceiling"] == sum(rdkit_directly(real[i]) is not None for i in range(60)) / 60
     assert (same["rmsd"], same["graph_match"], same["types_match"]) == (pytest.approx(0, abs=1e-6), 1, 1)
     made = noisy(some, 0.03)
-    scores = molecules.reconstruction(molecules.pairs(molecules.atoms_of(made), true, 1))
+    scores = molecules.reconstruction(molecules.pairs(molecules.atoms_of(made), true, workers=1))
     assert 0.8 < scores["match"] <= scores["match_ceiling"]
     assert scores["rmsd"] == pytest.approx(0.03 * math.sqrt(3), rel=0.15)
     wrong = [(np.where(species == 6, 7, species), positions) for species, positions in true]
-    none = molecules.reconstruction(molecules.pairs(wrong, true, 1))
+    none = molecules.reconstruction(molecules.pairs(wrong, true, workers=1))
     assert (none["match"], none["rmsd"], none["types_match"]) == (0, None, 0)
     with pytest.raises(UserError, match="1 reconstructions of 60 molecules"):
         molecules.pairs(true[:1], true)
@@ -409,7 +434,7 @@ def test_the_command_scores_reconstructions_and_crystals(cells, tmp_path, capsys
 
 
 def test_a_rule_without_its_package_is_one_line(monkeypatch):
-    with pytest.raises(UserError, match="scorer 'smiles' is not known; one of rdkit, edm, adit"):
+    with pytest.raises(UserError, match="scorer 'smiles' is not known; one of rdkit, rdkit_tight, edm, adit"):
         molecules.ready("smiles")
     monkeypatch.setitem(sys.modules, "openbabel", None)
     monkeypatch.delitem(sys.modules, "openbabel.pybel", raising=False)

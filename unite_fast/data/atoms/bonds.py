@@ -29,8 +29,11 @@ def unbonded(species: np.ndarray, positions: np.ndarray) -> Any:
     return molecule.GetMol()
 
 
-def bonded(species: np.ndarray, positions: np.ndarray) -> Any:
+def bonded(species: np.ndarray, positions: np.ndarray, reach: float = 0.0) -> Any:
     """The sanitised RDKit molecule: neutral, charges within it allowed, orders from valences.
+
+    Atoms are bonded up to ``reach`` times the sum of their covalent radii; 0 leaves the reach to RDKit, which is 0.45 Å
+    more than that sum, and takes the bridgeheads of small cages for bonded.
 
     Raises BadStructure when the bonds make no closed-shell molecule, or not one alone.
     """
@@ -40,11 +43,11 @@ def bonded(species: np.ndarray, positions: np.ndarray) -> Any:
     if not len(species) or not np.isfinite(positions).all():
         raise BadStructure("not a number: no atoms, or a position that is not finite")
     molecule = unbonded(species, positions)
+    options: dict[str, Any] = {"charge": 0, "allowChargedFragments": True, "embedChiral": False}
+    options |= {"maxIterations": MAX_ITERATIONS} | ({"useVdw": True, "covFactor": reach} if reach else {})
     with rdBase.BlockLogs():
         try:
-            rdDetermineBonds.DetermineBonds(
-                molecule, charge=0, allowChargedFragments=True, embedChiral=False, maxIterations=MAX_ITERATIONS
-            )
+            rdDetermineBonds.DetermineBonds(molecule, **options)
             Chem.SanitizeMol(molecule)
         except (ValueError, RuntimeError) as error:  # RDKit's exceptions are these
             raise BadStructure(f"no valences: {first_line(error)}") from None

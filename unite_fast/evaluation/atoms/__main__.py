@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         true, lost = samples(a.of, a.workers)
         if unreadable or lost:
             raise UserError(f"{unreadable} reconstructions and {lost} truths could not be read, so pairs are unknown")
-        result = report.reconstructed(made, true, a.workers)
+        result = report.reconstructed(made, true, a.scorer, a.workers)
     else:
         against, training = real(a.real, "test", a.workers), real(a.training, "train", a.workers)
         result = report.generated(made, against, training, scorer=a.scorer, unreadable=unreadable, workers=a.workers)

@@ -63,10 +63,11 @@ def molecules_generated(
 ) -> dict[str, Any]:
     """Scores of generated molecules, and of ``real`` held-out ones. Raises UserError.
 
-    ``unreadable`` more samples count as not valid. Novelty needs ``training`` molecules and the rule rdkit.
+    ``unreadable`` more samples count as not valid. Novelty needs ``training`` molecules and a rule
+    whose SMILES are of the whole molecule.
     """
     lost = [molecules.Perceived(None, "unreadable: no structure", 0, 0)] * unreadable
-    known = molecules.known(training, workers) if training is not None and scorer == "rdkit" else None
+    known = molecules.known(training, workers) if training is not None and scorer in molecules.WHOLE else None
 
     def scored(structures: Structures, more: list[molecules.Perceived]) -> tuple[dict[str, Any], dict[str, int]]:
         listed = molecules.atoms_of(structures)
@@ -101,13 +102,15 @@ def molecules_generated(
     return result
 
 
-def molecules_reconstructed(made: Structures, true: Structures, workers: int = 0) -> dict[str, Any]:
+def molecules_reconstructed(
+    made: Structures, true: Structures, scorer: str = "rdkit", workers: int = 0
+) -> dict[str, Any]:
     """Match and RMSD of reconstructions beside their truths, index by index. Raises UserError."""
-    compared = molecules.pairs(molecules.atoms_of(made), molecules.atoms_of(true), workers)
+    compared = molecules.pairs(molecules.atoms_of(made), molecules.atoms_of(true), scorer, workers)
     scores = molecules.reconstruction(compared)
     return {
         "kind": "reconstructed molecules",
-        "protocol": {"scorer": "rdkit", "rmsd": "all atoms, index by index, proper rotation"} | versions("rdkit"),
+        "protocol": {"scorer": scorer, "rmsd": "all atoms, index by index, proper rotation"} | versions("rdkit"),
         "samples": what(made),
         "truth": what(true),
         "scores": scores,
@@ -171,10 +174,11 @@ def generated(made: Structures, real: Structures | None, training: Structures | 
     return molecules_generated(made, real, training, **options)
 
 
-def reconstructed(made: Structures, true: Structures, workers: int = 0) -> dict[str, Any]:
-    """``molecules_reconstructed`` or ``crystals_reconstructed``, by what the truths are."""
-    score = crystals_reconstructed if len(true) and true.periodic.all() else molecules_reconstructed
-    return score(made, true, workers)
+def reconstructed(made: Structures, true: Structures, scorer: str = "rdkit", workers: int = 0) -> dict[str, Any]:
+    """``crystals_reconstructed`` or ``molecules_reconstructed``, by what the truths are."""
+    if len(true) and true.periodic.all():
+        return crystals_reconstructed(made, true, workers)
+    return molecules_reconstructed(made, true, scorer, workers)
 
 
 NAMES = {
