@@ -1,4 +1,4 @@
-// QK-norm + RoPE and SwiGLU operations: checks, outputs, second stage of the shared gradients.
+// QK-norm + RoPE, attention and SwiGLU operations: checks, outputs, second stage of the shared gradients.
 
 #include "ops.h"
 
@@ -108,6 +108,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor 
     dbias = as_type_of(dbias, *bias);
   }
   return {dqk, as_type_of(dq, q_weight), as_type_of(dk, k_weight), dbias};
+}
+
+void attention_scores_bwd_(Tensor scores, Tensor gradients, double scale) {
+  const char* op = "attention_scores_bwd_";
+  const bool bf16 = check_large(op, "scores", scores);
+  UNITE_CHECK(check_large(op, "gradients", gradients) == bf16, op, ": gradients must have the dtype of scores");
+  check_same_shape(op, "gradients", gradients, "scores", scores);
+  UNITE_CHECK(scores.dim() >= 1 && scores.size(scores.dim() - 1) > 0, op, ": scores must have shape (..., keys), not ",
+              shape_text(scores));
+  const int64_t keys = scores.size(scores.dim() - 1), rows = scores.numel() / keys;
+  const AttentionScores args{rows, keys, bf16, float(scale), scores.data_ptr(), gradients.data_ptr()};
+  run(kernels().attention_scores_backward, args, (rows + kRowsPerTask - 1) / kRowsPerTask);
 }
 
 Tensor swiglu_fwd(Tensor x, std::optional<Tensor> bias) {

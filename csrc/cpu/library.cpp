@@ -23,6 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tens
                                                             Tensor, int64_t, int64_t);
 Tensor swiglu_fwd(Tensor, Maybe);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor, Tensor, Maybe);
+void attention_scores_bwd_(Tensor, Tensor, double);
 Tensor philox_uniform(int64_t, int64_t, Tensor, int64_t);
 Tensor philox_normal(int64_t, int64_t, Tensor, int64_t);
 std::tuple<Tensor, Tensor> noise_injection(Tensor, Tensor, int64_t, double, double, double);
@@ -65,6 +66,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
       " Tensor? bias, Tensor rstd, int heads, int prefix) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("swiglu_fwd(Tensor x, Tensor? bias) -> Tensor");
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
+  m.def("attention_scores_bwd_(Tensor(a!) scores, Tensor(b!) gradients, float scale) -> ()");
   m.def("philox_uniform(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("philox_normal(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("noise_injection(Tensor z, Tensor samples, int seed, float p, float t_low, float t_high) -> (Tensor, Tensor)");
@@ -98,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(unite_kernels_cpu, CPU, m) {
   m.impl("qk_norm_rope_bwd", TORCH_BOX(&unite::qk_norm_rope_bwd));
   m.impl("swiglu_fwd", TORCH_BOX(&unite::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&unite::swiglu_bwd));
+  m.impl("attention_scores_bwd_", TORCH_BOX(&unite::attention_scores_bwd_));
   m.impl("philox_uniform", TORCH_BOX(&unite::philox_uniform));
   m.impl("philox_normal", TORCH_BOX(&unite::philox_normal));
   m.impl("noise_injection", TORCH_BOX(&unite::noise_injection));

@@ -87,6 +87,13 @@ struct Swiglu {
   float* partial;  // (tasks, 2 width), null without bias
 };
 
+struct AttentionScores {
+  int64_t rows, keys;
+  bool bf16;
+  float scale;
+  void *scores, *gradients;  // S and dP, replaced by P and dS
+};
+
 struct Draw {
   uint64_t seed;
   uint32_t stream;
@@ -116,6 +123,7 @@ struct Kernels {
   void (*qk_norm_rope_backward)(const QkNormRope&, int64_t begin, int64_t end);
   void (*swiglu_forward)(const Swiglu&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const Swiglu&, int64_t begin, int64_t end);
+  void (*attention_scores_backward)(const AttentionScores&, int64_t begin, int64_t end);
   // out[j] = sum over i of source[i * stride + j], in the order of i
   void (*sum_rows)(const float* source, int64_t count, int64_t stride, int64_t width, float* out);
   double (*square_sum)(const float* x, int64_t count);

@@ -6,6 +6,7 @@
 
 #define UNITE_SIMD _Pragma("omp simd")
 #define UNITE_SIMD_SUM(x) _Pragma(UNITE_TEXT(omp simd reduction(+ : x)))
+#define UNITE_SIMD_MAX(x) _Pragma(UNITE_TEXT(omp simd reduction(max : x)))
 #define UNITE_TEXT(x) #x
 
 namespace unite {
