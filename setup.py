@@ -32,8 +32,8 @@ STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORC
 CPU_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Vectorise sums where the code says so and sqrt without errno; nothing that changes IEEE results.
 ROW_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-ROW_SOURCES = ("rows_adaln", "rows_attention", "rows_attention_mlp", "rows_multi_tensor", "rows_philox")
-OP_SOURCES = ("adaln", "attention_mlp", "random", "multi_tensor", "gather", "library")
+ROW_SOURCES = ("rows_adaln", "rows_attention", "rows_attention_mlp", "rows_lpips", "rows_multi_tensor", "rows_philox")
+OP_SOURCES = ("adaln", "attention_mlp", "lpips", "random", "multi_tensor", "gather", "library")
 # The row functions are compiled once per instruction set and chosen at run time: one file for every machine.
 X86_SETS = {"x86_v4": ["-march=x86-64-v4"], "x86_v3": ["-march=x86-64-v3"], "baseline": ["-march=x86-64"]}
 CUDA_FLAGS = [

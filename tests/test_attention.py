@@ -170,9 +170,16 @@ def test_table_of_preferences_is_complete():
         assert {name for _, names in rows for name in names} <= set(module.BACKENDS)
 
 
+@pytest.mark.parametrize(
+    ("tiles", "half", "expected"), [(True, True, "products"), (True, False, "sdpa"), (False, True, "sdpa")]
+)
+def test_auto_on_cpus_goes_by_their_matrix_units(monkeypatch, tiles, half, expected):
+    monkeypatch.setattr(module.kernels, "has_tiles", lambda: tiles)
+    assert module.resolve("auto", from_dict(parse_yaml(TINY, "tiny")).model, CPU, half) == expected
+
+
 def test_what_cannot_run_says_why(tiny):
     model = from_dict(parse_yaml(TINY, "tiny")).model
-    assert module.resolve("auto", model, CPU, half=True) == "sdpa"
     assert module.resolve("math", model, CPU, half=False) == "math"
     for name in ("efficient", "cudnn"):
         with pytest.raises(UserError, match=f"attention={name}: it needs a CUDA device; or choose auto"):
@@ -191,7 +198,8 @@ def test_devices_and_sizes_that_a_kernel_does_not_know(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(module, "_missing", lambda backend: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for name in module.BACKENDS:
+    assert module.obstacle("products", cuda, True, 64) == "it is for CPUs"
+    for name in set(module.BACKENDS) - {"products"}:
         assert module.obstacle(name, cuda, True, 64) == ""
         assert module.obstacle(name, cuda, True, 72) == ""
     assert "efficiency.precision=bf16" in module.obstacle("cudnn", cuda, False, 64)

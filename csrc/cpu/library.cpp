@@ -24,6 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tens
 Tensor swiglu_fwd(Tensor, Maybe);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor, Tensor, Maybe);
 void attention_scores_bwd_(Tensor, Tensor, double);
+Tensor lpips_head_fwd(Tensor, Tensor, Tensor);
+std::tuple<Tensor, Tensor> lpips_head_bwd(Tensor, Tensor, Tensor, Tensor, bool, bool);
 Tensor philox_uniform(int64_t, int64_t, Tensor, int64_t);
 Tensor philox_normal(int64_t, int64_t, Tensor, int64_t);
 std::tuple<Tensor, Tensor> noise_injection(Tensor, Tensor, int64_t, double, double, double);
@@ -67,6 +69,9 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def("swiglu_fwd(Tensor x, Tensor? bias) -> Tensor");
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("attention_scores_bwd_(Tensor(a!) scores, Tensor(b!) gradients, float scale) -> ()");
+  m.def("lpips_head_fwd(Tensor f0, Tensor f1, Tensor weight) -> Tensor");
+  m.def(
+      "lpips_head_bwd(Tensor dout, Tensor f0, Tensor f1, Tensor weight, bool first, bool second) -> (Tensor, Tensor)");
   m.def("philox_uniform(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("philox_normal(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("noise_injection(Tensor z, Tensor samples, int seed, float p, float t_low, float t_high) -> (Tensor, Tensor)");
@@ -101,6 +106,8 @@ STABLE_TORCH_LIBRARY_IMPL(unite_kernels_cpu, CPU, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&unite::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&unite::swiglu_bwd));
   m.impl("attention_scores_bwd_", TORCH_BOX(&unite::attention_scores_bwd_));
+  m.impl("lpips_head_fwd", TORCH_BOX(&unite::lpips_head_fwd));
+  m.impl("lpips_head_bwd", TORCH_BOX(&unite::lpips_head_bwd));
   m.impl("philox_uniform", TORCH_BOX(&unite::philox_uniform));
   m.impl("philox_normal", TORCH_BOX(&unite::philox_normal));
   m.impl("noise_injection", TORCH_BOX(&unite::noise_injection));

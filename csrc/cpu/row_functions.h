@@ -14,6 +14,8 @@ void qk_norm_rope_backward(const QkNormRope&, int64_t begin, int64_t end);
 void swiglu_forward(const Swiglu&, int64_t begin, int64_t end);
 void swiglu_backward(const Swiglu&, int64_t begin, int64_t end);
 void attention_scores_backward(const AttentionScores&, int64_t begin, int64_t end);
+void lpips_head_forward(const LpipsHead&, int64_t begin, int64_t end);
+void lpips_head_backward(const LpipsHead&, int64_t begin, int64_t end);
 void uniform(Draw, int64_t sample, int64_t first, int64_t count, float* out);
 void normal(Draw, int64_t sample, int64_t first, int64_t count, float* out);
 void corrupt(Draw, int64_t sample, int64_t first, int64_t count, float t, const void* z, bool bf16, void* out);

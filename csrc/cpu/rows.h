@@ -94,6 +94,15 @@ struct AttentionScores {
   void *scores, *gradients;  // S and dP, replaced by P and dS
 };
 
+struct LpipsHead {
+  Shape shape;  // samples B, rows H W, width C
+  bool bf16;
+  const void *f0, *f1;
+  const float *weight, *dout;
+  void *df0, *df1;  // null where not wanted
+  float* partial;   // (tasks)
+};
+
 struct Draw {
   uint64_t seed;
   uint32_t stream;
@@ -124,6 +133,8 @@ struct Kernels {
   void (*swiglu_forward)(const Swiglu&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const Swiglu&, int64_t begin, int64_t end);
   void (*attention_scores_backward)(const AttentionScores&, int64_t begin, int64_t end);
+  void (*lpips_head_forward)(const LpipsHead&, int64_t begin, int64_t end);
+  void (*lpips_head_backward)(const LpipsHead&, int64_t begin, int64_t end);
   // out[j] = sum over i of source[i * stride + j], in the order of i
   void (*sum_rows)(const float* source, int64_t count, int64_t stride, int64_t width, float* out);
   double (*square_sum)(const float* x, int64_t count);

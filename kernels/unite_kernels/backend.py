@@ -68,6 +68,11 @@ def obstacle(backend: str, device: torch.device, update: bool = False) -> str:
     return extension.obstacle(device.type) if compiled else ""
 
 
+def has_tiles() -> bool:
+    """Whether this CPU has units for products in bfloat16 (AMX), several times as fast as those in float32."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def cpu_op(name: str):
     """The C++ operation ``name``, loading its library on first use. Raises RuntimeError when it is not built."""
     from .extension import load_cpu

@@ -115,7 +115,9 @@ def _tile(f: Tensor, direction: str) -> tuple[launches.Launch, tuple[int, int, i
 
 
 @torch.library.custom_op("unite_kernels::lpips_head_fwd", mutates_args=())
-def _lpips_head_fwd(f0: Tensor, f1: Tensor, weight: Tensor) -> Tensor:
+def _lpips_head_fwd(f0: Tensor, f1: Tensor, weight: Tensor, backend: str) -> Tensor:
+    if backend == "cpp":
+        return _backend.cpu_op("lpips_head_fwd")(_positions(f0), _positions(f1), weight)
     launch, sizes = _tile(f0, "forward")
     f0, f1 = (f.contiguous(memory_format=torch.channels_last) for f in (f0, f1))
     tiles = triton.cdiv(sizes[0], launch.rows)
@@ -128,14 +130,19 @@ def _lpips_head_fwd(f0: Tensor, f1: Tensor, weight: Tensor) -> Tensor:
 
 
 @_lpips_head_fwd.register_fake
-def _(f0, f1, weight):
+def _(f0, f1, weight, backend):
     return f0.new_empty(len(f0), dtype=torch.float32)
 
 
 @torch.library.custom_op("unite_kernels::lpips_head_bwd", mutates_args=())
 def _lpips_head_bwd(
-    dout: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, first: bool, second: bool
+    dout: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, first: bool, second: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        maps = _positions(f0), _positions(f1)
+        found = _backend.cpu_op("lpips_head_bwd")(dout.contiguous(), *maps, weight, first, second)
+        b, c, h, w = f0.shape
+        return tuple(df.view(b, h, w, c).permute(0, 3, 1, 2) if df.numel() else df for df in found)
     launch, sizes = _tile(f0, "backward")
     f0, f1 = (f.contiguous(memory_format=torch.channels_last) for f in (f0, f1))
     df0, df1 = _gradient_of(f0, first), _gradient_of(f1, second)
@@ -146,23 +153,29 @@ def _lpips_head_bwd(
     return df0, df1
 
 
+def _positions(f: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C), contiguous."""
+    return f.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
 def _gradient_of(f: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(f, memory_format=torch.channels_last) if wanted else f.new_empty(0)
 
 
 @_lpips_head_bwd.register_fake
-def _(dout, f0, f1, weight, first, second):
+def _(dout, f0, f1, weight, first, second, backend):
     return _gradient_of(f0, first), _gradient_of(f1, second)
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dout):
-    first, second, _weight = ctx.needs_input_grad
-    df0, df1 = _lpips_head_bwd(dout, *ctx.saved_tensors, first, second)
-    return df0 if first else None, df1 if second else None, None
+    first, second, *_ = ctx.needs_input_grad
+    df0, df1 = _lpips_head_bwd(dout, *ctx.saved_tensors, first, second, ctx.backend)
+    return df0 if first else None, df1 if second else None, None, None
 
 
 _lpips_head_fwd.register_autograd(_backward, setup_context=_setup)
@@ -171,16 +184,9 @@ _lpips_head_fwd.register_autograd(_backward, setup_context=_setup)
 def lpips_head(
     first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor], backend: str = "fused"
 ) -> Tensor:
-    """Distance (B,) float32 of two lists of features (B, C, H, W); gradients of the features, not of the weights.
-
-    There is no C++ form: "fused" is the eager form on CPU tensors.
-    """
+    """Distance (B,) float32 of two lists of features (B, C, H, W); gradients of the features, not of the weights."""
     if not len(first) == len(second) == len(weights) > 0:
         raise ValueError(f"expected equally many maps and weights, not {len(first)}, {len(second)}, {len(weights)}")
-    if backend == "cpp":
-        raise ValueError("the LPIPS head has no backend 'cpp': choose eager, triton or fused")
-    if backend == "fused" and first[0].device.type == "cpu":
-        backend = "eager"
     backend = _backend.resolve(backend, *first, *second, *weights)
     for f0, f1, weight in zip(first, second, weights, strict=True):
         _backend.check_float("features", f0)
@@ -195,4 +201,4 @@ def lpips_head(
             raise ValueError("the weights of LPIPS are frozen: the head has no gradient of them")
     if backend == "eager":
         return lpips_head_eager(first, second, weights)
-    return torch.stack([_lpips_head_fwd(*maps) for maps in zip(first, second, weights, strict=True)]).sum(0)
+    return torch.stack([_lpips_head_fwd(*maps, backend) for maps in zip(first, second, weights, strict=True)]).sum(0)

@@ -48,8 +48,7 @@ def fastest_dtype(device: torch.device, short_side: int) -> torch.dtype:
     """The fastest dtype for matrices up to ``short_side``: bfloat16 where the device has units that multiply it."""
     if device.type != "cpu":
         return torch.bfloat16
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if tiles and short_side >= BFLOAT16_FROM else torch.float32
+    return torch.bfloat16 if _backend.has_tiles() and short_side >= BFLOAT16_FROM else torch.float32
 
 
 def _plain(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:

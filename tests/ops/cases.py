@@ -136,8 +136,8 @@ def launch_model_shape(name: str, width: int) -> None:
     if name == "lpips_head":
         for channels in (64, 512):
             f = torch.zeros(1, channels, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-            lpips_head._lpips_head_fwd(f, f, torch.zeros(channels))
-            lpips_head._lpips_head_bwd(torch.zeros(1), f, f, torch.zeros(channels), False, True)
+            lpips_head._lpips_head_fwd(f, f, torch.zeros(channels), "triton")
+            lpips_head._lpips_head_bwd(torch.zeros(1), f, f, torch.zeros(channels), False, True, "triton")
         return
     residual = torch.bfloat16 if name == "adaln" else torch.float32
     with training_programs():

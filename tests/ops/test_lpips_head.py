@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import DEVICE, check_budget
+from checking import BACKENDS, DEVICE, check_budget
 
 from unite_kernels import lpips_head
 
@@ -41,35 +41,40 @@ def in_double(t: dict[str, torch.Tensor], _backend: str) -> tuple[torch.Tensor]:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_values_and_gradients(batch, dtype, layout):
-    check_budget(call, maps(batch, dtype, layout), "triton", in_double)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients(batch, dtype, layout, backend):
+    check_budget(call, maps(batch, dtype, layout), backend, in_double)
 
 
 @pytest.mark.usefixtures("nan_filled")
-def test_gradient_of_the_second_maps_alone():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_the_second_maps_alone(backend):
     t = maps(2, torch.float32, torch.channels_last)
     for name in t:
         t[name].requires_grad_(name.startswith("b"))
     wanted = [t[f"b{i}"] for i in range(3)]
-    found, expected = (torch.autograd.grad(call(t, kind)[0].sum(), wanted) for kind in ("triton", "eager"))
+    found, expected = (torch.autograd.grad(call(t, kind)[0].sum(), wanted) for kind in (backend, "eager"))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
-def test_a_position_of_zeros_has_finite_gradients():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_position_of_zeros_has_finite_gradients(backend):
     f0 = torch.zeros(1, 4, 2, 2, device=DEVICE, requires_grad=True)
     f1 = torch.rand(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     grads = torch.autograd.grad(
-        lpips_head.lpips_head([f0], [f1], [torch.ones(4, device=DEVICE)], "triton").sum(), (f0, f1)
+        lpips_head.lpips_head([f0], [f1], [torch.ones(4, device=DEVICE)], backend).sum(), (f0, f1)
     )
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_registered_op_and_compilation():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registered_op_and_compilation(backend):
     t = maps(1, torch.float32, torch.channels_last)
-    torch.library.opcheck(lpips_head._lpips_head_fwd, (t["a0"].requires_grad_(), t["b0"].requires_grad_(), WEIGHTS[0]))
-    compiled = torch.compile(lambda t: call(t, "triton")[0], backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(t), call(t, "triton")[0])
+    tensors = t["a0"].requires_grad_(), t["b0"].requires_grad_(), WEIGHTS[0]
+    torch.library.opcheck(lpips_head._lpips_head_fwd, (*tensors, backend))
+    compiled = torch.compile(lambda t: call(t, backend)[0], backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(t), call(t, backend)[0])
 
 
 def test_bad_input_is_named():
@@ -80,5 +85,3 @@ def test_bad_input_is_named():
         lpips_head.lpips_head([f], [f[:, :3]], [ones], "triton")
     with pytest.raises(ValueError, match="frozen"):
         lpips_head.lpips_head([f], [f], [ones.clone().requires_grad_()], "triton")
-    with pytest.raises(ValueError, match="no backend 'cpp'"):
-        lpips_head.lpips_head([f], [f], [ones], "cpp")

@@ -260,7 +260,7 @@ class EfficiencyConfig:
         "bf16", "of the matrix products, the weights stay fp32; fp8: of the large ones; _te: by Transformer Engine"
     )
     residual: Literal["fp32", "bf16"] = option("fp32", "dtype of the residual stream of the encoder and the decoder")
-    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "fa2", "fa3", "fa4"] = option(
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "fa2", "fa3", "fa4", "products"] = option(
         "auto", "attention backend; auto: torch's choice"
     )
     kernels: Literal["eager", "fused"] = option("eager", "fused: Triton's on GPUs, C++ on CPUs and for the optimizer")

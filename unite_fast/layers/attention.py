@@ -10,6 +10,7 @@
     fa2         the package flash-attn; as flash
     fa3         the package flash_attn_interface (FlashAttention 3) in the place of torch's flash kernel; sm_90
     fa4         the package flash-attn-4, likewise; sm_90 and sm_100; head sizes that are multiples of 8
+    products    torch's forward, and a backward of large products (unite_kernels/attention.py); CPUs, no key masks
     auto        at start, per number of keys, from PREFERRED
 
 Head sizes 64 (UNITE-S to -L) and 72 (UNITE-XL) are within all of these. A backend that needs half precision computes
@@ -32,8 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import ModelConfig
+from unite_kernels import attention as products
+from unite_kernels import backend as kernels
 
-BACKENDS = ("sdpa", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
+BACKENDS = ("sdpa", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4", "products")
 HALF_ONLY = ("flash", "cudnn", "fa2", "fa3", "fa4")  # on CUDA devices
 PACKS_MASKS = ("flash", "fa2", "fa3", "fa4")  # on CUDA devices
 SDPA = {
@@ -80,8 +83,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, b
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if name == "products" and key_mask is None:
+        return products.attention(q, k, v)
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    if name == "sdpa":
+    if name in ("sdpa", "products"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with sdpa_kernel(SDPA[name]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -157,6 +162,8 @@ def obstacle(backend: str, device: torch.device, half: bool, head_size: int) -> 
         return missing
     if backend in ("efficient", "cudnn", *MODULES) and not cuda:
         return "it needs a CUDA device"
+    if backend == "products":
+        return "it is for CPUs" if cuda else kernels.obstacle("cpp", device)
     if backend in ("sdpa", "math") or not cuda:
         return ""
     capability = torch.cuda.get_device_capability(device)
@@ -227,11 +234,12 @@ def resolve(choice: str, model: ModelConfig, device: torch.device, half: bool) -
     """What ``efficiency.attention=choice`` means for a model's training on ``device``.
 
     half: whether the passes are in bfloat16. A backend that was asked for and cannot run raises UserError with the
-    reason. ``auto`` takes what its table prefers; where that has no row for the device, or in float32, sdpa.
+    reason. ``auto`` takes what its table prefers; where that has no row for the device, or in float32, sdpa. On CPUs
+    with units for products in bfloat16 (AMX) it takes products.
     """
     if choice == "auto":
         if device.type != "cuda" or not half:
-            return "sdpa"
+            return "products" if half and kernels.has_tiles() and not obstacle("products", device, half, 0) else "sdpa"
         rows = PREFERRED.get(torch.cuda.get_device_capability(device), ())
         plan = tuple((most, _first_that_runs(names, model, device)) for most, names in rows)
         return plan[0][1] if len(plan) == 1 else plan or "sdpa"
