@@ -19,6 +19,8 @@ model in evaluation mode computes as its caller says (float32, or ``autocast``),
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -35,6 +37,7 @@ from unite_kernels import copied_linear
 E4M3 = torch.float8_e4m3fn
 TE = ("bf16_te", "fp8_te", "fp8_te_delayed")
 TE_FLOAT8 = ("fp8_te", "fp8_te_delayed")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 SCALED = ("fp8", "fp8_rowwise")
 # Large layers that fp8 and fp8_rowwise leave in bfloat16 because float8 was slower: (outputs, inputs) as padded, by
 # compute capability. `make gpu-report` writes the row of a device; what has not been measured is taken.
@@ -44,10 +47,22 @@ SLOWER_IN_FLOAT8: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {
 
 def setup(device: torch.device) -> None:
     """Process-wide switches: float32 is float32 in convolutions, too; denormals are flushed on CPUs, where they cost a
-    factor in AdamW and EMA."""
+    factor in AdamW and EMA, and freed memory stays with the process."""
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         torch.set_flush_denormal(True)
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the kernel at once, which clears each page anew for the next operation's result.
+
+    A C library that has no such switch is left as it is.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc allows
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def autocast(recipe: str, device: torch.device) -> AbstractContextManager[object]:
