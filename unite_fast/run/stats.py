@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,10 +110,22 @@ class Log:
             self._warn(self, error)
 
     def _cut(self, resumed_step: int) -> None:
-        """Removes rows later than the checkpoint from which the run goes on: they will come again."""
-        rows = [r for r in read_metrics(self.json_path) if r["step"] <= resumed_step]
+        """Removes rows later than the checkpoint from which the run goes on: they will come again.
+
+        Where lines cannot be read, the file as it was stays beside it as metrics.jsonl.damaged.
+        """
+        found, damaged = _parse(self.json_path)
+        if damaged:
+            aside = self.json_path.with_name(self.json_path.name + ".damaged")
+            files.write(aside, self.json_path.read_bytes())
+            log.warning("%d lines of %s cannot be read; it is kept as %s", damaged, self.json_path, aside.name)
+        rows = [row for row in found if row["step"] <= resumed_step]
         files.write(self.json_path, "".join(_json(row) for row in rows))
-        self.header = list(rows[0]) if rows else []
+        self._write_table(rows)
+
+    def _write_table(self, rows: list[dict[str, float]]) -> None:
+        """metrics.csv from all rows; its columns are those that any of them has, in the order of their coming."""
+        self.header = list(dict.fromkeys(name for row in rows for name in row))
         table = [self.header, *([row.get(k, "") for k in self.header] for row in rows)]
         files.write(self.csv_path, _csv(table) if rows else "")
 
@@ -126,13 +139,11 @@ class Log:
     def write(self, row: dict[str, float]) -> None:
         """A full or read-only disk costs the row and one warning, never the run. JSON has no NaN: it becomes null."""
         try:
-            with self.json_path.open("a") as file:
-                file.write(_json(row))
-            with self.csv_path.open("a", newline="") as file:
-                if not self.header:
-                    self.header = list(row)
-                    file.write(_csv([self.header]))
-                file.write(_csv([[row.get(k, "") for k in self.header]]))
+            _append(self.json_path, _json(row))
+            if set(row) <= set(self.header):
+                _append(self.csv_path, _csv([[row.get(k, "") for k in self.header]]))
+            else:  # the first row, or one of a start with other columns
+                self._write_table(read_metrics(self.json_path))
         except OSError as error:
             self._warn(self, error)
         for service in self.services:
@@ -160,18 +171,42 @@ def _csv(rows: list[list[Any]]) -> str:
     return text.getvalue()
 
 
+def _append(path: Path, text: str) -> None:
+    """Adds ``text`` on a line of its own, also after a line that a full disk has cut short."""
+    with path.open("a+b") as file:
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + text.encode())
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
-                row["step"] = int(row["step"])
-            except (ValueError, AttributeError, KeyError, TypeError):
-                break
-            rows.append(row)
-    return rows
+    """The rows of a metrics.jsonl; lines that a crash or a full disk has damaged are left out."""
+    return _parse(path)[0]
+
+
+def _parse(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The rows, and how many whole lines are none. A row that stands whole behind one that was cut short is read."""
+    rows, damaged = [], 0
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else ():
+        row = _row(line)
+        if row is None:
+            damaged += line.endswith("\n")  # the last one may just have been begun
+            begin = line.rfind('{"step"')
+            row = _row(line[begin:]) if begin > 0 else None
+        rows += [row] if row else []
+    return rows, damaged
+
+
+def _row(text: str) -> dict[str, float] | None:
+    try:
+        row = {k: math.nan if v is None else v for k, v in json.loads(text).items()}
+        if not all(isinstance(value, int | float) for value in row.values()):
+            return None
+        return row | {"step": int(row["step"])}
+    except (ValueError, AttributeError, KeyError, RecursionError, OverflowError):
+        return None
 
 
 class Meter:
