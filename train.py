@@ -17,15 +17,15 @@ from unite_fast.base import command, faults, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
 from unite_fast.efficiency import compiling, graph, precision
-from unite_fast.modality.lpips import Perceptual, load_perceptual
 from unite_fast.model.flops import peak_flops, training_flops
+from unite_fast.objective import Objective
 from unite_fast.parallel import distributed, sharding
 from unite_fast.parallel.tensors import local
 from unite_fast.run import assemble, dry_run, grids, health, monitor, start, stats, summary
 from unite_fast.run.session import Session, check_agreement, folder
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
-from unite_fast.training.step import METRICS, TrainStep
+from unite_fast.training.step import TrainStep
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
     """What a run reads from outside, opened before the ranks meet, so that a rank that misses a path says so."""
 
     source: data.Source
-    perceptual: Perceptual | None
+    objective: Objective
     scoring: monitor.Files | None
     started: float
 
@@ -86,8 +86,8 @@ class Inputs(NamedTuple):
         start.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
-        perceptual = load_perceptual(settings.objective, settings.model.channels, settings.efficiency.kernels)
-        return cls(source, perceptual, monitor.open_files(settings, world_size), started)
+        objective = Objective.open(settings.model, settings.objective, settings.efficiency)
+        return cls(source, objective, monitor.open_files(settings, world_size), started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -113,14 +113,13 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
 
 
 def open_step(state: TrainState, settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
-    """The training step, with LPIPS on the device."""
-    perceptual = inputs.perceptual
-    if perceptual is not None:
-        if settings.efficiency.compile == "all":
-            perceptual.compile_trunk(compiling.region)
-        perceptual.to(ranks.device)
+    """The training step, with its losses on the device."""
+    losses = inputs.objective.losses
+    if settings.efficiency.compile == "all":
+        losses.compile_parts(compiling.region)
+    losses.to(ranks.device)
     split = config.batch_split(settings.train, ranks.world_size)
-    return TrainStep(state, settings, ranks, split, len(inputs.source), perceptual)
+    return TrainStep(state, settings, ranks, split, len(inputs.source), inputs.objective)
 
 
 def open_batches(
@@ -151,7 +150,7 @@ def loop(
     t, device, source, path = settings.train, ranks.device, inputs.source, session.path
     total = start.last_step(settings, state, len(source))
     step, batches = open_step(state, settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
-    means = Means(METRICS, ranks)
+    means = Means(step.metrics, ranks)
     means.restore(sums)
     log = None
     if ranks.is_main:
@@ -161,7 +160,7 @@ def loop(
     shown = grids.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
     scores = None
     if inputs.scoring is not None:
-        scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.perceptual)
+        scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.objective.losses)
     session.begin(state.step)
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
@@ -184,7 +183,7 @@ def loop(
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             row |= stats.peak_memory(device)
             if log is not None:
-                stats.tell(row, total, log, alarm)
+                stats.tell(row, total, step.objective.terms, log, alarm)
             health.check_skips(settings, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)

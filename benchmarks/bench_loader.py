@@ -150,7 +150,9 @@ def check_epochs(root: Path, count: int, step: int = 120) -> None:
         for world in (1, 2, 3):
             ranks = [take(source, 0, steps, rank, world) for rank in range(world)]
             for k, parts in enumerate(zip(*ranks, strict=True)):
-                images, labels, positions = (torch.cat(x) for x in zip(*parts, strict=True))
+                images, labels, positions = (
+                    torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "samples")
+                )
                 require(torch.equal(labels, reference[k].labels), f"{name}, {world} ranks: labels of step {k}")
                 require(torch.equal(positions, reference[k].samples), f"{name}, {world} ranks: order of step {k}")
                 off = (images.int() - reference[k].images.int()).abs()

@@ -32,7 +32,7 @@ from training import Origin, OurStep, composed, on, release
 
 from unite_fast import interop, objective
 from unite_fast.config import Config, yaml_text
-from unite_fast.data import Batch
+from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import precision
 from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import UNITE
@@ -58,7 +58,7 @@ def origin_of(official: Official, config: Config) -> Origin:
 
 def differences(official: Official, ours: OurStep, recipe: str) -> dict[str, float]:
     """Relative differences of losses and gradient norm of one step from equal draws; prints them. {}: not compared."""
-    images, labels, samples = ours.batch
+    images, labels, samples = ours.batch.images, ours.batch.labels, ours.batch.samples
     draws = objective.Draws.make(ours.state.model, ours.config.objective, ours.config.seed, samples)
     half = torch.autocast(images.device.type, torch.bfloat16, enabled=recipe != "fp32")
     try:
@@ -156,7 +156,7 @@ def images_for(config: Config, device: torch.device) -> Batch:
     """One micro-batch of random images in [0, 1], which either code takes."""
     n, m = config.train.micro_batch, config.model
     images = torch.rand(n, m.channels, m.image_size, m.image_size, device=device)
-    return Batch(images, torch.arange(n, device=device) * 37 % m.num_classes, torch.arange(n, device=device))
+    return batch_of_images(images, torch.arange(n, device=device) * 37 % m.num_classes, torch.arange(n, device=device))
 
 
 class Pair:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config, ModelConfig, yaml_text
-from unite_fast.data import Batch
+from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import compiling, graph
+from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan.throughput import IMAGENET
 from unite_fast.run import assemble
@@ -110,7 +112,9 @@ class OurStep:
             lpips = origin.lpips(e.kernels, e.compile == "all" if compile_lpips is None else compile_lpips)
             if lpips is not None:
                 lpips.input_range = config.objective.perceptual_range
-        self.step = TrainStep(self.state, config, ranks, (config.train.micro_batch, 1), IMAGENET, lpips)
+        losses = ImageLosses(config.objective, lpips)
+        objective = Objective(config.objective, losses, e.kernels, e.flow_mini_batch)
+        self.step = TrainStep(self.state, config, ranks, (config.train.micro_batch, 1), IMAGENET, objective)
         self.batch = batch or images_like(config, origin.device)
         self.losses: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor | None] = {}
@@ -172,7 +176,7 @@ def images_like(config: Config, device: torch.device) -> Batch:
     shape = (n, m.channels, m.image_size, m.image_size)
     images = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
     samples = torch.arange(n, device=device)
-    return Batch(images, samples * 37 % m.num_classes, samples)
+    return batch_of_images(images, samples * 37 % m.num_classes, samples)
 
 
 def composed(passes_ms: float, update_ms: float, batch: int, images: int) -> float:

@@ -28,15 +28,17 @@ from unite_fast.config import (  # noqa: E402
     batch_split,
     yaml_text,
 )
-from unite_fast.data import Batch  # noqa: E402
+from unite_fast.data import Batch, batch_of_images  # noqa: E402
 from unite_fast.efficiency import precision  # noqa: E402
 from unite_fast.flow.field import Replays  # noqa: E402
+from unite_fast.modality.images import ImageLosses  # noqa: E402
 from unite_fast.modality.lpips import Perceptual  # noqa: E402
 from unite_fast.model.unite import UNITE  # noqa: E402
+from unite_fast.objective import Objective  # noqa: E402
 from unite_fast.parallel.distributed import Ranks  # noqa: E402
 from unite_fast.run import assemble  # noqa: E402
 from unite_fast.training.means import Means  # noqa: E402
-from unite_fast.training.step import METRICS, TrainStep  # noqa: E402
+from unite_fast.training.step import TrainStep  # noqa: E402
 from unite_kernels import probe  # noqa: E402
 
 
@@ -44,7 +46,7 @@ def batch_of(config: Config, images_seen: int) -> Batch:
     n, m = config.train.global_batch, config.model
     samples = torch.arange(images_seen, images_seen + n, device=DEVICE)
     images = torch.empty(n, m.channels, m.image_size, m.image_size, dtype=torch.uint8, device=DEVICE)
-    return Batch(images, samples % m.num_classes, samples)
+    return batch_of_images(images, samples % m.num_classes, samples)
 
 
 def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTheGpu], None]:
@@ -58,8 +60,11 @@ def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTh
             with unset_fake_temporarily():
                 perceptual = Perceptual(None, backend=config.efficiency.kernels)
             moved(perceptual)
-        step = TrainStep(state, config, Ranks(0, 1, DEVICE), batch_split(config.train, 1), 1000, perceptual)
-        means = Means(METRICS, step.ranks)
+        e = config.efficiency
+        losses = ImageLosses(config.objective, perceptual)
+        objective = Objective(config.objective, losses, e.kernels, e.flow_mini_batch)
+        step = TrainStep(state, config, Ranks(0, 1, DEVICE), batch_split(config.train, 1), 1000, objective)
+        means = Means(step.metrics, step.ranks)
         for _ in range(steps):
             batch = batch_of(config, state.images_seen)
             with seen:

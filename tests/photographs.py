@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import tarfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from unite_fast.data import stream
+from unite_fast.data import Batch, stream
 
 SIZES = [(96, 72), (72, 96), (65, 90), (64, 64), (150, 149), (300, 213), (40, 200), (128, 129), (427, 300)]
 
@@ -69,10 +70,16 @@ def take(source, steps: int, **options):
     return list(itertools.islice(stream(source, 5, **options), steps))
 
 
-def equal(a, b) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    """Whether two lists hold the same batches, bit for bit."""
+    pairs = [(p.tensors(), q.tensors()) for p, q in zip(a, b, strict=True)]
+    return all(p.keys() == q.keys() and all(torch.equal(p[name], q[name]) for name in p) for p, q in pairs)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """One batch of the samples of several, in order."""
+    named = [part.tensors() for part in parts]
+    return Batch.from_tensors({name: torch.cat([tensors[name] for tensors in named]) for name in named[0]})
 
 
 def check_streams(source, reference, steps: int = 6, batch: int = 36, **options) -> None:
@@ -86,7 +93,7 @@ def check_streams(source, reference, steps: int = 6, batch: int = 36, **options)
         ranks = [
             take(source, steps, global_batch=batch, rank=r, world_size=world_size, **options) for r in range(world_size)
         ]
-        together = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*ranks, strict=True)]
+        together = [joined(step) for step in zip(*ranks, strict=True)]
         assert equal(whole, together)
     samples = torch.cat([b.samples for b in whole])
     assert torch.equal(samples, torch.arange(steps * batch))

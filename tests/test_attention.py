@@ -77,7 +77,7 @@ def test_packing_a_key_mask():
     q, k, v = inputs(7, 21, 16, DTYPES[0])
     mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3
     mask[:, 5] = True
-    require_close(lambda q, k, v: module._packed(q, k, v, mask, "sdpa"), q, k, v, mask)
+    require_close(lambda q, k, v: module._packed(q, k, v, module.packed_keys(mask), "sdpa"), q, k, v, mask)
 
 
 def test_hidden_keys_get_no_gradient_whatever_the_kernel_leaves_there(monkeypatch):
@@ -102,8 +102,8 @@ def test_hidden_keys_get_no_gradient_whatever_the_kernel_leaves_there(monkeypatc
     q, k, v = inputs(7, 21, 16, DTYPES[0])
     mask = torch.arange(21, device=DEVICE) % 3 != 1
     mask = mask.expand(2, 21)
-    require_close(lambda q, k, v: module._packed(q, k, v, mask, "sdpa"), q, k, v, mask)
-    gradient = torch.autograd.grad(module._packed(q, k, v, mask, "sdpa").float().sum(), k)[0]
+    require_close(lambda q, k, v: module._packed(q, k, v, module.packed_keys(mask), "sdpa"), q, k, v, mask)
+    gradient = torch.autograd.grad(module._packed(q, k, v, module.packed_keys(mask), "sdpa").float().sum(), k)[0]
     assert (gradient.transpose(1, 2)[~mask] == 0).all()
 
 
@@ -143,7 +143,7 @@ def test_compiled_in_one_graph(backend, masked):
 def test_packing_never_waits_for_the_device():
     with FakeTensorMode():
         q, k, v = (torch.empty(2, 3, n, 16, requires_grad=True) for n in (7, 9, 9))
-        y = module._packed(q, k, v, torch.empty(2, 9, dtype=torch.bool), "sdpa")
+        y = module._packed(q, k, v, module.packed_keys(torch.empty(2, 9, dtype=torch.bool)), "sdpa")
         y.sum().backward()
     assert y.shape == (2, 3, 7, 16)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from unite_fast import data, objective
+from unite_fast import data
 from unite_fast.config import yaml_text
 from unite_fast.model.unite import build
+from unite_fast.objective import Objective
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.run.stats import CollapseAlarm
 
@@ -46,11 +47,11 @@ def spread_of_latents(*overrides: str) -> tuple[list[dict[str, float]], float]:
     optimizer = Optimizer(model, config.optim)
     source = data.open_source(config.data, config.model)
     batches = data.stream(source, config.seed, 0, config.train.global_batch)
+    objective = Objective.open(config.model, config.objective, config.efficiency)
     rows = []
     for step in range(STEPS):
         batch = next(batches)
-        draws = objective.Draws.make(model, config.objective, config.seed, batch.samples)
-        losses = objective.backward(model, batch.images, batch.labels, draws, config.objective)
+        losses = objective.backward(model, batch, objective.draws(model, config.seed, batch.samples))
         optimizer.step(config.optim.lr * min(1.0, step / WARMUP))
         std = losses["latents"].std(dim=0, correction=0).mean().item()
         rows.append({"step": step + 1, "latent_std": std})

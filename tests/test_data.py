@@ -9,9 +9,10 @@ import torch
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import SOURCES, all_images, open_source, stream, to_float
+from unite_fast.data import SOURCES, all_images, open_source, stream
 from unite_fast.data.order import Order, permutation, share
 from unite_fast.data.source import Source
+from unite_fast.modality.images import to_float
 
 DIGITS = DataConfig(source="digits", flip=False)
 SMALL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=10)

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import equal
 from PIL import Image
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import BadImage, WorkerError, all_images, open_source, stream
+from unite_fast.data import BadImage, WorkerError, all_images, batch_of_images, open_source, stream
 from unite_fast.data import encoded as encoded_module
 from unite_fast.data.folder import Folder
 from unite_fast.data.loader import skip_limit
@@ -58,10 +59,6 @@ def take(source, steps: int, **options):
     return list(itertools.islice(stream(source, 5, **options), steps))
 
 
-def equal(a, b) -> bool:
-    return all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
-
-
 # --- folders ---------------------------------------------------------------------------------------------
 
 
@@ -90,8 +87,9 @@ def test_folder_stream(root, crop):
     for world_size in (2, 3):
         ranks = [take(source, 8, global_batch=12, rank=r, world_size=world_size) for r in range(world_size)]
         for k, whole in enumerate(alone):
-            for part, tensor in zip(zip(*[rank[k] for rank in ranks], strict=True), whole, strict=True):
-                assert torch.equal(torch.cat(part), tensor)
+            parts = [rank[k].tensors() for rank in ranks]
+            for name, tensor in whole.tensors().items():
+                assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
     index = Order(42, 5).indices(0, 96).tolist()
     images = torch.cat([b.images for b in alone])
     plain = next(all_images(source, 42)).images[index]
@@ -122,7 +120,10 @@ def test_folder_on_the_gpu(root, workers):
     source = open_source(config(root), MODEL)
     batches = take(source, 4, global_batch=80, device="cuda", workers=workers)
     assert all(b.images.is_cuda and b.labels.is_cuda for b in batches)
-    assert equal(take(source, 4, global_batch=80), [[t.cpu() for t in b] for b in batches])
+    assert equal(
+        take(source, 4, global_batch=80),
+        [batch_of_images(*(t.cpu() for t in (b.images, b.labels, b.samples))) for b in batches],
+    )
 
 
 def one_line(data: DataConfig, words: str, model: ModelConfig = MODEL, split: str = "train") -> None:

@@ -22,6 +22,7 @@ from unite_fast.checkpoint import saving
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Objective
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
 from unite_fast.parallel import overlap, sharding
@@ -31,7 +32,7 @@ from unite_fast.training.state import tensors_of
 from unite_fast.training.step import TrainStep
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-COMPARED = ("total", "l1", "flow", "grad_norm", "skipped")
+COMPARED = ("total", "l2", "flow", "grad_norm", "skipped")
 COMMON = ("train.global_batch=24", "optim.ema_extra=[0.9, std0.1]")
 
 
@@ -54,7 +55,9 @@ class Run:
         source = data.open_source(self.config.data, self.config.model)
         self.state = assemble.fresh_state(self.config, ranks)
         batch = self.config.train.global_batch
-        self.step = TrainStep(self.state, self.config, ranks, (batch // ranks.world_size // 2, 2), len(source))
+        objective = Objective.open(self.config.model, self.config.objective, self.config.efficiency)
+        split = (batch // ranks.world_size // 2, 2)
+        self.step = TrainStep(self.state, self.config, ranks, split, len(source), objective)
         self.stream = data.stream(source, 0, 0, batch, ranks.rank, ranks.world_size, ranks.device, 0, 30.0)
         self.ranks = ranks
         self.rows: list[list[float]] = []
@@ -292,7 +295,7 @@ def poisoned(ranks: Ranks, strategy: str) -> list[dict[str, Tensor]]:
     images = batch.images.float()
     if ranks.rank == ranks.world_size - 1:
         images[0] = math.nan
-    damaged.stream = itertools.chain([batch._replace(images=images)], stream)
+    damaged.stream = itertools.chain([batch._replace(content={"images": images})], stream)
     return [before, damaged.go(1).tensors(), damaged.go(1).tensors()]
 
 

@@ -14,10 +14,10 @@ from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config.yaml_text import from_dict
 from unite_fast.evaluation import digits as D
+from unite_fast.modality.images import psnr
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling import reconstruct
 from unite_fast.training.state import TrainState
 
 TINY = {
@@ -50,7 +50,7 @@ def test_pooled_psnr(real):
     assert D.pooled_psnr(images, images) > 100
     worse = images[:2] + np.array([0.1, 0.01], dtype=np.float32)[:, None, None, None]
     assert D.pooled_psnr(images[:2], worse) == pytest.approx(10 * np.log10(2 / (0.01 + 0.0001)), abs=1e-3)
-    each = reconstruct.psnr(torch.from_numpy(images[:2]), torch.from_numpy(worse))
+    each = psnr(torch.from_numpy(images[:2]), torch.from_numpy(worse))
     torch.testing.assert_close(each, torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
 
 

@@ -9,14 +9,15 @@ import re
 
 import pytest
 import torch
+from stepping import backward
 from support import ROOT, command, command_of
 
 import unite_fast.doctor
-from unite_fast import objective
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig, yaml_text
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.flops import peak_flops, peak_of, training_flops
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Draws
 from unite_fast.plan import throughput
 
 CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
@@ -36,11 +37,11 @@ def counted(encoder: str, decoder: str, flow_steps: int, monkeypatch: pytest.Mon
     with torch.device("meta"):
         model, lpips, o = UNITE(config), Perceptual(None).to("meta"), ObjectiveConfig()
         latents, times = torch.empty(flow_steps, 1, *model.latent_shape), torch.empty(flow_steps, 1)
-        draws = objective.Draws(
+        draws = Draws(
             latents[0], times[0], times[0].bool(), times[0], latents[0], times, latents, times.bool()
         )  # fmt: skip
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as all_passes:
-            objective.backward(model, torch.empty(1, 3, 256, 256), torch.empty(1).long(), draws, o, lpips)
+            backward(model, torch.empty(1, 3, 256, 256), torch.empty(1).long(), draws, o, lpips)
     return {"total": all_passes.get_total_flops(), "parameters": model.trainable_parameters()}
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from stepping import backward
 from torch import Tensor
 
 from unite_fast import objective, sampling
@@ -16,6 +17,7 @@ from unite_fast.config.yaml_text import from_dict
 from unite_fast.flow import shift_time, time_grid
 from unite_fast.interop import load_reference, load_training, save_reference
 from unite_fast.model.unite import UNITE, build
+from unite_fast.objective import Draws
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.optimizer import Optimizer
 
@@ -53,8 +55,8 @@ def model(request, reference, tmp_path):
     return load_reference(path, weights="model")
 
 
-def draws_of(golden: dict[str, Tensor]) -> objective.Draws:
-    return objective.Draws(**{f.name: golden[f.name.replace("_", ".", 1)] for f in dataclasses.fields(objective.Draws)})
+def draws_of(golden: dict[str, Tensor]) -> Draws:
+    return Draws(**{f.name: golden[f.name.replace("_", ".", 1)] for f in dataclasses.fields(Draws)})
 
 
 @torch.no_grad()
@@ -86,7 +88,7 @@ def test_losses_and_gradients(model, golden, way):
         losses = objective.joint_loss(model, golden["images"], golden["labels"], draws)
         losses["total"].backward()
     else:
-        losses = objective.backward(model, golden["images"], golden["labels"], draws, ObjectiveConfig())
+        losses = backward(model, golden["images"], golden["labels"], draws, ObjectiveConfig())
     for name in ("l1", "flow", "total"):
         assert relative(losses[name].detach(), golden[f"loss.{name}"]) < EXACT
     parameters = dict(model.named_parameters())

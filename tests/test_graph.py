@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import on_ranks
-from stepping import load_tiny, trainer
+from stepping import backward, load_tiny, trainer
 from support import command
 from tape import Tape
 from torch import Tensor
 
-from unite_fast import objective
 from unite_fast.base.errors import UserError
 from unite_fast.efficiency import graph
 from unite_fast.model.unite import build
+from unite_fast.objective import Draws, Objective
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.training.step import TrainStep
 
@@ -34,7 +34,7 @@ def run(
     losses = []
     for _ in range(STEPS):
         metrics = step(batch())
-        losses.append([float(metrics[name]) for name in ("total", "l1", "flow", "latent_std", "grad_norm", "lr")])
+        losses.append([float(metrics[name]) for name in ("total", "l2", "flow", "latent_std", "grad_norm", "lr")])
     o = step.state.optimizer
     ema = {f"{kind}.{name}": value for kind, values in o.averages.items() for name, value in values.items()}
     end = {**o.parameters, **o.state_dict(), **ema, "steps": o.steps, "longest": step.skips.longest}
@@ -111,7 +111,7 @@ def test_several_ranks_average_and_update_outside_the_graph():
 def test_a_flow_pass_has_accumulation_nodes_of_its_own(monkeypatch):
     """Autograd keeps one such node per parameter and the stream of its birth, as long as any graph holds it."""
     model = build(load_tiny().model)
-    reconstruct = objective.reconstruction_losses
+    reconstruct = Objective.reconstruction
 
     def node(parameter: Tensor):
         return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
@@ -128,10 +128,10 @@ def test_a_flow_pass_has_accumulation_nodes_of_its_own(monkeypatch):
         assert not any(node(p).metadata for p in model.parameters() if p.requires_grad)
         return z.new_zeros(())
 
-    monkeypatch.setattr(objective, "reconstruction_losses", marked)
+    monkeypatch.setattr(Objective, "reconstruction", marked)
     o = load_tiny().objective
-    draws = objective.Draws.make(model, o, 0, torch.arange(2))
-    objective.backward(model, torch.rand(2, 1, 8, 8), torch.arange(2), draws, o, flow_pass=flow_pass)
+    draws = Draws.make(model, o, 0, torch.arange(2))
+    backward(model, torch.rand(2, 1, 8, 8), torch.arange(2), draws, o, flow_pass=flow_pass)
 
 
 def test_the_tape_keeps_what_a_graph_would_keep():

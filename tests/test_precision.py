@@ -13,19 +13,20 @@ import resource
 import pytest
 import torch
 import torch.nn.functional as F
+from stepping import backward
 from support import TINY, command
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast import objective
 from unite_fast.base.errors import UserError
 from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
-from unite_fast.data import Batch
+from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import precision
 from unite_fast.layers import Linear
 from unite_fast.model.unite import UNITE, build
+from unite_fast.objective import Draws, Objective
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import assemble
 from unite_fast.training.state import TrainState
@@ -190,8 +191,10 @@ def step_of(**efficiency) -> tuple[TrainStep, TrainState, Batch]:
     config = dataclasses.replace(config, efficiency=EfficiencyConfig(**efficiency), device="cpu")
     ranks = Ranks(0, 1, torch.device("cpu"))
     state = assemble.fresh_state(config, ranks)
-    step = TrainStep(state, config, ranks, (8, 2), 1000)
-    batch = Batch(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))
+    step = TrainStep(
+        state, config, ranks, (8, 2), 1000, Objective.open(config.model, config.objective, config.efficiency)
+    )
+    batch = batch_of_images(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))
     return step, state, batch
 
 
@@ -291,8 +294,7 @@ def healthy(name: str, residual: str) -> tuple[dict[str, Tensor], dict[str, Tens
     o = ObjectiveConfig(perceptual_weight=0)
     images, labels = torch.rand(8, 1, 8, 8, generator=generator), torch.arange(8)
     with recipe.step():
-        draws = objective.Draws.make(model, o, 0, torch.arange(8))
-        losses = objective.backward(model, images, labels, draws, o)
+        losses = backward(model, images, labels, Draws.make(model, o, 0, torch.arange(8)), o)
     return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -326,8 +328,7 @@ def test_padding_changes_nothing(kernels, monkeypatch):
         for p in model.parameters():
             p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
         with recipe.step():
-            draws = objective.Draws.make(model, o, 0, torch.arange(4))
-            losses = objective.backward(model, images, torch.arange(4), draws, o)
+            losses = backward(model, images, torch.arange(4), Draws.make(model, o, 0, torch.arange(4)), o)
         results.append(losses | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():

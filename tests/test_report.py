@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     for part in ("samples", "scores"):
         (run / part).mkdir(parents=True)
     rows = [
-        {"step": s, "images_seen": 32 * s, "total": 1 / s, "l1": 0.5, "lpips": 0.0, "images_per_second": 100.0 + s % 7}
+        {"step": s, "images_seen": 32 * s, "total": 1 / s, "l1": 0.5, "flow": 0.2, "images_per_second": 100.0 + s % 7}
         for s in range(1, 901)
     ]
     rows[10]["total"] = float("nan")

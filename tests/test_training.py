@@ -20,7 +20,7 @@ from unite_fast.config import Config
 from unite_fast.run import start, stats
 from unite_fast.run.stats import CollapseAlarm, read_metrics
 
-COMPARED = ("step", "images_seen", "total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr")
+COMPARED = ("step", "images_seen", "total", "l2", "flow", "latent_std", "grad_norm", "lr")
 
 
 def train(config: Path, run: Path, *arguments: str, processes: int = 1) -> str:

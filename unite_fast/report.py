@@ -18,17 +18,18 @@ from unite_fast.base import command, files
 from unite_fast.base.errors import UserError
 from unite_fast.run.stats import read_metrics
 
-CURVES = (
-    ("total", "loss"),
-    ("l1", "pixel loss"),
-    ("lpips", "LPIPS"),
-    ("flow", "flow loss"),
-    ("latent_std", "standard deviation of the latents"),
-    ("grad_norm", "gradient norm"),
-    ("lr", "learning rate"),
-    ("images_per_second", "images per second"),
-    ("mfu", "model FLOP utilisation"),
-)
+# Columns of a row. One that is not here is a term of the loss.
+CURVES = {
+    "total": "loss",
+    "latent_std": "standard deviation of the latents",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+    "mfu": "model FLOP utilisation",
+}
+NOT_SHOWN = (
+    "step", "images_seen", "skipped", "tflops", "seconds_left", "data_wait", "checkpoint_stall", "memory_gib",
+)  # fmt: skip
 MONITORED = (
     ("fid", "FID at the best guidance"),
     ("is", "Inception score there"),
@@ -204,6 +205,18 @@ def scores(folder: Path) -> str:
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
 
+def curves(rows: list[dict[str, float]]) -> str:
+    """Over optimizer steps: the loss, its terms, then the other CURVES; of rows of metrics.jsonl."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    terms = {name: f"{name} loss" for name in columns if name not in CURVES and name not in NOT_SHOWN}
+    charts = []
+    for name, title in {"total": CURVES["total"], **terms, **CURVES}.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if any(math.isfinite(value) and value for _, value in points):
+            charts.append(curve(title, [step for step, _ in points], [value for _, value in points]))
+    return "".join(charts)
+
+
 def page(folder: Path) -> str:
     """The page of a run folder. Raises UserError when it is not one."""
     rows = read_metrics(folder / "metrics.jsonl")
@@ -212,11 +225,6 @@ def page(folder: Path) -> str:
         raise UserError(f"{folder} is not a run folder: it has neither metrics.jsonl nor config.resolved.yaml")
     status, provenance = (read_json(folder / name) or {} for name in ("status.json", "provenance.json"))
     steps = [row["step"] for row in rows]
-    charts = [
-        curve(title, steps, [row[name] for row in rows])
-        for name, title in CURVES
-        if rows and all(name in row for row in rows) and any(math.isfinite(row[name]) and row[name] for row in rows)
-    ]
     grids = spread(sorted((folder / "samples").glob("step_*.png")))
     shown = [picture(p, f"step {int(p.stem.removeprefix('step_'))}: real, reconstructed, EMA, raw") for p in grids]
     shown += [picture(p, p.stem.replace("_", " ")) for p in sorted((folder / "report").glob("*.png"))]
@@ -229,7 +237,7 @@ def page(folder: Path) -> str:
     settings = html.escape(config.read_text()) if config.is_file() else ""
     sections = [
         f"<h1>{name}</h1><p class='about'>{html.escape(about)}</p>",
-        f"<h2>Curves over optimizer steps</h2><div class='grid'>{''.join(charts) or 'No metrics yet.'}</div>",
+        f"<h2>Curves over optimizer steps</h2><div class='grid'>{curves(rows) or 'No metrics yet.'}</div>",
         f"<h2>Pictures</h2><div class='grid'>{''.join(shown) or 'No pictures yet.'}</div>",
         training_scores(folder),
         f"<h2>Scores</h2>{scores(folder)}",

@@ -20,7 +20,7 @@ from unite_fast.run.stats import read_metrics
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = Path(__file__).with_name("tiny.yaml").read_text()
 STRAIGHT = ("train.max_steps=20", "train.checkpoint_every=5", "train.keep_last=10")
-COMPARED = ("step", "images_seen", "total", "l1", "flow", "grad_norm", "lr")
+COMPARED = ("step", "images_seen", "total", "l2", "flow", "grad_norm", "lr")
 
 
 class Rank:

@@ -75,6 +75,7 @@ SIZES: dict[type, dict[str, Any]] = {EncoderConfig: ENCODER_SIZES, DecoderConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
+    modality: Literal["images"] = option("images", "what the model is of; the next three keys are those of images")
     image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16)
     patch_size: int = option(16, "pixels of a patch, height and width", above=0)
     channels: int = option(3, "colour channels of the images", above=0)

@@ -22,13 +22,14 @@ from collections.abc import Callable
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.dali import open_dali
 from unite_fast.data.digits import open_digits
 from unite_fast.data.folder import open_folder
 from unite_fast.data.order import Order
 from unite_fast.data.packed import open_packed
 from unite_fast.data.rate import Waits
-from unite_fast.data.source import BadImage, Batch, Source, WorkerError, to_float
+from unite_fast.data.source import BadImage, Source, WorkerError
 from unite_fast.data.stream import all_images, stream
 from unite_fast.data.synthetic import open_synthetic
 from unite_fast.data.tar import open_tar
@@ -42,9 +43,9 @@ __all__ = [
     "Waits",
     "WorkerError",
     "all_images",
+    "batch_of_images",
     "open_source",
     "stream",
-    "to_float",
 ]
 
 SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {

@@ -30,11 +30,12 @@ from torch import Tensor
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.ahead import ahead, spread
+from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource, explain, open_image
 from unite_fast.data.folder import place
 from unite_fast.data.loader import apply_policy, skip_limit
-from unite_fast.data.source import BadImage, Batch, Request, Source, check_classes, mirror, to_device
+from unite_fast.data.source import BadImage, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import MAX_PIXELS, is_mirrored, offset, random_rectangle, resized_shape
 
 CHUNK = 64  # images per run of the pipeline
@@ -341,7 +342,9 @@ class Dali(Source):
                 part.record_stream(torch.cuda.current_stream(device))
             used[low : low + len(part)] = indices
             if low + len(part) == n:
-                yield Batch(images, to_device(self.labels[used], device), to_device(request.positions, device))
+                yield batch_of_images(
+                    images, to_device(self.labels[used], device), to_device(request.positions, device)
+                )
 
 
 def open_dali(data: DataConfig, model: ModelConfig, split: str) -> Dali:

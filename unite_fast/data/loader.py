@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unite_fast.base.errors import UserError
-from unite_fast.data.source import BadImage, Batch, Request, Source, WorkerError, to_device
+from unite_fast.data.batch import Batch, batch_of_images
+from unite_fast.data.source import BadImage, Request, Source, WorkerError, to_device
 
 CHUNK = 32  # images; bounds shared memory to 2 * workers * CHUNK images
 MAX_SKIPPED_SHARE, MIN_SKIPPED = 0.001, 5
@@ -261,7 +262,7 @@ def load_batches(
                 used[filled:high] = chunk[1]
                 filled = high
                 chunk = next_chunk() if filled < n else None
-            yield Batch(images, to_device(source.labels[used], device), to_device(request.positions, device))
+            yield batch_of_images(images, to_device(source.labels[used], device), to_device(request.positions, device))
     finally:
         if watched:
             _deaths.unwatch()

@@ -30,9 +30,10 @@ from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.ahead import ahead
+from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.encoded import EncodedSource, check_bytes
 from unite_fast.data.folder import place
-from unite_fast.data.source import BadImage, Batch, Request, Source, check_classes, mirror, to_device
+from unite_fast.data.source import BadImage, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import is_mirrored
 from unite_kernels import extension
 from unite_kernels.gather import gather_rows
@@ -235,7 +236,7 @@ class Packed(Source):
             if flips is not None:
                 images = mirror(images, flips)
             labels = to_device(self.labels[request.indices], device)
-            yield Batch(images, labels, to_device(request.positions, device))
+            yield batch_of_images(images, labels, to_device(request.positions, device))
 
 
 class PackedEncoded(EncodedSource):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast.data.source import Batch, Source
+from unite_fast.data.batch import Batch
+from unite_fast.data.source import Source
 from unite_fast.data.stream import stream
 
 

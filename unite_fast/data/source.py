@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import RunError, UserError
+from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 
 AUGMENT_STREAM = 1 << 20  # lane 0: flip; further lanes: random crop. Streams of the model are below 1 << 20
 PIXEL_STREAM = AUGMENT_STREAM + 1  # synthetic pixels
-
-
-class Batch(NamedTuple):
-    """Images and what they are, on one device."""
-
-    images: Tensor  # (B, C, H, W), uint8 or float32 in [0, 1]
-    labels: Tensor  # (B,) int64
-    samples: Tensor  # (B,) int64: positions in the run (stream) or indices in the source (all_images)
 
 
 class Request(NamedTuple):
@@ -43,15 +36,6 @@ class BadImage(Exception):
 
 class WorkerError(RunError):
     """A decoding process died or hung: the machine's trouble rather than the data's. One line."""
-
-
-def to_float(images: Tensor) -> Tensor:
-    """float32 in [0, 1] on the same device, from uint8 (divided by 255) or float32 (returned as it is)."""
-    if images.dtype == torch.uint8:
-        return images.to(torch.float32) / 255
-    if images.dtype == torch.float32:
-        return images
-    raise TypeError(f"images are {images.dtype}; expected uint8 or float32")
 
 
 def check_classes(found: int, expected: int, where: str) -> None:
@@ -155,7 +139,7 @@ class ResidentSource(Source):
             images = self.gather(indices, seed, device)
             if augment and self.flip:
                 images = mirror(images, self.mirrored(seed, positions))
-            yield Batch(images, to_device(self.labels[indices], device), to_device(positions, device))
+            yield batch_of_images(images, to_device(self.labels[indices], device), to_device(positions, device))
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:

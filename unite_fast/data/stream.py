@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
+from unite_fast.data.batch import Batch
 from unite_fast.data.order import Order, share
-from unite_fast.data.source import Batch, Request, Source
+from unite_fast.data.source import Request, Source
 
 
 def stream(

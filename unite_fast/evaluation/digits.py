@@ -6,7 +6,7 @@ The measures are pure functions of NumPy arrays; ``measure`` applies them to a m
 checkpoint. Images are float arrays in [0, 1].
 
     pooled PSNR      10 log10(1 / mean squared error over all held-out images and pixels), in dB; the PSNR of the scores
-                     (``reconstruct.psnr``) is the mean over images of the dB of each, which is higher
+                     (``modality.images.psnr``) is the mean over images of the dB of each, which is higher
     recognised       share of samples in which a support vector classifier, trained on the real training digits, sees
                      the class that was asked for
     spread           standard deviation over the images of a class, averaged over pixels and classes
@@ -38,6 +38,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config, SampleConfig
 from unite_fast.efficiency import precision
 from unite_fast.modality import pictures
+from unite_fast.modality.images import to_float
 from unite_fast.model.unite import UNITE
 
 COMPONENTS = 32  # principal components of the 64 pixels; they hold 97 % of the variance
@@ -136,7 +137,7 @@ def latent_std(latents: np.ndarray) -> float:
 def digits(config: Config, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, Q, S, S) in [0, 1] and labels (N,) of the "train" or "heldout" digits, in their stored order."""
     source = data.open_source(config.data, config.model, split)
-    return torch.stack([data.to_float(source.load(i)) for i in range(len(source))]), source.labels
+    return torch.stack([to_float(source.load(i)) for i in range(len(source))]), source.labels
 
 
 def draw(model: UNITE, labels: Tensor, options: SampleConfig, cfg_scale: float) -> tuple[Tensor, float]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from unite_fast import data
 from unite_fast.base.errors import UserError
 from unite_fast.config import Config
+from unite_fast.modality.images import to_float
 
 # The sha256 of torch-fidelity's weights, whose name has its first digits.
 INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -101,7 +102,7 @@ def digits_network(config: Config, device: torch.device | str = "cpu") -> Extrac
     from threadpoolctl import threadpool_limits
 
     source = data.open_source(config.data, config.model, "train")
-    images = torch.stack([data.to_float(source.load(i)) for i in range(len(source))]).flatten(1).numpy()
+    images = torch.stack([to_float(source.load(i)) for i in range(len(source))]).flatten(1).numpy()
     fitted: Any = MLPClassifier((64,), alpha=1e-2, max_iter=60, random_state=0, tol=0.0, n_iter_no_change=60)
     # One thread: the sums of matrix products, and with them the network's hash, depend on how many share the work.
     with threadpool_limits(1), warnings.catch_warnings():

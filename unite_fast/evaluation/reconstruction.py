@@ -18,10 +18,10 @@ from unite_fast.config import Config
 from unite_fast.evaluation import fid, statistics
 from unite_fast.evaluation.features import Extractor
 from unite_fast.modality import pictures
+from unite_fast.modality.images import psnr, to_float
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.reconstruct import psnr
 from unite_kernels import corruption
 
 
@@ -61,7 +61,7 @@ def score(
         found = next(batches, None)
         if found is None:
             return False
-        images = data.to_float(found.images)
+        images = to_float(found.images)
         noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, found.samples, model.latent_shape, TOKENIZE_T_MAX)
         reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
         finite = torch.isfinite(reconstruction).flatten(1).all(1).tolist()

@@ -1,4 +1,4 @@
-"""The flow's mathematics as pure functions: path, x-prediction to velocity, losses, guidance, time grid.
+"""The flow's mathematics as pure functions: path, x-prediction to velocity, guidance, time grid.
 
 Time runs from t = 0 (noise) to t = 1 (data): z_t = t z + (1 - t) eps. The network predicts the clean latents x0.
 
@@ -30,19 +30,6 @@ def velocity(x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
     """(x0 - z_t) / max(1 - t, 0.05); x0, zt (B, K, C), t (B,) or a scalar tensor."""
     remaining = (1 - t).clamp_min(EPS)
     return (x0 - zt) / (remaining[:, None, None] if t.ndim else remaining)
-
-
-def velocity_loss(x0: Tensor, x0_true: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-    """Mean squared difference of the velocities (the official code's loss), a scalar."""
-    return (velocity(x0_true, zt, t) - velocity(x0, zt, t)).square().mean()
-
-
-def x0_loss(x0: Tensor, x0_true: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the clean latents (arXiv 2603.22283, section 3.2), a scalar."""
-    return (x0_true - x0).square().mean()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"velocity": velocity_loss, "x0": x0_loss}
 
 
 def inside(t: float, interval: tuple[float, float]) -> bool:

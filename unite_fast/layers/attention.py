@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,24 +69,49 @@ PREFERRED: dict[tuple[int, int], tuple[tuple[int, tuple[str, ...]], ...]] = {
 Plan = str | tuple[tuple[int, str], ...]  # one backend, or (most keys, backend) in rising order
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, backend: Plan = "sdpa") -> Tensor:
+class Keys(NamedTuple):
+    """Which keys may be attended to, prepared once for all layers of a pass by ``visible_keys``."""
+
+    visible: Tensor  # bool (B, S)
+    order: Tensor | None = None  # int64 (B S,): the visible ones of the whole batch, then the hidden ones
+    hidden: Tensor | None = None  # bool (B S, 1, 1), in that order
+    starts: Tensor | None = None  # int32 (B + 1,): where each sample's keys begin among the visible ones
+
+
+def visible_keys(key_mask: Tensor, backend: Plan) -> Keys:
+    """For ``attention`` with a key mask, bool (B, S). Kernels that know no mask need the order of the visible keys."""
+    packs = key_mask.is_cuda and _of(backend, key_mask.shape[1]) in PACKS_MASKS
+    return packed_keys(key_mask) if packs else Keys(key_mask)
+
+
+def packed_keys(key_mask: Tensor) -> Keys:
+    """With what ``_packed`` needs."""
+    hidden = ~key_mask.flatten()
+    order = torch.argsort(hidden.to(torch.uint8), stable=True)
+    starts = F.pad(key_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Keys(key_mask, order, hidden[order][:, None, None], starts)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Keys | Tensor | None = None, backend: Plan = "sdpa") -> Tensor:
     """softmax(q kT / sqrt(E)) v.
 
     q (B, H, T, E), k and v (B, H, S, E), one dtype. key_mask: optional bool (B, S), true where a key may be attended
-    to; rows whose keys are all masked are undefined. backend: what ``resolve`` returned. Returns (B, H, T, E).
+    to, or what ``visible_keys`` made of it for this backend; rows whose keys are all masked are undefined. backend:
+    what ``resolve`` returned. Returns (B, H, T, E).
     """
+    keys = visible_keys(key_mask, backend) if isinstance(key_mask, Tensor) else key_mask
     name = _of(backend, k.shape[2])
     if q.is_cuda and q.dtype == torch.float32 and name in HALF_ONLY:
         name = "sdpa"
-    if key_mask is not None and q.is_cuda and name in PACKS_MASKS:
-        return _packed(q, k, v, key_mask, name)
+    if keys is not None and q.is_cuda and name in PACKS_MASKS:
+        return _packed(q, k, v, keys, name)
     if name == "fa2":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    if name == "products" and key_mask is None:
+    if name == "products" and keys is None:
         return products.attention(q, k, v)
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+    mask = None if keys is None else keys.visible[:, None, None, :]
     if name in ("sdpa", "products"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with sdpa_kernel(SDPA[name]):
@@ -134,20 +160,18 @@ def _pad(x: Tensor, starts: Tensor, longest: int) -> Tensor:
     return x[row.clamp(max=len(x) - 1)].transpose(1, 2)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, backend: str) -> Tensor:
+def _packed(q: Tensor, k: Tensor, v: Tensor, keys: Keys, backend: str) -> Tensor:
     """Masked attention by a kernel that knows only sequence lengths: the visible keys are moved to the front.
 
     Shapes do not depend on the mask: the hidden keys stay behind the last sequence, where no kernel reads, as zeros.
     """
+    if keys.order is None or keys.hidden is None or keys.starts is None:
+        raise ValueError(f"the keys were prepared for another backend than {backend}")
     b, h, t, e = q.shape
-    hidden = ~key_mask.flatten()
-    order = torch.argsort(hidden.to(torch.uint8), stable=True)
-    behind = hidden[order][:, None, None]
-    k, v = (torch.where(behind, 0, x.transpose(1, 2).flatten(0, 1)[order]) for x in (k, v))
+    k, v = (torch.where(keys.hidden, 0, x.transpose(1, 2).flatten(0, 1)[keys.order]) for x in (k, v))
     starts_q = torch.arange(0, b * t + 1, t, device=q.device, dtype=torch.int32)
-    starts_k = F.pad(key_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     q = q.transpose(1, 2).flatten(0, 1)
-    y = attention_varlen(q, k, v, starts_q, starts_k, t, key_mask.shape[1], backend)
+    y = attention_varlen(q, k, v, starts_q, keys.starts, t, keys.visible.shape[1], backend)
     return y.view(b, t, h, e).transpose(1, 2)
 
 

@@ -1,10 +1,8 @@
-"""The decoder: a plain pre-norm ViT from latent tokens to pixels.
+"""The trunk of every decoder: a plain pre-norm ViT over latents, with a class token in front.
 
-With one latent per patch (published) each latent token becomes its patch. With any other number the latents
-are followed by one query per patch, and the queries become the patches.
+A modality's decoder (``modality/``) gives the tokens positions and makes something of the output.
 
-Shape letters: B batch, K latents, M = side**2 patches, D width, H heads, E head size, P patch size, Q channels.
-Key names are those of the published checkpoints.
+Shape letters: B batch, T tokens, D width, H heads, E head size. Key names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -13,13 +11,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import DecoderConfig
-from unite_fast.layers import Linear, adamw_parameter, sincos_2d
-from unite_fast.layers.attention import attention
+from unite_fast.layers import Linear
+from unite_fast.layers.attention import Keys, attention, visible_keys
 
 EPS = 1e-12
 
@@ -38,22 +35,18 @@ class DecoderLayer(nn.Module):
         self.ffn_up = Linear(width, hidden, large=True)
         self.ffn_down = Linear(hidden, width, large=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
         parts = self.qkv(self.layernorm_before(x)).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, E)
-        x = x + self.attn_proj(attention(q, k, v, backend=self.attention).transpose(1, 2).flatten(2))
+        x = x + self.attn_proj(attention(q, k, v, keys, self.attention).transpose(1, 2).flatten(2))
         return x + self.ffn_down(F.gelu(self.ffn_up(self.layernorm_after(x))))
 
 
-class Decoder(nn.Module):
-    """(B, K, in_features) -> (B, Q, side * P, side * P). Not clamped."""
+class ViT(nn.Module):
+    """Embedding, class token, layers and the last norm; a subclass says what is before, between and behind them."""
 
-    positions: Tensor  # (1, M + 1, D)
-
-    def __init__(self, config: DecoderConfig, num_latents: int, side: int, patch_size: int, channels: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.side, self.patch_size, self.channels = side, patch_size, channels
-        self.queries = num_latents != side**2
         self.recompute = False  # the layers' activations, in backward
         self.run_layer: Callable[..., Tensor] = nn.Module.__call__  # or DecoderLayer.forward, compiled
         self.residual: torch.dtype | None = None  # in training; None leaves it in the positions' float32
@@ -63,26 +56,19 @@ class Decoder(nn.Module):
             DecoderLayer(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
         )
         self.decoder_norm = nn.LayerNorm(config.width, eps=EPS)
-        self.decoder_pred = Linear(config.width, patch_size**2 * channels)
-        positions = torch.cat([torch.zeros(1, config.width), sincos_2d(side, config.width)])
-        self.register_buffer("positions", positions[None], persistent=False)
-        if self.queries:
-            self.latent_positions = adamw_parameter(torch.randn(1, num_latents, config.width) * 0.5)
-            self.query_token = nn.Parameter(torch.zeros(config.width))
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.decoder_embed(z)
-        if self.queries:
-            latents, x = x + self.latent_positions, self.query_token.to(x.dtype).expand(len(x), self.side**2, -1)
-        x = torch.cat([self.trainable_cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions
-        if self.queries:
-            x = torch.cat([x, latents], dim=1)
+    def with_class_token(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, 1 + T, D)."""
+        return torch.cat([self.trainable_cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+
+    def run(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (B, T, D) through all layers, before the last norm. key_mask: bool (B, T), true for real tokens."""
         if self.residual is not None and self.training:
             x = x.to(self.residual)
+        keys = None if key_mask is None else visible_keys(key_mask, self.decoder_layers[0].attention)  # type: ignore[arg-type]
         for layer in self.decoder_layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self.run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self.run_layer, layer, x, keys, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.run_layer(layer, x)
-        x = self.decoder_pred(self.decoder_norm(x[:, : self.side**2 + 1]))[:, 1:]
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=self.channels)
+                x = self.run_layer(layer, x, keys)
+        return x

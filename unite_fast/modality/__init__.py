@@ -1,0 +1,84 @@
+"""What UNITE is trained on: how it enters the encoder, what the decoder makes of latents, how the two are compared.
+
+A new modality is one file with a class that has the members of ``Modality``, and a row of ``MODALITIES``.
+
+Shape letters: B batch, M context tokens, D encoder width, K registers, F decoder input width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
+from unite_fast.data.batch import Batch
+from unite_fast.layers.vit import ViT
+from unite_fast.modality.images import Images
+
+Content = Tensor | Mapping[str, Tensor]  # a batch's content, or the one tensor that says it all
+
+
+class Losses(Protocol):
+    """A module that compares. Its terms' names are those of the log, the report and TensorBoard."""
+
+    weights: dict[str, float]  # of each term in the total, in the order of the log
+
+    def __call__(self, content: Mapping[str, Tensor], prediction: Any, sizes: Tensor | None) -> dict[str, Tensor]:
+        """The terms, float32 0-d, each a mean over the samples."""
+        ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def compile_parts(self, region: Callable[..., Any]) -> None:
+        """Compiles what is worth it. region: makes a compiled function of one (``efficiency.compiling``)."""
+        ...
+
+
+class Modality(Protocol):
+    """``sizes``, int64 (B,): of samples of variable size, of whose registers and context tokens so many are there."""
+
+    embedder_name: str  # of the embedder in checkpoints
+
+    def context_tokens(self, config: ModelConfig) -> int:
+        """M, the most there are."""
+        ...
+
+    def embedder(self, config: ModelConfig) -> nn.Module:
+        """(content, sizes) -> context (B, M, D)."""
+        ...
+
+    def decoder(self, config: ModelConfig) -> ViT:
+        """(latents (B, K, F), sizes) -> a prediction: a tensor, or several by name."""
+        ...
+
+    def content(self, given: Content) -> dict[str, Tensor]:
+        """As the embedder and the losses take it, from what a source or a user gives."""
+        ...
+
+    def losses(self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> Losses:
+        """Opens the files that they need. Raises UserError."""
+        ...
+
+    def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
+        """A batch of the largest samples there are, for whoever counts sizes: its values mean nothing."""
+        ...
+
+    def finished(self, prediction: Any) -> Any:
+        """A prediction as users get it."""
+        ...
+
+    def show(self, path: Path, rows: list[Any]) -> None:
+        """Draws rows of finished predictions into a file."""
+        ...
+
+
+MODALITIES: dict[str, Modality] = {"images": Images()}
+
+
+def of(config: ModelConfig) -> Modality:
+    """The one that ``model.modality`` names."""
+    return MODALITIES[config.modality]

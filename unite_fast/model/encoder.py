@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unite_fast.config import EncoderConfig
 from unite_fast.layers import Linear, RMSNorm, adamw_parameter, rotary_table, use_adamw
-from unite_fast.layers.attention import attention
+from unite_fast.layers.attention import Keys, Plan, attention, visible_keys
 from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
 from unite_kernels.qk_norm_rope import qk_norm_rope
 from unite_kernels.swiglu import swiglu
@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Branch:
-        return branch(self.proj, attention(q, k, v, layout.key_mask, self.attention).transpose(1, 2).flatten(2))
+        return branch(self.proj, attention(q, k, v, layout.keys, self.attention).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -153,7 +153,7 @@ class Layout(NamedTuple):
     sin: Tensor
     rotate: bool  # false: no token is rotated
     prefix: int  # in-context class tokens in front, never rotated
-    key_mask: Tensor | None  # bool (B, T)
+    keys: Keys | None  # None: all of them
 
 
 class Modulation(NamedTuple):
@@ -251,6 +251,13 @@ class GenerativeEncoder(nn.Module):
             elif name.startswith(("y_embedder", "t_embedder.mlp")) and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
+    def _keys(self, key_mask: Tensor | None, prefix: int) -> Keys | None:
+        """Which keys the blocks see, with ``prefix`` class tokens in front, prepared once for all of them."""
+        if key_mask is None:
+            return None
+        backend: Plan = self.blocks[0].attn.attention  # type: ignore[assignment]
+        return visible_keys(F.pad(key_mask, (prefix, 0), value=True), backend)
+
     def forward(
         self,
         x: Tensor,
@@ -273,8 +280,9 @@ class GenerativeEncoder(nn.Module):
             h = torch.cat([h, context], dim=1)
         if self.residual is not None and self.training:
             h = h.to(self.residual)
-        layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, key_mask)
         blocks: list[Any] = list(self.blocks)
+        keys = self._keys(key_mask, 0)
+        layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, keys)
         activated = F.silu(c)  # the first module of every adaLN_modulation
         chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
         inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
@@ -288,9 +296,8 @@ class GenerativeEncoder(nn.Module):
                 tokens = (y[:, None] + self.in_context_posemb).to(h.dtype)
                 modulated_tokens = adaln(tokens, *inputs[i], backend=self.backend).to(modulated.dtype)
                 h, modulated = torch.cat([tokens, h], dim=1), torch.cat([modulated_tokens, modulated], dim=1)
-                layout = layout._replace(prefix=tokens.shape[1])
-                if key_mask is not None:
-                    layout = layout._replace(key_mask=F.pad(key_mask, (layout.prefix, 0), value=True))
+                prefix = tokens.shape[1]
+                layout = layout._replace(prefix=prefix, keys=self._keys(key_mask, prefix))
             kept = registers if block is blocks[-1] and registers < h.shape[1] else 0  # the others are dropped after it
             arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend, kept)
             if self.recompute and torch.is_grad_enabled():

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unite_fast import modality
 from unite_fast.base.errors import UserError
 from unite_fast.config import ModelConfig
 from unite_fast.layers import Linear, adamw_parameter, sincos_1d, use_adamw
-from unite_fast.layers.vit import Decoder
+from unite_fast.modality import Content
 from unite_fast.model.encoder import GenerativeEncoder
 from unite_kernels import corruption
 from unite_kernels.backend import obstacle
@@ -24,28 +25,9 @@ TOKENIZE_T_MAX = 0.01
 FORWARDS = ("tokenize", "denoise_raw", "denoise", "normalise", "decode")  # what callers use in place of forward()
 
 
-class Projection(nn.Module):
-    def __init__(self, channels: int, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-
-
-class ImagePatches(nn.Module):
-    """Images (B, Q, S, S) -> patch tokens (B, M, D)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, count = config.encoder.width, (config.image_size // config.patch_size) ** 2
-        table = torch.zeros(1, count + 1, width)
-        learned = config.patch_positions == "learned"
-        if learned:
-            nn.init.normal_(table, std=0.5)
-        # Row 0 belongs to a class token that the published model does not use.
-        self.position_embeddings = nn.Parameter(table, requires_grad=learned)
-        self.patch_embeddings = Projection(config.channels, width, config.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.patch_embeddings.projection(images).flatten(2).transpose(1, 2) + self.position_embeddings[:, 1:]
+def slots_taken(sizes: Tensor, slots: int) -> Tensor:
+    """bool (B, slots): which of each sample's registers, or context tokens, are there. sizes int64 (B,)."""
+    return torch.arange(slots, device=sizes.device) < sizes[:, None]
 
 
 class UNITE(nn.Module):
@@ -54,27 +36,31 @@ class UNITE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.modality = modality.of(config)
         self.null_class = config.num_classes
-        side = config.image_size // config.patch_size
         width = config.encoder.width
         positions = sincos_1d(torch.arange(config.num_latents), width).float()[None]
         self.latent_tokens = adamw_parameter(positions)
         if config.separate_denoiser:
             self.latent_tokens_denoiser = adamw_parameter(positions.clone())
-        self.patch_embed = use_adamw(ImagePatches(config))
+        self.add_module(self.modality.embedder_name, use_adamw(self.modality.embedder(config)))
         self.encoder = self._generative_encoder()
         if config.separate_denoiser:
             self.denoiser = self._generative_encoder()
             self.denoiser.load_state_dict(self.encoder.state_dict())
         self.encoder_layer_norm = nn.LayerNorm(config.latent_dim, eps=1e-5)
-        self.decoder = Decoder(config.decoder, config.num_latents, side, config.patch_size, config.channels)
+        self.decoder = self.modality.decoder(config)
         self.up_sample_decoder = Linear(config.latent_dim, config.decoder.in_features)
 
     def _generative_encoder(self) -> GenerativeEncoder:
         c = self.config
-        return GenerativeEncoder(
-            c.encoder, c.latent_dim, c.num_classes, c.num_latents + (c.image_size // c.patch_size) ** 2
-        )
+        tokens = c.num_latents + self.modality.context_tokens(c)
+        return GenerativeEncoder(c.encoder, c.latent_dim, c.num_classes, tokens)
+
+    @property
+    def embedder(self) -> nn.Module:
+        """What makes context tokens of a content, under the modality's name."""
+        return getattr(self, self.modality.embedder_name)
 
     def encoders(self) -> list[GenerativeEncoder]:
         """The Generative Encoder, and the denoiser where it has its own weights."""
@@ -121,34 +107,51 @@ class UNITE(nn.Module):
         """The latent LayerNorm: (B, K, C) -> (B, K, C)."""
         return self.encoder_layer_norm(latents)
 
-    def tokenize(self, images: Tensor, noise: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Images (B, Q, S, S) in [0, 1] -> normalised latents (B, K, C).
+    def tokenize(
+        self, content: Content, noise: Tensor | None = None, t: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
+        """A modality's content -> normalised latents (B, K, C). Of images that is (B, Q, S, S) in [0, 1].
 
-        noise: the registers' input (B, K, C); t: their times (B,) in [0, 0.01]. When either is None it is
-        drawn from a fixed seed by place in the batch, so equal batches give equal latents.
+        noise: the registers' input (B, K, C); t: their times (B,) in [0, 0.01]. When either is None it is drawn from a
+        fixed seed by place in the batch, so equal batches give equal latents. sizes: int64 (B,), how many registers and
+        context tokens of each sample are there; latents of the others are 0. None: all of them.
         """
-        b = len(images)
+        content = self.modality.content(content)
+        first = next(iter(content.values()))
+        b, device = len(first), first.device
         if noise is None or t is None:
-            places = torch.arange(b, device=images.device)
+            places = torch.arange(b, device=device)
             drawn = corruption.draw_tokenizer(TOKENIZE_SEED, places, self.latent_shape, TOKENIZE_T_MAX)
             noise, t = drawn[0] if noise is None else noise, drawn[1] if t is None else t
-        labels = torch.full((b,), self.null_class, device=images.device)
-        patches = self.patch_embed(images)
-        return self.normalise(self.encoder(noise, t, labels, self.latent_tokens, patches))
+        labels = torch.full((b,), self.null_class, device=device)
+        context = self.embedder(content, sizes)
+        if sizes is None:
+            return self.normalise(self.encoder(noise, t, labels, self.latent_tokens, context))
+        taken = [slots_taken(sizes, slots) for slots in (noise.shape[1], context.shape[1])]
+        z = self.normalise(self.encoder(noise, t, labels, self.latent_tokens, context, torch.cat(taken, dim=1)))
+        return z * taken[0][:, :, None]
 
-    def denoise_raw(self, zt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """As ``denoise``, before the latent LayerNorm."""
+    def denoise_raw(self, zt: Tensor, t: Tensor, labels: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """As ``denoise``, before the latent LayerNorm; latents of absent registers mean nothing."""
+        mask = None if sizes is None else slots_taken(sizes, zt.shape[1])
         if self.config.separate_denoiser:
-            return self.denoiser(zt, t, labels, self.latent_tokens_denoiser)
-        return self.encoder(zt, t, labels, self.latent_tokens)
+            return self.denoiser(zt, t, labels, self.latent_tokens_denoiser, key_mask=mask)
+        return self.encoder(zt, t, labels, self.latent_tokens, key_mask=mask)
 
-    def denoise(self, zt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Noised latents (B, K, C), times (B,), labels int64 (B,) -> predicted clean normalised latents (B, K, C)."""
-        return self.normalise(self.denoise_raw(zt, t, labels))
+    def denoise(self, zt: Tensor, t: Tensor, labels: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Noised latents (B, K, C), times (B,), labels int64 (B,) -> predicted clean normalised latents (B, K, C).
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents (B, K, C) -> images (B, Q, S, S), nominally in [0, 1], not clamped."""
-        return self.decoder(self.up_sample_decoder(z))
+        sizes: as for ``tokenize``.
+        """
+        x0 = self.normalise(self.denoise_raw(zt, t, labels, sizes))
+        return x0 if sizes is None else x0 * slots_taken(sizes, zt.shape[1])[:, :, None]
+
+    def decode(self, z: Tensor, sizes: Tensor | None = None) -> Any:
+        """Normalised latents (B, K, C) -> the modality's prediction. sizes: as for ``tokenize``.
+
+        Of images that is a tensor (B, Q, S, S), nominally in [0, 1], not clamped.
+        """
+        return self.decoder(self.up_sample_decoder(z), sizes)
 
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from unite_fast import objective
 from unite_fast.config import Config, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
 from unite_fast.efficiency import precision
+from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Draws, Objective
 from unite_fast.optim.groups import split_parameters
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.sharding import shard_size
@@ -62,20 +63,21 @@ def activation_bytes(
     Only the larger of them is ever there: each pass's backward follows its forward.
     """
     perceptual = Perceptual(None, o.perceptual_range, backend=e.kernels) if o.perceptual_weight > 0 else None
+    target = Objective(o, ImageLosses(o, perceptual), e.kernels)
     sizes: dict[Literal["reconstruction", "flow"], int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
         for encoder in model.encoders():
             encoder.backend = e.kernels
-        images = torch.empty(micro_batch, m.channels, m.image_size, m.image_size)
-        draws = objective.Draws.make(model, o, 0, torch.arange(micro_batch))
+        batch = model.modality.example(m, micro_batch)
+        draws = Draws.make(model, o, 0, batch.samples)
         count = micro_batch * min(e.flow_mini_batch, max(o.flow_steps, 1))
         zt, t, labels = torch.empty(count, *model.latent_shape), torch.empty(count), torch.arange(count)
         parameters = list(model.parameters()) + (list(perceptual.parameters()) if perceptual else [])
         passes: dict[Literal["reconstruction", "flow"], Callable[[], object]] = {
-            "reconstruction": lambda: objective.reconstruction_losses(model, images, draws, o, perceptual),
-            "flow": lambda: objective.flow_loss(model, zt, zt, t, labels, o),
+            "reconstruction": lambda: target.reconstruction(model, batch, draws),
+            "flow": lambda: target.flow_loss(model, zt, zt, t, labels),
         }
         for name, run in passes.items():
             saved = Saved(parameters)

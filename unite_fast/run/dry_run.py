@@ -10,8 +10,8 @@ from unite_fast import data
 from unite_fast.base import launcher
 from unite_fast.config import Config, batch_split
 from unite_fast.efficiency import graph
-from unite_fast.modality.lpips import load_perceptual
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Objective
 from unite_fast.parallel import sharding
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory, throughput
@@ -37,7 +37,7 @@ def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
     if o.perceptual_weight > 0 and not o.perceptual_trunk:
         missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
     else:
-        load_perceptual(o, config.model.channels, config.efficiency.kernels)
+        Objective.open(config.model, o, config.efficiency)
     if config.data.source not in ("digits", "synthetic") and not config.data.path:
         return None, [*missing, f"data.path is not given: {throughput.IMAGENET:,} images of ImageNet-1k are assumed"]
     return data.open_source(config.data, config.model), missing

@@ -11,7 +11,7 @@ from torch import Tensor
 from unite_fast import data, sampling
 from unite_fast.base import faults
 from unite_fast.config import Config
-from unite_fast.modality import pictures
+from unite_fast.modality.images import to_float
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import sampling_model
@@ -33,7 +33,7 @@ def examples(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
         members = (source.labels == label).nonzero()[:, 0]
         indices.append(int(members[number % len(members)]))
     images = torch.stack([source.load(i) for i in indices])
-    return data.to_float(images.to(device)), labels.to(device)
+    return to_float(images.to(device)), labels.to(device)
 
 
 @torch.no_grad()
@@ -62,4 +62,4 @@ def save_pictures(
     finally:
         model.train()
     if ranks.is_main:
-        pictures.save_grid(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])
+        model.modality.show(path / "samples" / f"step_{state.step:07d}.png", [images, reconstruction, averaged, raw])

@@ -30,6 +30,7 @@ from unite_fast.evaluation import features, generation, guidance_search, reconst
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import Options, Settings
+from unite_fast.modality import Losses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
@@ -124,10 +125,11 @@ class Monitor:
         state: TrainState,
         images_per_epoch: int,
         last_step: int,
-        perceptual: Perceptual | None,
+        losses: Losses,
     ) -> None:
         """Removes scores later than ``state``: they will come again. Unfinished ones are taken up then."""
-        self.config, self.session, self.files, self.perceptual = config, session, files, perceptual
+        self.config, self.session, self.files = config, session, files
+        self.perceptual: Perceptual | None = getattr(losses, "perceptual", None)
         self.ranks: Ranks = session.ranks
         self.images_per_epoch, self.last_step = images_per_epoch, last_step
         self.folder = session.path / "scores" / "training"

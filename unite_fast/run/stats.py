@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -243,16 +243,16 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
-def progress_line(row: dict[str, float], total_steps: int) -> str:
-    """One line of the terminal: step, images, losses, gradient norm, speed, memory, time to go."""
+def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str]) -> str:
+    """One line of the terminal: step, images, loss and its terms, gradient norm, speed, memory, time to go."""
     left = int(row["seconds_left"])
     speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
-    lpips = f" lpips {row['lpips']:.4f}" if row["lpips"] else ""
+    losses = "  ".join(f"{name} {row[name]:.4f}" for name in terms)
     skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
     memory = f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""
     return (
         f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
-        f"pixel {row['l1']:.4f}{lpips}  flow {row['flow']:.4f}  latent std {row['latent_std']:.3f}  "
+        f"{losses}  latent std {row['latent_std']:.3f}  "
         f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
         f"data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     )
@@ -284,9 +284,9 @@ class CollapseAlarm:
         )
 
 
-def tell(row: dict[str, float], total_steps: int, log: Log, alarm: CollapseAlarm) -> None:
+def tell(row: dict[str, float], total_steps: int, terms: Sequence[str], log: Log, alarm: CollapseAlarm) -> None:
     """A log line: to the files and services of the run, and to the terminal, with the alarm if it goes off."""
     log.write(row)
-    print(progress_line(row, total_steps), flush=True)
+    print(progress_line(row, total_steps, terms), flush=True)
     if warning := alarm.check(row):
         print(warning, file=sys.stderr)

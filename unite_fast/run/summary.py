@@ -45,7 +45,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     parts = {
         "encoder": model.encoder,
         "decoder": model.decoder,
-        "patch embedding": model.patch_embed,
+        "patch embedding": model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)

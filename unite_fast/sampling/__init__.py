@@ -120,7 +120,7 @@ def sample(
             exp3 = solver == "exp3"
             times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
             latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
-        images = model.decode(latents).float().clamp(0, 1)
+        images = model.modality.finished(model.decode(latents))
     finally:
         model.train(training)
     if counts is not None:

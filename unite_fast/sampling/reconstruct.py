@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.encoded import decode
@@ -14,15 +13,10 @@ from unite_fast.data.folder import read_file
 from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
 from unite_fast.modality import pictures
+from unite_fast.modality.images import psnr
 from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
 from unite_fast.parallel.distributed import Ranks
 from unite_kernels import corruption
-
-
-def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B,), from two (B, Q, S, S) batches in [0, 1]."""
-    error = (images - reconstruction).square().flatten(1).mean(1).clamp_min(1e-12)
-    return -10 * torch.log10(error)
 
 
 @torch.no_grad()

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from unite_fast import objective
 from unite_fast.base import faults
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config
-from unite_fast.data import Batch, to_float
+from unite_fast.data import Batch
 from unite_fast.efficiency import graph, precision
-from unite_fast.modality.lpips import Perceptual
+from unite_fast.model.unite import slots_taken
+from unite_fast.objective import FlowPass, Objective
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.parallel import overlap
 from unite_fast.parallel.distributed import Ranks
@@ -25,7 +25,6 @@ from unite_fast.training.means import SKIPPED
 from unite_fast.training.state import TrainState
 
 log = logging.getLogger("unite_fast.training.step")
-METRICS = ("total", "l1", "lpips", "flow", "latent_std", "grad_norm", "lr", SKIPPED)
 
 
 class TrainStep:
@@ -38,10 +37,11 @@ class TrainStep:
         ranks: Ranks,
         split: tuple[int, int],
         images_per_epoch: int,
-        perceptual: Perceptual | None = None,
+        objective: Objective,
     ) -> None:
         """split: (micro-batch, accumulation steps) of ``config.batch_split``."""
-        self.state, self.config, self.ranks, self.perceptual = state, config, ranks, perceptual
+        self.state, self.config, self.ranks, self.objective = state, config, ranks, objective
+        self.metrics = ("total", *objective.terms, "latent_std", "grad_norm", "lr", SKIPPED)
         self.micro_batch, self.accumulation = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
@@ -54,13 +54,6 @@ class TrainStep:
         return learning_rate(
             self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs, self.accumulation
         )
-
-    def draws(self, samples: Tensor) -> objective.Draws | objective.SeededDraws:
-        """Every random number of a micro-batch, from its global sample positions (B,)."""
-        model = self.state.model
-        if self.config.efficiency.kernels == "fused" and self.config.objective.stop_gradient:
-            return objective.SeededDraws(model, self.config.objective, self.config.seed, samples)
-        return objective.Draws.make(model, self.config.objective, self.config.seed, samples)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
@@ -91,13 +84,14 @@ class TrainStep:
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
-        moments = torch.stack((losses["latent_mean"], losses["latent_square"]))
-        self.ranks.average_([moments])  # over the global batch, however it is split
+        latents = [losses[name] for name in ("latent_mean", "latent_square", "latent_share") if name in losses]
+        latents = torch.stack([moment.expand_as(latents[0]) for moment in latents])
+        self.ranks.average_([latents])  # over the global batch, however it is split
         norm = self.state.optimizer.step(lr)
         skip = self.state.optimizer.skip
         self.skips.record(skip, position)
-        metrics = {name: value for name, value in losses.items() if value.ndim == 0}
-        metrics["latent_std"] = (moments[1] - moments[0].square()).clamp_min(0).sqrt().mean()
+        metrics = {name: value for name, value in losses.items() if name in self.metrics}
+        metrics["latent_std"] = spread(*latents)
         metrics |= {"grad_norm": norm, "lr": lr}
         metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
         return metrics | {SKIPPED: skip.to(norm.dtype)}
@@ -132,42 +126,42 @@ class TrainStep:
         parts = len(batch.labels) // self.micro_batch
         micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
-        micro_batches = zip(*(part.split(self.micro_batch) for part in batch), strict=True)
-        for i, (images, labels, samples) in enumerate(micro_batches):
+        for i, part in enumerate(batch.split(self.micro_batch)):
             self.averager.begin(number, last=i == parts - 1)
-            images = to_float(images)
-            faults.strike("fwd", number, [images])
-            losses = micro_step(images, labels, samples, 1 / parts)
+            part = part._replace(content=self.state.model.modality.content(part.content))
+            faults.strike("fwd", number, list(part.content.values()))
+            losses = micro_step(part, 1 / parts)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}
 
-    def micro_step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        samples: Tensor,
-        scale: float,
-        flow_pass: objective.FlowPass | None = None,
-    ) -> dict[str, Tensor]:
+    def micro_step(self, batch: Batch, scale: float, flow_pass: FlowPass | None = None) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch: adds the gradients of scale x the mean loss; the losses and moments.
 
-        images (B, Q, S, S) in [0, 1], labels and samples int64 (B,).
+        batch: its content as ``Modality.content`` makes it.
         """
-        config, draws = self.config, self.draws(samples)
-        losses = objective.backward(
-            self.state.model,
-            images,
-            labels,
-            draws,
-            config.objective,
-            self.perceptual,
-            scale,
-            config.efficiency.flow_mini_batch,
-            flow_pass,
-        )
-        z = losses.pop("latents").double()
-        return losses | {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
+        draws = self.objective.draws(self.state.model, self.config.seed, batch.samples)
+        losses = self.objective.backward(self.state.model, batch, draws, scale, flow_pass)
+        return losses | moments(losses.pop("latents").double(), batch.sizes)
+
+
+def moments(z: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
+    """Of latents (B, K, C) over samples: mean and mean square (K, C), and with ``sizes`` the share of samples (K, 1) in
+    which each is there, since the others are 0.
+    """
+    found = {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
+    if sizes is not None:
+        found["latent_share"] = slots_taken(sizes, z.shape[1]).double().mean(0)[:, None]
+    return found
+
+
+def spread(mean: Tensor, square: Tensor, share: Tensor | None = None) -> Tensor:
+    """The mean standard deviation of latents over samples, 0-d, from their ``moments`` over all samples (K, C)."""
+    if share is None:
+        return (square - mean.square()).clamp_min(0).sqrt().mean()
+    there, often = share > 0, share.clamp_min(1e-12)
+    deviation = (square / often - (mean / often).square()).clamp_min(0).sqrt()
+    return (deviation * there).sum() / there.sum().clamp_min(1)
 
 
 class Graphs:
@@ -183,14 +177,13 @@ class Graphs:
         self.micro = graph.Captured("the micro-batch", self._micro, place)
         self.last = graph.Captured("the update", self._update, place)
 
-    def micro_step(self, images: Tensor, labels: Tensor, samples: Tensor, scale: float) -> dict[str, Tensor]:
+    def micro_step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """As ``TrainStep.micro_step``, from one graph or with graphs of its flow mini-batches."""
         if scale != self.scale:
             raise RuntimeError("a captured step goes on with the micro-batch that it began with")
         if self.mode == "flow":
-            flow_pass = lambda z, zt, t, y: self.flow(z=z, zt=zt, t=t, labels=y)["loss"]  # noqa: E731
-            return self.step.micro_step(images, labels, samples, scale, flow_pass)
-        return self.micro(images=images, labels=labels, samples=samples)
+            return self.step.micro_step(batch, scale, lambda **tensors: self.flow(**tensors)["loss"])
+        return self.micro(**batch.tensors())
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """As ``TrainStep.update``; it communicates where there are several ranks, and is not captured then."""
@@ -198,15 +191,13 @@ class Graphs:
             return self.step.update(lr, position, losses)
         return self.last(lr=lr, position=position, **losses)
 
-    def _flow(self, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        o = self.step.config.objective
+    def _flow(self, **tensors: Tensor) -> dict[str, Tensor]:
         with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
-            loss = objective.flow_backward(self.step.state.model, z, zt, t, labels, o, o.flow_steps, self.scale)
-        return {"loss": loss}
+            return {"loss": self.step.objective.flow_backward(self.step.state.model, self.scale, **tensors)}
 
-    def _micro(self, images: Tensor, labels: Tensor, samples: Tensor) -> dict[str, Tensor]:
+    def _micro(self, **tensors: Tensor) -> dict[str, Tensor]:
         with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
-            return self.step.micro_step(images, labels, samples, self.scale)
+            return self.step.micro_step(Batch.from_tensors(tensors), self.scale)
 
     def _update(self, lr: Tensor, position: Tensor, **losses: Tensor) -> dict[str, Tensor]:
         return self.step.update(lr, position, losses)

@@ -1,0 +1,155 @@
+"""Images: patches as context, a ViT that ends in pixels, losses on pixels and features.
+
+Shape letters: B batch, Q channels, S image size, P patch size, M = (S / P)**2 patches, K latents, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
+from unite_fast.data.batch import Batch
+from unite_fast.layers import Linear, adamw_parameter, sincos_2d
+from unite_fast.layers.vit import ViT
+from unite_fast.modality import pictures
+from unite_fast.modality.lpips import Perceptual, load_perceptual, pixel_loss
+
+
+def to_float(images: Tensor) -> Tensor:
+    """float32 in [0, 1] on the same device, from uint8 (divided by 255) or float32 (returned as it is)."""
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32) / 255
+    if images.dtype == torch.float32:
+        return images
+    raise TypeError(f"images are {images.dtype}; expected uint8 or float32")
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B,), from two (B, Q, S, S) batches in [0, 1]."""
+    error = (images - reconstruction).square().flatten(1).mean(1).clamp_min(1e-12)
+    return -10 * torch.log10(error)
+
+
+def patches(config: ModelConfig) -> int:
+    return (config.image_size // config.patch_size) ** 2
+
+
+class Projection(nn.Module):
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+
+class ImagePatches(nn.Module):
+    """Images (B, Q, S, S) -> patch tokens (B, M, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.encoder.width
+        table = torch.zeros(1, patches(config) + 1, width)
+        learned = config.patch_positions == "learned"
+        if learned:
+            nn.init.normal_(table, std=0.5)
+        # Row 0 belongs to a class token that the published model does not use.
+        self.position_embeddings = nn.Parameter(table, requires_grad=learned)
+        self.patch_embeddings = Projection(config.channels, width, config.patch_size)
+
+    def forward(self, content: Mapping[str, Tensor], sizes: Tensor | None = None) -> Tensor:
+        images = content["images"]
+        return self.patch_embeddings.projection(images).flatten(2).transpose(1, 2) + self.position_embeddings[:, 1:]
+
+
+class ImageDecoder(ViT):
+    """(B, K, in_features) -> (B, Q, S, S). Not clamped.
+
+    With one latent per patch (published) each latent token becomes its patch. With any other number the latents
+    are followed by one query per patch, and the queries become the patches.
+    """
+
+    positions: Tensor  # (1, M + 1, D)
+
+    def __init__(self, model: ModelConfig) -> None:
+        config = model.decoder
+        super().__init__(config)
+        self.side, self.patch_size, self.channels = (
+            model.image_size // model.patch_size,
+            model.patch_size,
+            model.channels,
+        )
+        self.queries = model.num_latents != self.side**2
+        self.decoder_pred = Linear(config.width, self.patch_size**2 * self.channels)
+        positions = torch.cat([torch.zeros(1, config.width), sincos_2d(self.side, config.width)])
+        self.register_buffer("positions", positions[None], persistent=False)
+        if self.queries:
+            self.latent_positions = adamw_parameter(torch.randn(1, model.num_latents, config.width) * 0.5)
+            self.query_token = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, z: Tensor, sizes: Tensor | None = None) -> Tensor:
+        if sizes is not None:
+            raise ValueError("images have as many latents as the model: leave out sizes")
+        x = self.decoder_embed(z)
+        if self.queries:
+            latents, x = x + self.latent_positions, self.query_token.to(x.dtype).expand(len(x), self.side**2, -1)
+        x = self.with_class_token(x) + self.positions
+        if self.queries:
+            x = torch.cat([x, latents], dim=1)
+        x = self.run(x)
+        x = self.decoder_pred(self.decoder_norm(x[:, : self.side**2 + 1]))[:, 1:]
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, c=self.channels)
+
+
+class ImageLosses(nn.Module):
+    """The pixel loss, under the name of its kind, and LPIPS where it has a weight."""
+
+    def __init__(self, config: ObjectiveConfig, perceptual: Perceptual | None = None) -> None:
+        super().__init__()
+        self.kind, self.perceptual = config.pixel_loss, perceptual
+        self.weights = {config.pixel_loss: config.pixel_weight}
+        if perceptual is not None:
+            self.weights["lpips"] = config.perceptual_weight
+
+    def compile_parts(self, region: Callable[..., Any]) -> None:
+        if self.perceptual is not None:
+            self.perceptual.compile_trunk(region)
+
+    def forward(
+        self, content: Mapping[str, Tensor], prediction: Tensor, sizes: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        images = content["images"]
+        terms = {self.kind: pixel_loss(images, prediction, self.kind)}
+        if self.perceptual is not None:
+            terms["lpips"] = self.perceptual(images, prediction).float()
+        return terms
+
+
+class Images:
+    """The modality of images; see ``Modality``."""
+
+    embedder_name = "patch_embed"
+    context_tokens = staticmethod(patches)
+    embedder = staticmethod(ImagePatches)
+    decoder = staticmethod(ImageDecoder)
+
+    def content(self, given: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        images = given if isinstance(given, Tensor) else given["images"]
+        return {"images": images if images.is_floating_point() else to_float(images)}
+
+    def losses(self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> ImageLosses:
+        return ImageLosses(objective, load_perceptual(objective, model.channels, efficiency.kernels))
+
+    def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
+        images = torch.empty(batch, model.channels, model.image_size, model.image_size, device=device)
+        samples = torch.arange(batch, device=device)
+        return Batch({"images": images}, samples % model.num_classes, samples)
+
+    def finished(self, prediction: Tensor) -> Tensor:
+        return prediction.float().clamp(0, 1)
+
+    def show(self, path: Path, rows: list[Tensor]) -> None:
+        pictures.save_grid(path, rows)
