@@ -45,13 +45,13 @@ check-kernels: install  ## compile every kernel for sm_90 without a GPU; registe
 bench: install  ## kernels of this machine's device against eager and torch.compile
 	$(RUN) benchmarks/bench_kernels.py
 
-gpu-pack:  ## gpu-pack/: what travels to a lent GPU, with OFFICIAL_DIR a clone of the official code; lists sizes, says what is missing
+gpu-pack:  ## make gpu-pack/, which travels to a lent GPU; OFFICIAL_DIR: a clone of the official code
 	$(PYTHON) benchmarks/gpu_pack.py
 
-gpu-report:  ## from ROWS (rows.jsonl): README's figures, a record, the tables that the code reads, what the YAMLs should choose
+gpu-report:  ## from ROWS=rows.jsonl to README, RECORDS.md and the tables that the code reads
 	$(PYTHON) benchmarks/gpu_report.py --write $(ROWS)
 
-gpu-check:  ## on a lent GPU: checks, ours and the official code, tables, in 560 s; then AGAIN=1; REHEARSE=1 without a GPU
+gpu-check:  ## fifteen minutes of a lent GPU (benchmarks/GPU_BACKLOG.md); REHEARSE=1 without one
 	$(PYTHON) benchmarks/gpu_check.py $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
 
 clean:  ## remove what was built; runs/ stays

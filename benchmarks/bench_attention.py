@@ -1,6 +1,6 @@
-"""Every attention backend at UNITE's shapes, forward and backward, side by side; the table that ``auto`` goes by.
+"""Every attention backend at UNITE's shapes, forward and backward, side by side.
 
-    python benchmarks/bench_attention.py --device cuda     rows in results/<device>/attention.jsonl, PREFERRED's entry
+    python benchmarks/bench_attention.py --device cuda     rows in results/<device>/attention.jsonl
     python benchmarks/bench_attention.py                   on this CPU, as ratios to torch's plain operations
 
 544 keys: tokenization with class tokens, of which all ask or, in the last block, the 256 registers alone; 288: a flow
@@ -48,8 +48,8 @@ def tensors(
 
 def bench(
     device: torch.device, batch: int, keys: int, head_size: int, rounds: int, backends: list[str], queries: int = 0
-) -> tuple[list[dict], dict[str, float]]:
-    """The rows, and milliseconds of forward and backward together, of the backends that run here."""
+) -> list[dict]:
+    """The rows of the backends that run here."""
     half = device.type == "cuda"
     q, k, v = tensors(batch, keys, head_size, device, torch.bfloat16 if half else torch.float32, queries)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -85,12 +85,11 @@ def bench(
     def backward(name: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs[name], (q, k, v), dy, retain_graph=True)
 
-    rows, totals = [], dict.fromkeys(outputs, 0.0)
+    rows = []
     for kind, call, factor in (("fwd", forward, 1.0), ("bwd", backward, 2.5)):
         times = interleaved({name: (lambda name=name, call=call: call(name)) for name in outputs}, device, rounds)
         for name, values in times.items():
             spread = quantiles(values)
-            totals[name] += spread["median"]
             rate = factor * flops / spread["median"] / 1e9
             rows.append(
                 {"op": "attention", "pass": kind, "backend": name, "beside": list(outputs), "batch": batch}
@@ -102,20 +101,7 @@ def bench(
             against_math = ratio(times, "math", name)["median"]
             speed = f"{spread['median']:8.3f} ms  {rate:7.1f} TFLOP/s  " if half else ""
             print(f"  {name:10}{kind}  {speed}{against_math:.2f}x math")
-    return rows, totals
-
-
-def table(totals: dict[tuple[int, int], dict[str, float]], device: torch.device) -> str:
-    """PREFERRED's entry for this device: per number of keys the backends for all head sizes, the fastest first."""
-    lines = []
-    for keys in sorted(KEYS):
-        of_size = [times for (n, _), times in totals.items() if n == keys]
-        names = set.intersection(*(set(times) for times in of_size)) - {"sdpa", "math"}
-        ranked = sorted(names, key=lambda name: sum(times[name] for times in of_size))
-        lines.append((1 << 30 if keys == max(KEYS) else keys, tuple(ranked)))
-    capability = torch.cuda.get_device_capability(device)
-    where = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"    {capability}: ({', '.join(map(str, lines))}),  # {where}"
+    return rows
 
 
 def main() -> None:
@@ -132,17 +118,13 @@ def main() -> None:
     plugged = [n for n in args.backends if n in module.PLUGGED and not module.obstacle(n, device, True, min(HEADS))]
     others = [n for n in dict.fromkeys(["math", *args.backends]) if n not in plugged]
     groups = [others] + [[*(n for n in others if n not in ("flash", "sdpa")), name] for name in plugged]
-    totals: dict[tuple[int, int], dict[str, float]] = {}
     for group in groups:
         for head_size in HEADS:
             for keys in args.keys:
                 print(f"{keys} keys, head size {head_size}, {HEADS[head_size]} heads, batch {batch}")
-                new, times = bench(device, batch, keys, head_size, args.rounds, group)
-                totals[keys, head_size] = times | totals.get((keys, head_size), {})
+                new = bench(device, batch, keys, head_size, args.rounds, group)
                 if not args.no_record:  # at once: what follows may run out of time
                     print(f"  {len(new)} rows in {record('attention', device, new).name}", flush=True)
-    if device.type == "cuda" and sorted(args.keys) == sorted(KEYS):
-        print("for PREFERRED in unite_fast/layers/attention.py:\n" + table(totals, device))
 
 
 if __name__ == "__main__":

@@ -108,9 +108,10 @@ class Job:
         code = self.process.exitcode or 0
         if code == 0:
             return ""
+        if code < 0:
+            return signal.Signals(-code).name
         said = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        return f"{reason}: {said[-1].strip()[:160]}" if said else reason
+        return f"exit status {code}: {said[-1].strip()[:160]}" if said else f"exit status {code}"
 
 
 def wait_for(early: Job, clock: Clock, patience: float) -> bool:

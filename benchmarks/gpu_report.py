@@ -178,16 +178,14 @@ def record_line(text: str, rows: Rows, what: str) -> str | None:
 
 def attention_row(rows: Rows) -> str | None:
     """PREFERRED's row: per number of keys the two fastest backends, forward and backward together."""
-    times: dict[tuple[int, str], float] = defaultdict(float)
-    passes: dict[tuple[int, str], int] = defaultdict(int)
+    times: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
     for row in rows.of("attention"):
         if row["queries"] == row["keys"] and row["head_size"] == 64 and row["backend"] not in ("math", "sdpa"):
-            times[row["keys"], row["backend"]] += row["median_ms"]
-            passes[row["keys"], row["backend"]] += 1
+            times[row["keys"], row["backend"]][row["pass"]] = row["median_ms"]
     entries = []
     for keys in sorted({keys for keys, _ in times}):
-        both = [name for k, name in times if k == keys and passes[k, name] == 2]
-        ranked = sorted(both, key=lambda name: times[keys, name])[:2]
+        both = {name: sum(ms.values()) for (k, name), ms in times.items() if k == keys and len(ms) == 2}
+        ranked = sorted(both, key=lambda name: both[name])[:2]
         if ranked:
             bound = "1 << 30" if keys == LAST_KEYS else str(keys)
             entries.append(f"({bound}, ({', '.join(json.dumps(name) for name in ranked)},))")

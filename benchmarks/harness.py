@@ -180,7 +180,7 @@ def record(benchmark: str, device: torch.device, rows: list[dict]) -> Path:
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = Target.file or folder / f"{benchmark}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = environment(device) | (Target.facts | {"benchmark": benchmark} if Target.file else {})
+    where = environment(device) | {"benchmark": benchmark} | Target.facts
     with path.open("a") as file:
         file.writelines(json.dumps(where | row) + "\n" for row in rows)
     Target.written()

@@ -16,7 +16,7 @@ import torch
 from support import ROOT
 
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
-SPEED = 2.0  # of the clock: half of each part's seconds are enough at these sizes, even beside other work
+SPEED = 1.5  # of the clock: the seconds of each part that are left are enough, even beside other work
 FAULTS = {"smoke": "red", "ceilings": "crash", "ours again": "hang", "options": "oom"}
 
 
@@ -59,7 +59,7 @@ def test_a_fault_costs_its_own_part_alone(rehearsal):
 
 
 def test_what_became_of_a_part_is_said(rehearsal):
-    assert ending(rehearsal, "ceilings")["why"].startswith("SIGSEGV")
+    assert ending(rehearsal, "ceilings")["why"] == "SIGSEGV"
     assert ending(rehearsal, "ours again")["why"] == "cut off"
     assert "CUDA out of memory" in ending(rehearsal, "options")["why"]
     summary = (rehearsal.out / "summary.txt").read_text()

@@ -20,8 +20,7 @@ def attention(bench: Bench) -> None:
     names = ["math", "flash"] if bench.toy else list(OURS)
     shapes = [(33, 0)] if bench.toy else [(keys, 0) for keys in bench_attention.KEYS]
     for keys, queries in (*shapes, (33, 16) if bench.toy else bench_attention.PRUNED[::-1]):
-        rows, _ = bench_attention.bench(bench.device, batch, keys, 64, rounds, names, queries)
-        for row in rows:
+        for row in bench_attention.bench(bench.device, batch, keys, 64, rounds, names, queries):
             bench.row("attention", **row)
 
 
