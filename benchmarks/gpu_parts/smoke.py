@@ -9,6 +9,7 @@ from collections.abc import Callable
 import cases
 import torch
 from checking import check_budget
+from harness import ROOT
 from test_fused_ops import in_double
 from training import Origin, OurStep, configuration, release
 
@@ -16,12 +17,16 @@ from gpu_parts import Bench
 from unite_fast.efficiency import precision
 
 TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}  # of losses, relative: bfloat16, float32
+# Of tests/ops: smoke.run does the first; the others have nothing to run on a GPU.
+NOT_HERE = ("test_fused_ops", "test_attention_products", "test_bytes", "test_extension", "test_launches")
+OPERATIONS = tuple(
+    f"tests/ops/{path.name}" for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if path.stem not in NOT_HERE
+)
 # What only a GPU can show of a step, and the operations that smoke.run does not reach.
 TESTS = (
     *("tests/test_efficiency.py::test_a_step_never_waits_for_the_gpu", "tests/test_graph.py::test_graphs_never_wait"),
     *("tests/test_graph.py::test_graphs_on_a_gpu", "tests/test_graph.py::test_launches_of_a_replayed_step"),
-    *(f"tests/ops/test_{name}.py" for name in ("copied_linear", "split_linear", "lpips_head", "multi_tensor")),
-    *(f"tests/ops/test_{name}.py" for name in ("newton_schulz", "corruption")),
+    *OPERATIONS,
 )
 TOY_TESTS = ("tests/ops/test_split_linear.py::test_values_and_gradients",)
 
