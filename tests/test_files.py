@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -87,3 +90,50 @@ def test_provenance_says_the_code_and_no_path():
     assert found["world_size"] == 2
     assert found["torch"] == torch.__version__
     assert not any("/" in str(value) for value in found.values())
+
+
+def test_provenance_is_of_this_code_alone(tmp_path, monkeypatch):
+    """Copied into somebody's repository, the commit around it is not that of the code; new code makes it dirty."""
+
+    def git(*words: str) -> str:
+        environment = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "PATH": os.environ["PATH"]}
+        for role in ("AUTHOR", "COMMITTER"):
+            environment |= {f"GIT_{role}_NAME": "a", f"GIT_{role}_EMAIL": "a@example.org"}
+        done = subprocess.run(
+            ["git", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "unite_fast").mkdir()
+    (tmp_path / "unite_fast" / "a.py").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    git("add", ".")
+    git("commit", "-qm", "theirs")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    found = provenance.of(torch.device("cpu"), 1)
+    assert (found["commit"], found["dirty"]) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "notes.txt").write_text("no code")
+    assert not provenance.of(torch.device("cpu"), 1)["dirty"]
+    (tmp_path / "unite_fast" / "new.py").write_text("")
+    assert provenance.of(torch.device("cpu"), 1)["dirty"]
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "unite_fast")
+    assert provenance.of(torch.device("cpu"), 1)["commit"] == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_provenance_of_another_users_clone(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "train.py").write_text("")
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.chown(path, 65534, 65534)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    assert provenance.of(torch.device("cpu"), 1)["dirty"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device, a pipe or a socket"):
+        files.write(tmp_path / "pipe", "x")
+    assert names(tmp_path) == ["pipe"]

@@ -7,10 +7,12 @@ link at either name is replaced, never followed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,8 +55,13 @@ def create(path: Path) -> BinaryIO:
 def replacing(path: Path, writer: str = "", sync: bool = False) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the block ends without an error, and otherwise leaves no trace.
 
-    sync: its content is on the disk before it has the name. Raises OSError.
+    sync: its content is on the disk before it has the name. Raises OSError; also where ``path`` is a device, a pipe or
+    a socket, which nothing should take the place of.
     """
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EEXIST, "it is a device, a pipe or a socket, which is not replaced")
     temporary = aside(path, writer)
     try:
         with create(temporary) as file:

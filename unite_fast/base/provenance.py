@@ -12,16 +12,26 @@ import torch
 
 from unite_fast import __version__
 
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("unite_fast", "kernels", "csrc", "train.py", "sample.py")
+
 
 def git(*arguments: str) -> str:
-    """What git says of this code; empty without git, or outside a clone."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git in this image
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+    """What git says of this code; empty without git, outside a clone, or where the clone around it is another's.
+
+    The clone may belong to another user: nothing of it is run.
+    """
+    options = ("-c", f"safe.directory={ROOT}", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+
+    def said(*words: str) -> str:
+        try:
+            result = subprocess.run(["git", *options, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git in this image
+            return ""
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    top = said("rev-parse", "--show-toplevel")
+    return said(*arguments) if top and Path(top).resolve() == ROOT else ""
 
 
 def of(device: torch.device, world_size: int) -> dict[str, Any]:
@@ -29,7 +39,7 @@ def of(device: torch.device, world_size: int) -> dict[str, Any]:
     return {
         "unite_fast": __version__,
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(git("status", "--porcelain", "--", *CODE)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
