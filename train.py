@@ -115,9 +115,9 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
 def open_step(state: TrainState, settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainStep:
     """The training step, with its losses on the device."""
     losses = inputs.objective.losses
-    if settings.efficiency.compile == "all":
-        losses.compile_parts(compiling.region)
     losses.to(ranks.device)
+    if settings.efficiency.compile != "none":
+        losses.compile_parts(compiling.region)
     split = config.batch_split(settings.train, ranks.world_size)
     return TrainStep(state, settings, ranks, split, len(inputs.source), inputs.objective)
 
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> int:
     inputs = Inputs.check(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)
     try:
-        precision.setup(ranks.device)
+        precision.setup(ranks.device, training=True)
         faults.arm(ranks.rank)
         if arguments.fast_dev_run:
             ranks.decide(lambda: start.clear_dev_folder(folder(settings)))

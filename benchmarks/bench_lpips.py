@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    precision.setup(device)
+    precision.setup(device, training=True)
     on_gpu = device.type == "cuda"
     batch, size = arguments.batch or (32 if on_gpu else 2), arguments.size or (256 if on_gpu else 64)
     generator = torch.Generator(device).manual_seed(0)

@@ -156,7 +156,7 @@ def main() -> None:
     wanted = ["eager", *arguments.rungs.split(",")]
     if unknown := [x for x in wanted if x not in RUNGS] + [m for m in models if m not in (*MODELS, "tiny")]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    precision.setup(device)
+    precision.setup(device, training=True)
     rows = []
     for model in models:
         for n in flow_steps:

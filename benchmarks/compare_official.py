@@ -253,7 +253,7 @@ def compare_samples(
 
 def main() -> int:
     arguments = parse()
-    precision.setup(torch.device(arguments.device))
+    precision.setup(torch.device(arguments.device), training=True)
     return compare(arguments)
 
 

@@ -152,7 +152,7 @@ class Official:
 
 @contextlib.contextmanager
 def switches() -> Iterator[None]:
-    """cudnn.benchmark and TF32, which main_train.py switches on for its process; ours has neither."""
+    """cudnn.benchmark and TF32, which main_train.py switches on for its process; ours has the first."""
     backends = torch.backends
     saved = backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
     backends.cudnn.benchmark = backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True

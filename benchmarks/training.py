@@ -95,7 +95,7 @@ def on(device: torch.device, make: Callable[..., Any], *arguments: Any) -> Any:
 class OurStep:
     """A copy of ``origin`` with its optimizer, ready to step over one micro-batch.
 
-    compile_lpips: None follows ``efficiency.compile``. Raises UserError where the configuration cannot run here.
+    compile_lpips: None does as train.py. Raises UserError where the configuration cannot run here.
     """
 
     def __init__(
@@ -109,7 +109,9 @@ class OurStep:
         e = config.efficiency
         lpips = None
         if config.objective.perceptual_weight > 0:
-            lpips = origin.lpips(e.kernels, e.compile == "all" if compile_lpips is None else compile_lpips)
+            if compile_lpips is None:
+                compile_lpips = e.compile != "none" and not (e.kernels == "fused" and origin.device.type == "cuda")
+            lpips = origin.lpips(e.kernels, compile_lpips)
             if lpips is not None:
                 lpips.input_range = config.objective.perceptual_range
         losses = ImageLosses(config.objective, lpips)

@@ -5,8 +5,8 @@ also raises when any operation meets a tensor of the CPU, which would be copied,
 registered operations run their own code for GPUs up to the launch, whose arguments Triton compiles for sm_90 with the
 specialisation that it would choose there; what they return has to look as their fake says.
 
-Replaced, because only a GPU could answer: torch.cuda's properties, torch's choice of an attention kernel, the C++
-updates of the optimizer (their checks are repeated), and autograd's engine, which wants a stream of the device.
+Replaced, because only a GPU could answer: torch.cuda's properties, torch's choice of attention and convolutions, the
+C++ updates of the optimizer (their checks are repeated), and autograd's engine, which wants a stream of the device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class OnTheGpu(TorchDispatchMode):
         if function.namespace == "unite_kernels":
             self.registered += 1
             said, out = out, OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
-            described = [[(t.shape, t.dtype, t.stride(), t.device) for t in tree_leaves(x)] for x in (said, out)]
+            leaves = [[t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in (said, out)]  # None: it only writes
+            described = [[(t.shape, t.dtype, t.stride(), t.device) for t in tensors] for tensors in leaves]
             assert described[0] == described[1], f"{function}: its fake says {described[0]}, it gives {described[1]}"
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors if t.numel()}  # of an empty one nothing is copied
@@ -146,6 +147,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> 
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, wanted)[0]
 
 
+def convolve(input: Tensor, *arguments: Any, **options: Any) -> torch._C._ConvBackend:
+    """cuDNN's convolutions, and with them their layouts, which torch would not choose where cuDNN finds no device."""
+    return torch._C._ConvBackend.Cudnn
+
+
 @contextlib.contextmanager
 def gpu(launches: Launches) -> Iterator[OnTheGpu]:
     """That machine, until the end of the block; what it gives is entered around what is to be watched."""
@@ -162,6 +168,7 @@ def gpu(launches: Launches) -> Iterator[OnTheGpu]:
             (torch.autograd, "grad", graph_walk.grad),
             (attention, "trial", lambda *arguments: ""),
             (attention.F, "scaled_dot_product_attention", attend),
+            (torch._C, "_select_conv_backend", convolve),
             (multi_tensor, "_compiled", lambda backend, tensors: None if backend == "eager" else Updates()),
             (jit.JITFunction, "run", lambda *arguments, **options: launches(*arguments, **options)),
         ):

@@ -123,7 +123,8 @@ def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     said = command("train.py", "--config", path, "--dry-run", "--ranks", "8")
     assert said.returncode == 0, said.stderr
     config, header = yaml_text.load(path), path.read_text()
-    assert "1024 = 8 ranks x 2 accumulation x 64" in said.stdout
+    parts = "1 accumulation x 128" if path.stem == "imagenet_b" else "2 accumulation x 64"
+    assert f"1024 = 8 ranks x {parts}" in said.stdout
     assert "data.path is not given: 1,281,167 images" in said.stdout
     assert said.stdout.count("projection ") == (3 if path.stem == "imagenet_b" else 2)
     flops = training_flops(config.model, 3, True)["total"]

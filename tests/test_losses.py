@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 
@@ -9,10 +10,15 @@ import lpips
 import pytest
 import torch
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import ObjectiveConfig
+from unite_fast.efficiency import precision
 from unite_fast.modality.lpips import Perceptual, load_perceptual, pixel_loss
+from unite_fast.plan import memory
+from unite_kernels.backend import as_on_a_gpu
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,51 @@ def test_differentiable_in_the_reconstruction_alone(perceptual, pair):
     assert reconstruction.grad is not None
     assert reconstruction.grad.abs().max() > 0
     assert not any(p.requires_grad for p in perceptual.parameters())
+
+
+def test_a_gpus_trunk_and_head_compute_the_same(perceptual, pair):
+    """In Triton's interpreter: the value, and the gradient by its distance from float32's, as near as torch's own."""
+    fused = copy.deepcopy(perceptual)
+    fused.backend = "triton"
+    images, start = (x[:1, :, :16, :16] for x in pair)
+
+    def value_and_gradient(module: Perceptual, recipe: str) -> list[torch.Tensor]:
+        reconstruction = start.clone().requires_grad_()
+        with precision.autocast(recipe, torch.device("cpu")):
+            loss = module(images, reconstruction)
+        return [loss.detach(), *torch.autograd.grad(loss, reconstruction)]
+
+    truth = value_and_gradient(perceptual, "fp32")
+    for recipe in ("fp32", "bf16"):
+        found, own = (value_and_gradient(module, recipe) for module in (fused, perceptual))
+        for true, ours, theirs in zip(truth, found, own, strict=True):
+            assert (ours - true).norm() <= 1.5 * (theirs - true).norm() + 1e-4 * true.norm(), recipe
+    before = fused.features(images)[0]
+    fused.net.net.slice1[0].weight.data.mul_(0.5)
+    assert not torch.equal(fused.features(images)[0], before)  # its copies are of the weights as they are
+
+
+def test_a_gpus_trunk_and_head_keep_the_maps_and_bits(perceptual):
+    """In bfloat16: both images' five maps, and a bit of every other activation of the reconstruction. Torch's layers
+    keep every activation and the places of the maxima, and torch's head its own in float32."""
+    maps = sum(c * (64 >> i) ** 2 for i, c in enumerate((64, 128, 256, 512, 512)))
+    others = sum(n * c * (64 >> i) ** 2 for i, (n, c) in enumerate(((1, 64), (1, 128), (2, 256), (2, 512), (2, 512))))
+    kept = {}
+    for backend in ("eager", "fused"):
+        module = copy.deepcopy(perceptual)
+        module.backend = backend
+        saved = memory.Saved(list(module.parameters()))
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            as_on_a_gpu(),
+            precision.autocast("bf16", torch.device("cpu")),
+            saved_tensors_hooks(saved.pack, lambda t: t),
+        ):
+            loss = module(torch.empty(1, 3, 64, 64), torch.empty(1, 3, 64, 64, requires_grad=True))
+        del loss
+        kept[backend] = saved.bytes
+    assert kept["fused"] == pytest.approx(2 * 2 * maps + others / 8, rel=0.01)
+    assert kept["eager"] > 4 * kept["fused"]
 
 
 def test_loads_a_named_and_checked_trunk(trunk, perceptual, pair, tmp_path):

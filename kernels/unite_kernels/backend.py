@@ -11,6 +11,8 @@ What was asked for and is not there is an error saying why; nothing falls back s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +25,26 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Constants, so that compiled code sees no call. Triton likewise decides when a kernel is defined.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 HAS_TRITON = find_spec("triton") is not None
+
+
+_on_a_gpu = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Within it "fused" is Triton's on tensors of the CPU, too, which must have no data (fake tensors): what operations
+    keep and return can then be counted where there is no GPU."""
+    global _on_a_gpu
+    _on_a_gpu = True
+    try:
+        yield
+    finally:
+        _on_a_gpu = False
+
+
+def fused(device: torch.device) -> str:
+    """What "fused" is on ``device``."""
+    return "cpp" if device.type == "cpu" and not _on_a_gpu else "triton"
 
 
 def resolve(backend: str, *tensors: Tensor | None) -> str:
@@ -40,13 +62,13 @@ def _resolve(backend: str, device: torch.device) -> str:
     if backend == "eager":
         return "eager"
     if backend == "fused":
-        backend = "cpp" if device.type == "cpu" else "triton"
+        backend = fused(device)
     if backend == "cpp" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' runs on CPU tensors, not {device.type}: use 'fused' or 'triton'")
     if backend == "triton":
         if not HAS_TRITON:
             raise RuntimeError("backend 'triton' needs the package triton, which is not installed: use 'eager'")
-        if device.type != "cuda" and not INTERPRETING:
+        if device.type != "cuda" and not INTERPRETING and not _on_a_gpu:
             raise RuntimeError(
                 f"backend 'triton' runs on CUDA tensors, not {device.type}: use 'fused', or set TRITON_INTERPRET=1"
             )

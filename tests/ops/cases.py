@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from unite_kernels import adaln, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
+from unite_kernels import adaln, conv_relu, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ CASES = {
     ),
 }
 
-COMPILED = (*CASES, "corruption", "symmetric_product", "lpips_head")
+COMPILED = (*CASES, "corruption", "symmetric_product", "lpips_head", "conv_relu")
 
 
 @contextmanager
@@ -138,6 +138,16 @@ def launch_model_shape(name: str, width: int) -> None:
             f = torch.zeros(1, channels, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
             lpips_head._lpips_head_fwd(f, f, torch.zeros(channels), "triton")
             lpips_head._lpips_head_bwd(torch.zeros(1), f, f, torch.zeros(channels), False, True, "triton")
+        return
+    if name == "conv_relu":
+        for channels in (64, 512):
+            y = torch.zeros(1, channels, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+            bias = torch.zeros(channels, dtype=torch.bfloat16)
+            conv_relu._relu_mask(y, conv_relu._relu_finish(y, bias, True, "triton"), "triton")
+            conv_relu._relu_finish(y, bias, False, "triton")
+            pooled = conv_relu._relu_pool_fwd(y, bias, "triton")
+            for gradient in (pooled, None):
+                conv_relu._relu_pool_bwd(y, y, gradient, "triton")
         return
     residual = torch.bfloat16 if name == "adaln" else torch.float32
     with training_programs():

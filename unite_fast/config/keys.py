@@ -271,7 +271,7 @@ class EfficiencyConfig:
         True, "ddp: average gradients during the last backward; not with train.on_oom=halve or cuda_graph"
     )
     compile: Literal["none", "decoder", "all"] = option(
-        "none", "torch.compile; all: the encoder's blocks and LPIPS, too"
+        "none", "torch.compile, of LPIPS, too, where its kernels are torch's own; all: the encoder's blocks as well"
     )
     cuda_graph: Literal["none", "flow", "step"] = option(
         "none", "CUDA graph of a mini-batch of flow steps, or of the whole step"

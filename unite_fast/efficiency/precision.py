@@ -45,10 +45,12 @@ SLOWER_IN_FLOAT8: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {
 }  # fmt: skip
 
 
-def setup(device: torch.device) -> None:
+def setup(device: torch.device, training: bool = False) -> None:
     """Process-wide switches: float32 is float32 in convolutions, too; denormals are flushed on CPUs, where they cost a
-    factor in AdamW and EMA, and freed memory stays with the process."""
+    factor in AdamW and EMA, and freed memory stays with the process. training: cuDNN times its convolutions at their
+    first use and keeps the fastest, which may be another in the next process."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = training and device.type == "cuda"
     if device.type == "cpu":
         torch.set_flush_denormal(True)
         _keep_freed_memory()
@@ -221,9 +223,7 @@ def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, 
     check(name, device)
     recipe = Recipe(name, device)
     recipe.residual = efficiency.residual
-    for module in model.modules():
-        if efficiency.residual == "bf16" and hasattr(module, "residual"):
-            module.residual = torch.bfloat16  # type: ignore[assignment]
+    set_residual(model, efficiency)
     if sharded and name not in ("fp32", "bf16"):
         raise UserError(
             f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
@@ -237,6 +237,13 @@ def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, 
         raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
     recipe.refresh()
     return recipe
+
+
+def set_residual(model: nn.Module, efficiency: EfficiencyConfig) -> None:
+    """``efficiency.residual`` in every part of the model that has one."""
+    for module in model.modules():
+        if efficiency.residual == "bf16" and hasattr(module, "residual"):
+            module.residual = torch.bfloat16  # type: ignore[assignment]
 
 
 def _prepare(recipe: Recipe, path: str, layer: Any) -> None:

@@ -115,7 +115,7 @@ class ImageLosses(nn.Module):
             self.weights["lpips"] = config.perceptual_weight
 
     def compile_parts(self, region: Callable[..., Any]) -> None:
-        if self.perceptual is not None:
+        if self.perceptual is not None and not self.perceptual.fused:
             self.perceptual.compile_trunk(region)
 
     def forward(

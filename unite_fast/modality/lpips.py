@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import ObjectiveConfig
+from unite_kernels import backend as kernels
+from unite_kernels.conv_relu import Frozen, conv_relu_stages, frozen
 from unite_kernels.lpips_head import lpips_head
 
 # The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
@@ -41,7 +43,8 @@ class Perceptual(nn.Module):
     ) -> None:
         """trunk: torchvision VGG16 state dict; None leaves random weights (for benchmarks and tests only).
 
-        backend: of the head, as ``efficiency.kernels``. The trunk runs in channels_last.
+        backend: as ``efficiency.kernels``. With Triton's the trunk runs as ``conv_relu_stages``, which keeps and moves
+        least; otherwise it is the package's, as it is or compiled (``compile_trunk``). Either runs in channels_last.
         """
         super().__init__()
         check_heads()
@@ -59,7 +62,8 @@ class Perceptual(nn.Module):
             self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
         self.net.requires_grad_(False).to(memory_format=torch.channels_last)
         self.input_range, self.dropout, self.backend = input_range, dropout, backend
-        self.run_trunk: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__  # or the trunk's forward, compiled
+        self.compiled: Callable[[nn.Module, Tensor], Any] | None = None  # the package's trunk
+        self.constants: tuple[Any, list[list[Frozen]]] = (None, [])  # what they were made from, and they
         self.train(False)
 
     def train(self, mode: bool = True) -> Perceptual:
@@ -83,11 +87,30 @@ class Perceptual(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """The five feature maps of (B, 3, S, S) images, before normalisation."""
         scaled: Tensor = self.net.scaling_layer(images).contiguous(memory_format=torch.channels_last)
-        return list(self.run_trunk(self.net.net, scaled))
+        if not self.fused:
+            return list((self.compiled or nn.Module.__call__)(self.net.net, scaled))
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scaled.dtype
+        return conv_relu_stages(scaled.to(dtype), self.stages(dtype), self.backend)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the trunk runs as ``conv_relu_stages``: with Triton's kernels, unless it has been compiled."""
+        return self.compiled is None and kernels.resolve(self.backend, next(self.net.parameters())) == "triton"
+
+    def stages(self, dtype: torch.dtype) -> list[list[Frozen]]:
+        """The trunk's convolutions by feature map in ``dtype``, made once for the weights as they are."""
+        slices: list[list[Any]] = [
+            [m for m in part.children() if isinstance(m, nn.Conv2d)] for part in self.net.net.children()
+        ]
+        key = dtype, [(m.weight.device, m.weight._version, m.bias._version) for part in slices for m in part]
+        if self.constants[0] != key:
+            self.constants = key, [[frozen(m.weight, m.bias, dtype) for m in part] for part in slices]
+        return self.constants[1]
 
     def compile_trunk(self, region: Callable[..., Any]) -> None:
-        """region: makes a compiled function of the trunk's forward (``efficiency.compiling``)."""
-        self.run_trunk = region(type(self.net.net).forward, inference=True)
+        """The package's trunk runs, compiled. region: makes a compiled function (``efficiency.compiling``)."""
+        self.compiled = region(type(self.net.net).forward, inference=True)
 
 
 def check_heads() -> None:

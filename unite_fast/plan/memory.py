@@ -1,7 +1,7 @@
 """Device memory of a training step, from sizes: what stays, and what the forward passes keep for their backward.
 
 The activations are counted on fake tensors, which have shapes and no data: each tensor that autograd saves, once per
-storage, without the parameters. Compiled code keeps at most as much.
+storage, without the parameters, as the operations of a GPU keep them. Compiled code keeps at most as much.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from unite_fast.objective import Draws, Objective
 from unite_fast.optim.groups import split_parameters
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.sharding import shard_size
+from unite_kernels.backend import as_on_a_gpu
 
 FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
@@ -65,9 +66,10 @@ def activation_bytes(
     perceptual = Perceptual(None, o.perceptual_range, backend=e.kernels) if o.perceptual_weight > 0 else None
     target = Objective(o, ImageLosses(o, perceptual), e.kernels)
     sizes: dict[Literal["reconstruction", "flow"], int] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
+        precision.set_residual(model, e)
         for encoder in model.encoders():
             encoder.backend = e.kernels
         batch = model.modality.example(m, micro_batch)
