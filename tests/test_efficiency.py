@@ -200,7 +200,7 @@ def test_recompute_auto_says_what_it_decided():
 
 @pytest.mark.parametrize(("gibibytes", "recompute"), [(80, False), (16, True)])
 def test_recompute_auto_follows_the_device(monkeypatch, gibibytes, recompute):
-    """UNITE-B at micro-batch 64: 3.3 GiB that stay and about 19 GiB of activations, counted, with fused kernels in bf16."""
+    """UNITE-B at micro-batch 64: 3.3 GiB that stay and about 19 GiB of activations, counted, fused kernels, bf16."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gibibytes << 30))
     efficiency = EfficiencyConfig(kernels="fused", recompute="auto")
     config = Config(objective=ObjectiveConfig(perceptual_weight=0), efficiency=efficiency)
