@@ -1,8 +1,9 @@
 """The kernels of one optimizer step, counted from the model's sizes: FLOPs, least bytes, and what kind each is.
 
 Shape letters: B images of a micro-batch, T tokens, D width, F hidden width, r bytes of a residual element (4).
-Bytes are the least that a kernel must move when everything elementwise between two matrix products is one kernel; of
-matrix products, their operands and results in bfloat16.
+Bytes are the least that a kernel must move, and kernels those that a step has: between two matrix products of the
+encoder one elementwise kernel; copies of what lies elsewhere than its reader wants it (``copies``); of matrix products,
+their operands and results in bfloat16.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def bias_gradient(part: str, rows: int, columns: int, count: float) -> Work:
     return Work(part, "reduction", True, 0, float(BRANCH * rows * columns), (), count)
 
 
+def copies(part: str, moved: float, count: float) -> Work:
+    """Backward: bytes read and written to bring gradients together."""
+    return Work(part, "copy", True, 0, moved, (), count)
+
+
 def attention(part: str, images: int, heads: int, tokens: int, width: int, count: float) -> list[Work]:
     """Backward counts twice the forward's products, without the scores that are computed again."""
     shape, flops = (images, heads, tokens, width // heads), 4.0 * images * tokens**2 * width
@@ -68,8 +74,10 @@ def encoder_pass(part: str, model: ModelConfig, images: int, tokens: int, passes
     d, f = e.width, int(2 / 3 * e.mlp_ratio * e.width)
     for t, blocks in ((tokens, e.in_context_start), (tokens + e.in_context_len, e.depth - e.in_context_start)):
         rows, count = images * t, blocks * passes
-        for columns, depth in ((3 * d, d), (d, d), (2 * f, d), (d, f)):
+        for columns, depth in ((2 * d, d), (d, d), (d, d), (2 * f, d), (d, f)):  # q and k, v, projection, SwiGLU's two
             yield from gemm(part, rows, columns, depth, count)
+        yield copies(part, 4 * BRANCH * rows * d, count)  # gradients of q and k into one tensor
+        yield copies(part, 3 * BRANCH * rows * d, count)  # the input's from q and k, copied and read by v's product
         yield from gemm(part, images, 6 * d, d, count)
         yield from attention(part, images, e.heads, t, d, count)
         mid_or_tail = (2 * RESIDUAL + 2 * BRANCH) * d, (3 * RESIDUAL + 3 * BRANCH) * d
@@ -93,6 +101,7 @@ def decoder_pass(model: ModelConfig, images: int) -> Iterator[Work]:
         yield bias_gradient("decode", rows, columns, d.depth)
     yield from attention("decode", images, d.heads, tokens, w, d.depth)
     yield from elementwise("decode", rows * 12 * w, rows * 18 * w, 2 * d.depth)  # residual sum and LayerNorm
+    yield copies("decode", 6 * BRANCH * rows * w, d.depth)  # gradients of q, k and v into one tensor
     yield from elementwise("decode", 4 * rows * d.mlp_hidden, 6 * rows * d.mlp_hidden, d.depth)  # GELU
     yield from gemm("decode", images * model.num_latents, d.in_features, model.latent_dim)
     yield from gemm("decode", images * model.num_latents, w, d.in_features)
@@ -100,37 +109,48 @@ def decoder_pass(model: ModelConfig, images: int) -> Iterator[Work]:
 
 
 def perceptual_pass(model: ModelConfig, images: int) -> Iterator[Work]:
-    """VGG16 over both images, the gradient of one; its activations once written and once read, each way."""
+    """VGG16 over both images, the gradient of one; beside each convolution the kernel that ends it (conv_relu.py)."""
     for k, (cin, cout, pools) in enumerate(VGG16):
         side = model.image_size >> pools
         flops, pixels = 2.0 * 9 * cin * cout * images * side**2, float(images * side**2)
         size = BRANCH * pixels * (cin + cout)
         yield Work("perceptual", "conv", False, flops, size, (images, cin, cout, side), 2)
         yield Work("perceptual", "conv", True, flops, size, (images, cin, cout, side))
-        if k in (1, 3, 6, 9, 12):  # the maps that the head compares: read both forward, both and a gradient backward
-            yield from elementwise("perceptual", 2 * BRANCH * cout * pixels, 3 * BRANCH * cout * pixels)
+        n = cout * pixels
+        if k not in (1, 3, 6, 9, 12):  # bias and ReLU in place twice, and a bit each for the one that has a backward
+            yield from elementwise("perceptual", (4 * BRANCH + 1 / 8) * n, (2 * BRANCH + 1 / 8) * n)
+            continue
+        # Maps that the head compares: it reads both forward, both and writes a gradient backward.
+        yield from elementwise("perceptual", 2 * BRANCH * n, 3 * BRANCH * n)
+        pooled = 0 if k == 12 else BRANCH / 4  # with the maxima, or their gradient
+        yield from elementwise("perceptual", 2 * (2 * BRANCH + pooled) * n, (3 * BRANCH + pooled) * n)
 
 
-def update(parameters: int, matrices: dict[tuple[int, int], int], passes: dict[str, float]) -> Iterator[Work]:
+def update(
+    parameters: int, matrices: dict[tuple[int, int], int], passes: dict[str, float], once: float
+) -> Iterator[Work]:
     """Casts of the weights, sums of gradients, Newton-Schulz, and the clip, Muon, AdamW and EMA of all parameters.
 
     matrices: Muon's shapes and how many there are of each. passes: "parameters" that are cast, and "summed" gradients
-    (parameters times passes through them).
+    (parameters times passes through them). once: of an update, what this micro-batch has to bear.
     """
-    yield Work("update", "elementwise", False, 0, 6.0 * passes["parameters"])
+    yield Work("update", "elementwise", False, 0, 6.0 * passes["parameters"], (), once)
     yield Work("update", "elementwise", False, 0, 10.0 * passes["summed"])
-    yield Work("update", "elementwise", False, 0, 36.0 * parameters)
+    yield Work("update", "elementwise", False, 0, 36.0 * parameters, (), once)
     for (rows, columns), count in matrices.items():
         n, k = sorted((rows, columns))
         for shape, each in (((n, n, k), 1), ((n, n, n), 1), ((n, k, n), 1)):
             flops, size = 2.0 * shape[0] * shape[1] * shape[2], BRANCH * (shape[0] * shape[2] + shape[1] * shape[2])
             yield Work("update", "gemm", False, flops, float(size + BRANCH * shape[0] * shape[1]), shape,
-                       count * each * NS_STEPS)  # fmt: skip
+                       count * each * NS_STEPS * once)  # fmt: skip
 
 
-def step(config: Config, images: int) -> list[Work]:
-    """Every kernel of an optimizer step over one micro-batch of ``images``, Newton-Schulz on one GPU."""
-    model, o = config.model, config.objective
+def step(config: Config, images: int, ranks: int = 1) -> list[Work]:
+    """Every kernel of one micro-batch of ``images``, with its share of the update after a global batch over ``ranks``.
+
+    Newton-Schulz of all matrices, as if on one GPU.
+    """
+    model, o, e = config.model, config.objective, config.efficiency
     with torch.device("meta"):
         network = UNITE(model)
     muon, adamw = split_parameters(network, config.optim.muon)
@@ -139,9 +159,12 @@ def step(config: Config, images: int) -> list[Work]:
     patches = (model.image_size // model.patch_size) ** 2
     work = [*encoder_pass("tokenize", model, images, model.num_latents + patches, 1)]
     work += gemm("tokenize", images * patches, model.encoder.width, model.patch_size**2 * model.channels, 1, False)
-    work += encoder_pass("flow", model, images, model.num_latents, o.flow_steps) if o.flow_steps else []
+    together = min(e.flow_mini_batch, o.flow_steps)
+    if o.flow_steps:
+        work += encoder_pass("flow", model, images * together, model.num_latents, o.flow_steps / together)
     work += decoder_pass(model, images)
     work += perceptual_pass(model, images) if o.perceptual_weight > 0 else []
     shapes = Counter((p.shape[0], p[0].numel()) for p in muon.values())
-    work += update(parameters, dict(shapes), {"parameters": parameters, "summed": parameters + shared * o.flow_steps})
-    return work
+    passes = {"parameters": parameters, "summed": parameters + shared * -(-o.flow_steps // e.flow_mini_batch)}
+    once = images * ranks / config.train.global_batch
+    return [*work, *update(parameters, dict(shapes), passes, once)]

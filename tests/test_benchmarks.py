@@ -46,7 +46,9 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
     """The list that the roofline sums over, by part, against the analytic count; Newton-Schulz against the budget."""
     step_work = module("step_work", monkeypatch)
-    config = yaml_text.load(path, [f"objective.flow_steps={flow_steps}"])
+    config = yaml_text.load(
+        path, [f"objective.flow_steps={flow_steps}", "train.global_batch=64", "train.micro_batch=64"]
+    )
     work, images = step_work.step(config, 64), 64
     expected = training_flops(config.model, flow_steps, True)
     for part in ("tokenize", "flow", "decode", "perceptual"):
@@ -57,7 +59,7 @@ def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
 
 
 def test_least_bytes_are_the_budgets(monkeypatch):
-    """94 KB of elementwise traffic per token and block of the encoder, 37 forward; 0.26 GB per image of LPIPS.
+    """94 KB of elementwise traffic per token and block of the encoder, 37 forward; 0.50 GB per image of LPIPS.
 
     The budget has no bias gradients: those that no kernel sums on its way are a pass of 2 D bytes, of the values.
     """
@@ -70,7 +72,9 @@ def test_least_bytes_are_the_budgets(monkeypatch):
     sums = [w for w in step_work.step(config, 1) if w.kind == "reduction" and w.part in ("tokenize", "flow")]
     assert sum(w.bytes * w.count for w in sums) / blocks == pytest.approx(2 * config.model.encoder.width)
     lpips = sum(w.bytes * w.count for w in step_work.step(config, 1) if w.part == "perceptual")
-    assert lpips / 1e9 == pytest.approx(0.26, abs=0.005)
+    assert lpips / 1e9 == pytest.approx(0.50, abs=0.005)
+    copies = [w for w in step_work.step(config, 1) if w.kind == "copy" and w.part in ("tokenize", "flow")]
+    assert sum(w.bytes * w.count for w in copies) / blocks == pytest.approx(14 * config.model.encoder.width)
 
 
 def test_roofline_predicts_and_says_so(program, tmp_path):
@@ -84,7 +88,8 @@ def test_roofline_predicts_and_says_so(program, tmp_path):
     assert list(rates.values()) == sorted(rates.values())  # from the official code to the limit
     assert rates["ours, excellent"] == pytest.approx(406, rel=0.05)  # the budget's best engineering
     assert rates["everything compiled"] == pytest.approx(305, rel=0.1)
-    assert rates["limit"] == pytest.approx(597, rel=0.1)
+    # The budget's limit leaves out the update, the copies and what ends a convolution.
+    assert rates["limit"] == pytest.approx(597 / (1 + 597 * 0.2e-3), rel=0.05)
     for row in scenarios:
         assert sum(row["ms_per_image"].values()) == pytest.approx(1e3 / row["images_per_second"])
     assert 0 < measured["eta"] < 0.25  # the official code, against the device's limit
