@@ -34,7 +34,7 @@ class Losses(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
     def compile_parts(self, region: Callable[..., Any]) -> None:
-        """Compiles what is worth it where it is. region: makes a compiled function of one (``efficiency.compiling``)."""
+        """Compiles what is worth it on its device. region: makes a compiled function (``efficiency.compiling``)."""
         ...
 
 
