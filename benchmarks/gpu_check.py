@@ -80,6 +80,10 @@ class Clock:
     def left(self) -> float:
         return self.deadline - self.passed()
 
+    def jump(self, seconds: float) -> None:
+        """A rehearsal does not wait for a part that was made to hang."""
+        self.start -= max(seconds, 0.0) / self.speed
+
 
 class Job:
     """A part in a process of its own, which it shares with nothing: it can be killed with all that it has started."""
@@ -89,7 +93,9 @@ class Job:
 
         self.part = part
         self.log = Path(settings["run"]) / f"{part.name.replace(' ', '-')}.log"
-        self.log.unlink(missing_ok=True)
+        self.hangs = self.log.with_suffix(".hangs")  # written by a fault
+        for path in (self.log, self.hangs):
+            path.unlink(missing_ok=True)
         self.prepared, self.turn = context.Event(), context.Event()
         arguments = (part.name, part.function, settings, self.log, self.prepared, self.turn)
         self.process: ForkServerProcess = context.Process(target=enter, args=arguments, daemon=False)
@@ -97,7 +103,9 @@ class Job:
 
     def join(self, seconds: float) -> str:
         """Waits, then ends it: an empty string, or what went wrong."""
-        self.process.join(max(seconds, 0.0))
+        until = time.monotonic() + max(seconds, 0.0)
+        while self.process.exitcode is None and time.monotonic() < until and not self.hangs.exists():
+            self.process.join(min(0.2, max(until - time.monotonic(), 0.0)))
         late = self.process.exitcode is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
@@ -147,6 +155,8 @@ class Orchestra:
             job = early.get(part.name) or self.begin(part)
             job.turn.set()
             why = job.join(min(part.seconds, left) / self.clock.speed)
+            if job.hangs.exists():
+                self.clock.jump(begun + min(part.seconds, left) - self.clock.passed())
             self.note(part, begun, why, beside)
             with contextlib.suppress(OSError), (self.out / "log.txt").open("a") as log:
                 log.write(f"== {part.name}\n{job.log.read_text(errors='replace')}\n")

@@ -103,7 +103,7 @@ def enter(name: str, function: str, settings: dict[str, Any], log: Path, prepare
 
         harness.Target.file = bench.out / "rows.jsonl"
         harness.Target.facts = {"part": name, "rehearsal": bench.toy}
-        harness.Target.written = staticmethod(lambda: strike(settings["fault"]))
+        harness.Target.written = staticmethod(lambda: strike(settings["fault"], log))
         module, call = function.split(".")
         getattr(importlib.import_module(f"gpu_parts.{module}"), call)(bench)
         status = 0
@@ -115,9 +115,10 @@ def enter(name: str, function: str, settings: dict[str, Any], log: Path, prepare
     os._exit(status)  # no waiting for threads or compilers that a failed part leaves behind
 
 
-def strike(kind: str) -> None:
+def strike(kind: str, log: Path) -> None:
     """The injected fault, after a row of the part is there."""
     if kind == "hang":
+        log.with_suffix(".hangs").touch()  # a rehearsal's clock then jumps to the part's limit
         time.sleep(1e6)
     elif kind == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
