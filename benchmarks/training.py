@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from harness import ROOT, quantiles
 from official import wake
-from torch import Tensor
+from torch import Tensor, nn
 
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config, ModelConfig, yaml_text
@@ -76,13 +76,16 @@ class Origin:
         model.load_state_dict(self.weights)
         return model
 
-    def lpips(self, backend: str, compiled: bool) -> Perceptual | None:
+    def lpips(self, backend: str, compiled: bool | None) -> Perceptual | None:
+        """compiled: None leaves the trunk to the backend; else it is the package's, compiled or as it is."""
         if self.perceptual is None:
             return None
         module = copy.deepcopy(self.perceptual)
         module.backend = backend
         if compiled:
             module.compile_trunk(compiling.region)
+        elif compiled is not None:
+            module.compiled = nn.Module.__call__
         return module
 
 
@@ -95,7 +98,8 @@ def on(device: torch.device, make: Callable[..., Any], *arguments: Any) -> Any:
 class OurStep:
     """A copy of ``origin`` with its optimizer, ready to step over one micro-batch.
 
-    compile_lpips: None does as train.py. Raises UserError where the configuration cannot run here.
+    compile_lpips: None does as train.py; else LPIPS' trunk is the package's, compiled or not. Raises UserError where
+    the configuration cannot run here.
     """
 
     def __init__(
@@ -109,12 +113,12 @@ class OurStep:
         e = config.efficiency
         lpips = None
         if config.objective.perceptual_weight > 0:
-            if compile_lpips is None:
-                compile_lpips = e.compile != "none" and not (e.kernels == "fused" and origin.device.type == "cuda")
             lpips = origin.lpips(e.kernels, compile_lpips)
             if lpips is not None:
                 lpips.input_range = config.objective.perceptual_range
         losses = ImageLosses(config.objective, lpips)
+        if compile_lpips is None and e.compile != "none":
+            losses.compile_parts(compiling.region)
         objective = Objective(config.objective, losses, e.kernels, e.flow_mini_batch)
         self.step = TrainStep(self.state, config, ranks, (config.train.micro_batch, 1), IMAGENET, objective)
         self.batch = batch or images_like(config, origin.device)

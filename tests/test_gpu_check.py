@@ -147,7 +147,7 @@ def test_a_setting_that_does_not_fit_is_a_row(monkeypatch, tmp_path, rows):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(steps.Setting, "build", build)
-    setting = steps.Setting(batch=128, overrides=[], lpips="eager", cudnn_benchmark=False)
+    setting = steps.Setting(batch=128, overrides=[], lpips="default", cudnn_benchmark=False)
     assert steps.measure(bench(tmp_path), None, setting, "ours") is None
     (row,) = rows()
     assert (row["batch"], row["ok"]) == (128, False)
