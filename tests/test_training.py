@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import command, process
+from test_checkpoint import rewrite
 
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import load_model, load_weights, read
@@ -60,6 +61,21 @@ def test_resume_is_bit_exact(tiny, tmp_path):
         assert rows(straight) == rows(resumed)
         assert len(rows(straight)) == 20 // log_every
         assert len((resumed / "metrics.csv").read_text().splitlines()) == 20 // log_every + 1
+
+
+def test_sums_under_the_names_of_an_earlier_version(tiny, tmp_path):
+    """A log line that spans the stop is whole, also when the checkpoint calls the squared error "l1" and LPIPS 0."""
+    straight, resumed, every = tmp_path / "a", tmp_path / "b", "train.log_every=4"
+    train(tiny, straight, "train.max_steps=8", every)
+    train(tiny, resumed, "train.max_steps=8", "train.checkpoint_every=6", every)
+    shutil.rmtree(resumed / "checkpoints" / "step-0000008")
+    checkpoint = resumed / "checkpoints" / "step-0000006"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert set(state["means"]) == {"total", "l2", "flow", "latent_std", "grad_norm", "lr", "skipped", "count"}
+    renamed = {"l1" if name == "l2" else name: value for name, value in state["means"].items()} | {"lpips": 0.0}
+    rewrite(checkpoint, means=renamed)
+    train(tiny, resumed, "train.max_steps=8", every)
+    assert rows(resumed)[-1] == rows(straight)[-1]
 
 
 def test_a_run_that_began_from_a_named_checkpoint_goes_on_from_its_own(tiny, tmp_path):

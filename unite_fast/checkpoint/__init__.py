@@ -270,7 +270,14 @@ def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[st
     numbers = means.values() if isinstance(means, dict) else [None]
     if not all(isinstance(v, (int, float)) for v in numbers):
         raise UserError(f"checkpoint {path}: means in state.json is missing or malformed")
-    return counts[0], counts[1], counts[2], state["means"]
+    return counts[0], counts[1], counts[2], _sums(state["means"], state.get("config"))
+
+
+def _sums(means: dict[str, float], config: Any) -> dict[str, float]:
+    """Running sums under the names of today's terms: the pixel loss was called "l1" once, whatever its kind."""
+    objective = config.get("objective") if isinstance(config, dict) else None
+    kind = objective.get("pixel_loss", "l1") if isinstance(objective, dict) else "l1"
+    return means if kind in means else {kind if name == "l1" else name: value for name, value in means.items()}
 
 
 def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
