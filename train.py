@@ -16,10 +16,10 @@ from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
-from unite_fast.efficiency import compiling, graph, precision
+from unite_fast.efficiency import compiling, execution, precision
 from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.objective import Objective
-from unite_fast.parallel import distributed, sharding
+from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
 from unite_fast.run import assemble, dry_run, grids, health, monitor, start, stats, summary
 from unite_fast.run.session import Session, check_agreement, folder
@@ -82,7 +82,7 @@ class Inputs(NamedTuple):
         started = time.monotonic()
         world_size = launcher.world_size()
         config.batch_split(settings.train, world_size)
-        sharding.check(settings, world_size)
+        execution.check(settings.efficiency, settings.train, world_size)
         start.check_paths(settings)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
@@ -94,8 +94,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     """One run from its configuration to its last checkpoint."""
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
-    graph.check(settings, ranks.device)
-    assemble.check_kernels(settings, ranks.device)
+    execution.check_device(settings.efficiency, t, settings.objective, ranks.device)
     state = assemble.fresh_state(settings, ranks)
     if ranks.is_main:
         print(summary.describe(settings, state, ranks, split, len(source)))
@@ -116,7 +115,7 @@ def open_step(state: TrainState, settings: config.Config, ranks: distributed.Ran
     """The training step, with its losses on the device."""
     losses = inputs.objective.losses
     losses.to(ranks.device)
-    if settings.efficiency.compile != "none":
+    if state.execution.compiles:
         losses.compile_parts(compiling.region)
     split = config.batch_split(settings.train, ranks.world_size)
     return TrainStep(state, settings, ranks, split, len(inputs.source), inputs.objective)
@@ -173,7 +172,7 @@ def loop(
         faults.strike("load", state.step + 1)
         began = time.perf_counter()
         means.add(step(next(batches)))
-        if settings.efficiency.compile != "none" and state.step == first and ranks.is_main:
+        if state.execution.compiles and state.step == first and ranks.is_main:
             print(compiling.report(time.perf_counter() - began), flush=True)
         ending = session.boundary(state.step)
         done = state.step == total

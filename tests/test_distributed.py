@@ -21,6 +21,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.optim import muon
@@ -324,19 +325,20 @@ REFUSED = {
 def test_combinations_that_are_refused(case, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     (strategy, override), says = REFUSED[case]
+    config = settings(f"train.strategy={strategy}", override)
     with pytest.raises(UserError, match=re.escape(says)):
-        sharding.check(settings(f"train.strategy={strategy}", override), 4)
+        execution.check(config.efficiency, config.train, 4)
 
 
 def test_shards_of_one_node(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert sharding.shard_size(settings("train.strategy=hsdp"), 32) == 8
-    assert sharding.shard_size(settings("train.strategy=hsdp", "train.shard_size=16"), 32) == 16
-    assert sharding.shard_size(settings("train.strategy=fsdp2"), 32) == 32
+    assert sharding.shard_size(settings("train.strategy=hsdp").train, 32) == 8
+    assert sharding.shard_size(settings("train.strategy=hsdp", "train.shard_size=16").train, 32) == 16
+    assert sharding.shard_size(settings("train.strategy=fsdp2").train, 32) == 32
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     with pytest.raises(UserError, match=r"set train\.shard_size"):
-        sharding.shard_size(settings("train.strategy=hsdp"), 32)
+        sharding.shard_size(settings("train.strategy=hsdp").train, 32)
 
 
 @pytest.mark.parametrize(

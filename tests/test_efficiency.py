@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from unite_fast.config import Config, EfficiencyConfig, ObjectiveConfig, batch_split
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import batch_of_images
-from unite_fast.efficiency import compiling, graph, precision
+from unite_fast.efficiency import compiling, execution, graph, precision
 from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Draws, Objective, SeededDraws
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory
+from unite_fast.run import assemble
 from unite_fast.run.stats import read_metrics
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
@@ -175,7 +177,7 @@ def test_memory_of_activations_is_what_autograd_keeps(recipe, residual):
     twice = memory.activation_bytes(config.model, config.objective, config.efficiency, 16)
     assert all(1.8 * counted[name] < twice[name] <= 2 * counted[name] for name in counted)
     model = build(config.model)
-    precision.set_residual(model, config.efficiency)
+    execution.use_residual(model, config.efficiency.residual)
     draws = Draws.make(model, config.objective, 0, torch.arange(8))
     target = Objective.open(config.model, config.objective, config.efficiency)
     batch = batch_of_images(torch.rand(8, 1, 8, 8), torch.arange(8), torch.arange(8))
@@ -193,9 +195,9 @@ def test_memory_of_activations_is_what_autograd_keeps(recipe, residual):
 
 
 def test_recompute_auto_says_what_it_decided():
-    config = load_tiny("efficiency.recompute=auto")
-    assert not memory.recompute(config, Ranks(0, 1, torch.device("cpu"))).blocks
-    assert memory.recompute(load_tiny("efficiency.recompute=blocks"), Ranks(0, 1, torch.device("cpu"))).blocks
+    alone = Ranks(0, 1, torch.device("cpu"))
+    assert not assemble.resolve(load_tiny("efficiency.recompute=auto"), alone).recompute.blocks
+    assert assemble.resolve(load_tiny("efficiency.recompute=blocks"), alone).recompute.blocks
 
 
 @pytest.mark.parametrize(("gibibytes", "recompute"), [(80, False), (16, True)])
@@ -204,6 +206,6 @@ def test_recompute_auto_follows_the_device(monkeypatch, gibibytes, recompute):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gibibytes << 30))
     efficiency = EfficiencyConfig(kernels="fused", recompute="auto")
     config = Config(objective=ObjectiveConfig(perceptual_weight=0), efficiency=efficiency)
-    decided = memory.recompute(config, Ranks(0, 1, torch.device("cuda")))
+    decided = execution.decide_recompute("auto", torch.device("cuda"), functools.partial(memory.needed, config, 1))
     assert decided.blocks == recompute
     assert "auto:" in decided.reason

@@ -11,7 +11,7 @@ from tape import Tape
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
-from unite_fast.efficiency import graph
+from unite_fast.efficiency import execution, graph
 from unite_fast.model.unite import build
 from unite_fast.objective import Draws, Objective
 from unite_fast.parallel.distributed import Ranks
@@ -165,18 +165,23 @@ REFUSED = {
 }
 
 
+def check(*overrides: str) -> None:
+    config = load_tiny(*overrides)
+    execution.check_device(config.efficiency, config.train, config.objective, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_captured_is_refused_by_name(monkeypatch, reason):
     if reason != "a GPU is needed":
         monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
     with pytest.raises(UserError, match=reason):
-        graph.check(load_tiny(*REFUSED[reason]), torch.device("cpu"))
+        check(*REFUSED[reason])
 
 
 def test_launch_blocking_is_refused(tape, monkeypatch):
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     with pytest.raises(UserError, match="CUDA_LAUNCH_BLOCKING"):
-        graph.check(load_tiny("efficiency.cuda_graph=step"), torch.device("cpu"))
+        check("efficiency.cuda_graph=step")
 
 
 def test_train_says_why_not(tiny, tmp_path):

@@ -23,7 +23,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import ENCODER_SIZES, EfficiencyConfig, ModelConfig, ObjectiveConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import Batch, batch_of_images
-from unite_fast.efficiency import precision
+from unite_fast.efficiency import execution, precision
 from unite_fast.layers import Linear
 from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Draws, Objective
@@ -45,7 +45,7 @@ FP8 = ["fp8", pytest.param("fp8_rowwise", marks=ROWWISE.marks)]
 def prepared(name: str, encoder: str = "base", **changes) -> precision.Recipe:
     with torch.device("meta"):
         model = UNITE(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES[encoder]))
-    return precision.apply(model, EfficiencyConfig(precision=name, **changes), torch.device("meta"))
+    return execution.prepare(model, EfficiencyConfig(precision=name, **changes), torch.device("meta"))
 
 
 def test_all_large_layers_of_base_and_xl_are_in_float8():
@@ -58,7 +58,7 @@ def test_layers_whose_sizes_float8_does_not_allow_are_named():
     narrow = dataclasses.replace(ENCODER_SIZES["base"], width=744, heads=6)  # 46.5 * 16
     with torch.device("meta"):
         model = UNITE(dataclasses.replace(ModelConfig(), encoder=narrow))
-    recipe = precision.apply(model, EfficiencyConfig(precision="fp8"), torch.device("meta"))
+    recipe = execution.prepare(model, EfficiencyConfig(precision="fp8"), torch.device("meta"))
     assert len(recipe.scaled) == 12 * 4  # the decoder's
     left = "qkv 744 -> 2232", "proj 744 -> 744", "w12 744 -> 3968", "w3 1984 -> 744"
     assert all(layer in str(recipe) for layer in left)
@@ -70,7 +70,7 @@ def test_the_published_large_models_mlp_is_padded():
     for name in ("bf16", "fp8"):
         with torch.device("meta"):
             model = UNITE(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES["large"]))
-        recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("meta"))
+        recipe = execution.prepare(model, EfficiencyConfig(precision=name), torch.device("meta"))
         mlp = model.encoder.blocks[0].mlp
         assert (mlp.w12.products.outputs, mlp.w3.products.outputs) == (2 * 2736, 1024)
         assert not recipe.left
@@ -79,7 +79,7 @@ def test_the_published_large_models_mlp_is_padded():
 
 def test_only_large_layers_are_in_float8():
     model = build(from_dict(parse_yaml(TINY, "tiny")).model)
-    precision.apply(model, EfficiencyConfig(precision="fp8"), torch.device("cpu"))
+    execution.prepare(model, EfficiencyConfig(precision="fp8"), torch.device("cpu"))
     scaled = {n for n, m in model.named_modules() if isinstance(getattr(m, "products", None), precision.Scaled)}
     layers = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
     blocks = {f"encoder.blocks.{i}.{n}" for i in range(3) for n in layers}  # the SwiGLU, 85 wide, is padded
@@ -93,7 +93,7 @@ def test_only_large_layers_are_in_float8():
 
 def test_residual():
     model = build(from_dict(parse_yaml(TINY, "tiny")).model)
-    recipe = precision.apply(model, EfficiencyConfig(precision="bf16", residual="bf16"), torch.device("cpu"))
+    recipe = execution.prepare(model, EfficiencyConfig(precision="bf16", residual="bf16"), torch.device("cpu"))
     assert str(recipe) == "bf16 with a bf16 residual"
     seen = []
     for block in (model.encoder.blocks[-1], model.decoder.decoder_layers[-1]):
@@ -136,7 +136,7 @@ def test_some_columns_of_a_layer(kind, biased, wanted, monkeypatch):
         monkeypatch.setattr(precision.TransformerEngine, "_make", make_theirs)
         layer.products = precision.TransformerEngine(layer)
     elif kind == "bf16":
-        precision.apply(layer, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
+        execution.prepare(layer, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
     parts = layer.parts(x, *wanted, bias=layer.bias[last] if biased else None)
     assert [part.shape[-1] for part in parts] == [b - a for a, b in itertools.pairwise(wanted)]
     assert all(part.is_contiguous() for part in parts)
@@ -157,7 +157,7 @@ def test_layers_share_compiled_code(name):
     config = from_dict(parse_yaml(TINY, "tiny")).model
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, depth=5, in_context_len=0))
     model = build(config)
-    recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
+    recipe = execution.prepare(model, EfficiencyConfig(precision=name), torch.device("cpu"))
     torch._dynamo.reset()
     counter = CompileCounter()
     for block in model.encoder.blocks:
@@ -226,7 +226,7 @@ def test_no_cast_in_the_encoders_blocks(residual):
         encoder = dataclasses.replace(config.model.encoder, depth=depth)
         model = build(dataclasses.replace(config.model, encoder=encoder))
         model.encoder.backend = "fused"
-        recipe = precision.apply(model, EfficiencyConfig(precision="bf16", residual=residual), torch.device("cpu"))
+        recipe = execution.prepare(model, EfficiencyConfig(precision="bf16", residual=residual), torch.device("cpu"))
         with recipe.step(), Casts(set()) as casts:
             model.tokenize(torch.rand(2, 1, 8, 8))
         counts.append(sum(len(shape) == 3 for shape in casts.shapes))
@@ -254,7 +254,7 @@ def test_one_bias_gradient_of_a_block_is_a_pass_of_its_own(name):
         config = from_dict(parse_yaml(TINY, "tiny")).model
         model = build(dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, depth=depth)))
         model.encoder.backend = "fused"
-        recipe = precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
+        recipe = execution.prepare(model, EfficiencyConfig(precision=name), torch.device("cpu"))
         images = torch.rand(2, 1, 8, 8)
         with recipe.step():
             latents = model.tokenize(images)
@@ -289,7 +289,7 @@ def healthy(name: str, residual: str) -> tuple[dict[str, Tensor], dict[str, Tens
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    recipe = precision.apply(model, EfficiencyConfig(precision=name, residual=residual), torch.device("cpu"))
+    recipe = execution.prepare(model, EfficiencyConfig(precision=name, residual=residual), torch.device("cpu"))
     assert not recipe.left
     o = ObjectiveConfig(perceptual_weight=0)
     images, labels = torch.rand(8, 1, 8, 8, generator=generator), torch.arange(8)
@@ -321,7 +321,7 @@ def test_padding_changes_nothing(kernels, monkeypatch):
         monkeypatch.setattr(copied_linear, "MULTIPLE", multiple)
         model = build(from_dict(parse_yaml(TINY, "tiny")).model)
         model.use_kernels(kernels)
-        recipe = precision.apply(model, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
+        recipe = execution.prepare(model, EfficiencyConfig(precision="bf16"), torch.device("cpu"))
         assert model.encoder.blocks[0].mlp.w12.products.outputs == {16: 192, 1: 170}[multiple]
         o = ObjectiveConfig(perceptual_weight=0)
         images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -364,7 +364,7 @@ def test_names_of_parameters_stay(name):
     config = from_dict(parse_yaml(TINY, "tiny")).model
     model = build(config)
     stock = {k: v.shape for k, v in model.state_dict().items()}
-    precision.apply(model, EfficiencyConfig(precision=name), torch.device("cpu"))
+    execution.prepare(model, EfficiencyConfig(precision=name), torch.device("cpu"))
     assert {k: v.shape for k, v in model.state_dict().items()} == stock
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -436,7 +436,7 @@ def test_transformer_engine_layers(name):
     for recipe_name in ("bf16", name):
         model = build(config, device=DEVICE)
         stock = set(model.state_dict())
-        recipe = precision.apply(model, EfficiencyConfig(precision=recipe_name), DEVICE)
+        recipe = execution.prepare(model, EfficiencyConfig(precision=recipe_name), DEVICE)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(DEVICE) * 0.05)

@@ -14,7 +14,7 @@ from support import TINY, command, command_of, process
 from unite_fast import doctor, evaluate, export, weights
 from unite_fast.base.errors import UserError
 from unite_fast.config import EfficiencyConfig, yaml_text
-from unite_fast.run import assemble
+from unite_fast.efficiency import execution
 from unite_kernels import backend, extension
 
 
@@ -191,7 +191,7 @@ def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
     assert "needs the package triton" in backend.obstacle("fused", gpu)
     config = yaml_text.from_dict({"efficiency": {"kernels": "fused"}})
     with pytest.raises(UserError, match=r"efficiency\.kernels=fused: .* the package triton.*efficiency\.kernels=eager"):
-        assemble.check_kernels(config, gpu)
+        execution.check_device(config.efficiency, config.train, config.objective, gpu)
 
 
 def test_checkpoint_of_another_model(trained, tmp_path):

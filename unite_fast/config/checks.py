@@ -40,7 +40,6 @@ def validate(config: Config) -> None:
     o, s = config.objective, config.sample
     _check_model(config.model)
     _check_averages(config.optim)
-    _check_efficiency(config)
     low, high = o.noising_t
     _require(low <= high, f"objective.noising_t {[low, high]} must satisfy low <= high")
     low, high = s.cfg_interval
@@ -74,20 +73,3 @@ def _check_averages(o: OptimConfig) -> None:
             good = entry.startswith("std") and width.replace(".", "", 1).isdecimal() and 0 < float(width) < 0.288
             _require(good, f"optim.ema_extra: {entry!r} is neither a decay between 0 and 1 nor std0.01 to std0.28")
     _require(len(set(o.ema_extra)) == len(o.ema_extra), "optim.ema_extra: an entry stands twice")
-
-
-def _check_efficiency(config: Config) -> None:
-    e, micro_batch = config.efficiency, config.train.micro_batch
-    asked = f"efficiency.precision={e.precision}"
-    _require(
-        e.residual == "fp32" or e.precision != "fp32", "efficiency.residual=bf16 needs a precision other than fp32"
-    )
-    if e.precision.startswith("fp8_te"):
-        _require(micro_batch % 8 == 0, f"{asked} needs train.micro_batch to be a multiple of 8, got {micro_batch}")
-    if "_te" in e.precision:
-        for key, value in {"recompute": e.recompute, "compile": e.compile}.items():
-            _require(
-                value == "none",
-                f"efficiency.{key}={value} does not work with {asked}: Transformer Engine's layers keep state between "
-                "passes; use fp8 or bf16, or none",
-            )

@@ -22,52 +22,14 @@ What a capture demands, and how it is met:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unite_fast.base.errors import UserError
-from unite_fast.config import Config
-
 WARM_UP = 3  # calls before the capture
 Function = Callable[..., dict[str, Tensor]]  # of tensors by name
-
-
-def check(config: Config, device: torch.device) -> None:
-    """Raises UserError naming the first precondition of ``efficiency.cuda_graph`` that does not hold."""
-    o, e, mode = config.objective, config.efficiency, config.efficiency.cuda_graph
-    if mode == "none":
-        return
-    problems = {
-        f"a GPU is needed, the device is {device.type}": device.type not in RECORDINGS,
-        "CUDA_LAUNCH_BLOCKING=1 waits after every launch; unset it": os.environ.get("CUDA_LAUNCH_BLOCKING") == "1",
-        f"the layers of efficiency.precision={e.precision} decide on the host; use bf16 or fp8": "_te" in e.precision,
-        "train.on_oom=halve would change the micro-batch; set train.on_oom=fail": config.train.on_oom == "halve",
-    }
-    if mode == "flow":
-        problems |= {
-            "objective.flow_steps=0 leaves no flow to capture": o.flow_steps == 0,
-            "objective.stop_gradient=false has one backward for all; use step": not o.stop_gradient,
-            f"objective.flow_steps={o.flow_steps} must be a multiple of efficiency.flow_mini_batch="
-            f"{e.flow_mini_batch}, so that all mini-batches have one size; or use step": (
-                o.flow_steps % e.flow_mini_batch > 0
-            ),
-        }
-    for problem, there in problems.items():
-        if there:
-            raise UserError(f"efficiency.cuda_graph={mode}: {problem}; efficiency.cuda_graph=none runs without graphs")
-
-
-def describe(mode: str, world_size: int) -> str:
-    """What is captured, for the lines that a run prints at its start."""
-    if mode == "step":
-        return (
-            "step (the micro-batch; averaging and update outside)" if world_size > 1 else "step (micro-batch, update)"
-        )
-    return mode
 
 
 class CudaRecording:

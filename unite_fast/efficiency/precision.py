@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import EfficiencyConfig
+from unite_fast.layers import Products
 from unite_kernels import copied_linear
 
 E4M3 = torch.float8_e4m3fn
@@ -213,60 +213,48 @@ class Recipe:
         return text
 
 
-def apply(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, sharded: bool = False) -> Recipe:
-    """Prepares the linear layers of ``model``, which is on ``device``, for training. Raises UserError.
+def make(
+    model: nn.Module, name: str, device: torch.device, copies: bool = True
+) -> tuple[Recipe, dict[nn.Module, Products]]:
+    """The recipe called ``name`` for ``model``, which is on ``device``, and how its linear layers compute by it.
 
-    Called once for a model: parameters may be written to afterwards, but not replaced. sharded: they will be, by shards
-    (parallel/sharding.py), of which no copies are kept: bf16 then leaves all casts to autocast.
+    For ``execution.prepare``, once for a model: parameters may be written to afterwards, but not replaced.
+    copies: false leaves all casts to autocast. Raises UserError.
     """
-    name = efficiency.precision
     check(name, device)
-    recipe = Recipe(name, device)
-    recipe.residual = efficiency.residual
-    set_residual(model, efficiency)
-    if sharded and name not in ("fp32", "bf16"):
-        raise UserError(
-            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
-        )
-    if name == "fp32" or sharded:
-        return recipe
+    recipe, products = Recipe(name, device), {}
+    if name == "fp32" or not copies:
+        return recipe, products
     for path, layer in model.named_modules():
         if hasattr(layer, "products"):
-            _prepare(recipe, path, layer)
+            products[layer] = _products(recipe, path, layer)
     if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.engines):
         raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
     recipe.refresh()
-    return recipe
+    return recipe, products
 
 
-def set_residual(model: nn.Module, efficiency: EfficiencyConfig) -> None:
-    """``efficiency.residual`` in every part of the model that has one."""
-    for module in model.modules():
-        if efficiency.residual == "bf16" and hasattr(module, "residual"):
-            module.residual = torch.bfloat16  # type: ignore[assignment]
-
-
-def _prepare(recipe: Recipe, path: str, layer: Any) -> None:
+def _products(recipe: Recipe, path: str, layer: Any) -> Products:
     def fits(shape: Iterable[int]) -> bool:
         return all(size % copied_linear.MULTIPLE == 0 for size in shape)
 
     shape = layer.weight.shape
     if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape))):
-        layer.products = TransformerEngine(layer)
-        recipe.engines.append(layer.products)
-        return
+        recipe.engines.append(engine := TransformerEngine(layer))
+        return engine
     padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
     if layer.large and recipe.name in SCALED and fits(padded) and not slower(padded, recipe.device):
-        layer.products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
-        recipe.scaled.append((layer.products, layer.weight))
+        products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
+        recipe.scaled.append((products, layer.weight))
     else:
-        layer.products = Half(layer)
-        recipe.follow(layer.products.weight, layer.weight, layer.groups)
+        products = Half(layer)
+        recipe.follow(products.weight, layer.weight, layer.groups)
         pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
         reasons = recipe.slower if slower(padded, recipe.device) else recipe.left
         if layer.large and recipe.name != "bf16" and pattern not in reasons:
             reasons.append(pattern)
-    recipe.follow(layer.products.bias, layer.bias, layer.groups)
+    recipe.follow(products.bias, layer.bias, layer.groups)
+    return products
 
 
 def slower(shape: tuple[int, int], device: torch.device) -> bool:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unite_fast.base.errors import UserError, first_line
@@ -286,15 +286,6 @@ def _first_that_runs(names: tuple[str, ...], model: ModelConfig, device: torch.d
     return "sdpa"
 
 
-def use(model: nn.Module, plan: Plan) -> None:
-    """Sets the backend of every attention layer of ``model``."""
-    for module in model.modules():
-        if hasattr(module, "attention"):
-            module.attention = plan  # type: ignore[assignment]
-
-
-def describe(model: nn.Module) -> str:
-    """The backends of a model's attention layers, in words."""
-    plans: list[Plan] = [module.attention for module in model.modules() if hasattr(module, "attention")]  # type: ignore[misc]
-    names = [p if isinstance(p, str) else ", ".join(f"{n} up to {most} keys" for most, n in p) for p in plans]
-    return " and ".join(dict.fromkeys(names))
+def describe(plan: Plan) -> str:
+    """A plan in words."""
+    return plan if isinstance(plan, str) else ", ".join(f"{name} up to {most} keys" for most, name in plan)

@@ -21,16 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unite_fast.base import faults
-from unite_fast.config import Config
 from unite_fast.parallel.distributed import Ranks
 
 BUCKET_ELEMENTS = 1 << 23  # 32 MiB: the last one, which nothing hides, takes a small part of a millisecond over NVLink
-
-
-def wanted(config: Config) -> bool:
-    """Whether gradients leave during the backward: as asked, unless a micro-step may start again or is a CUDA graph."""
-    e = config.efficiency
-    return e.overlap_gradients and config.train.on_oom == "fail" and e.cuda_graph == "none"
 
 
 class Bucket:

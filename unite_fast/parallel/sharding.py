@@ -21,16 +21,15 @@ import torch.distributed as dist
 from torch import nn
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config
+from unite_fast.config import TrainConfig
 from unite_fast.parallel.distributed import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard_size(config: Config, world_size: int) -> int:
+def shard_size(t: TrainConfig, world_size: int) -> int:
     """Ranks that hold one copy of the model together; 1 for ddp. Raises UserError."""
-    t = config.train
     if t.strategy == "ddp":
         return 1
     if t.strategy == "fsdp2":
@@ -49,58 +48,26 @@ def shard_size(config: Config, world_size: int) -> int:
     return size
 
 
-def check(config: Config, world_size: int) -> None:
-    """Refuses what a strategy cannot do. Raises UserError."""
-    t, e = config.train, config.efficiency
-    if t.shard_size and t.strategy != "hsdp":
-        raise UserError(f"train.shard_size is for train.strategy=hsdp, and this is {t.strategy}; leave it out")
-    shard_size(config, world_size)
-    if t.strategy == "ddp":
-        return
-    # What is asked for, whether it is refused, and the neutral value.
-    refused = (
-        # a rank that starts its micro-step again would gather alone
-        ("train.on_oom=halve", t.on_oom == "halve", "train.on_oom=fail"),
-        # compiled layers are called past FSDP's hooks
-        (f"efficiency.compile={e.compile}", e.compile != "none", "efficiency.compile=none"),
-        (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
-        ("efficiency.shard_muon=false", not e.shard_muon, "efficiency.shard_muon=true"),
-        ("efficiency.overlap_gradients=false", not e.overlap_gradients, "efficiency.overlap_gradients=true"),
-        (
-            f"train.replica_check_every={t.replica_check_every}",
-            t.strategy == "fsdp2" and t.replica_check_every > 0,
-            "train.replica_check_every=0",
-        ),
-        # the other recipes keep whole weights
-        (
-            f"efficiency.precision={e.precision}",
-            world_size > 1 and e.precision not in ("fp32", "bf16"),
-            "efficiency.precision=bf16",
-        ),
-    )
-    for key, asked, neutral in refused:
-        if asked:
-            raise UserError(
-                f"train.strategy={t.strategy} does not work with {key}; set {neutral}, or train.strategy=ddp"
-            )
-
-
 def apply(
-    model: nn.Module, units: Sequence[Sequence[nn.Module]], methods: Sequence[str], config: Config, ranks: Ranks
+    model: nn.Module,
+    units: Sequence[Sequence[nn.Module]],
+    methods: Sequence[str],
+    train: TrainConfig,
+    timeout: float,
+    ranks: Ranks,
 ) -> None:
-    """Shards ``model`` in place if the strategy says so and there are several ranks.
+    """Shards ``model`` in place, over several ranks.
 
     units: modules that are gathered together, those within others first; methods: what callers use of ``model`` in
-    place of its forward. Attributes of parameters (the optimizers' tags) are kept.
+    place of its forward; timeout: seconds that a rank waits for the others. Attributes of parameters (the optimizers'
+    tags) are kept.
     """
-    if config.train.strategy == "ddp" or ranks.world_size == 1:
-        return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # torch warns that writing into a unit's output would break its backward; no module here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     tags = {name: vars(parameter) for name, parameter in model.named_parameters()}
-    mesh = _mesh(config, ranks)
+    mesh = _mesh(train, timeout, ranks)
     for unit in units:
         fully_shard(list(unit), mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -110,19 +77,18 @@ def apply(
         vars(parameter).update(tags[name])
 
 
-def _mesh(config: Config, ranks: Ranks) -> DeviceMesh:
-    """Of groups that wait no longer than comm.train_timeout."""
+def _mesh(train: TrainConfig, timeout: float, ranks: Ranks) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
     kind, world = ranks.device.type, dist.group.WORLD
-    if config.train.strategy == "fsdp2":
+    if train.strategy == "fsdp2":
         assert world is not None
         return DeviceMesh.from_group(world, kind, mesh_dim_names=("shard",))
-    size = shard_size(config, ranks.world_size)
+    size = shard_size(train, ranks.world_size)
     grid = torch.arange(ranks.world_size).view(-1, size)
-    timeout = timedelta(seconds=config.comm.train_timeout)
+    limit = timedelta(seconds=timeout)
     # Every rank takes part in making every group, its own or not.
-    shards = [dist.new_group(row.tolist(), timeout=timeout) for row in grid]
-    copies = [dist.new_group(column.tolist(), timeout=timeout) for column in grid.T]
+    shards = [dist.new_group(row.tolist(), timeout=limit) for row in grid]
+    copies = [dist.new_group(column.tolist(), timeout=limit) for column in grid.T]
     own: list[Any] = [copies[ranks.rank % size], shards[ranks.rank // size]]
     return DeviceMesh.from_group(own, kind, grid, mesh_dim_names=("replicate", "shard"))

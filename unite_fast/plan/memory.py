@@ -9,33 +9,32 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from unite_fast.config import Config, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
-from unite_fast.efficiency import precision
+from unite_fast.config import (
+    Config,
+    EfficiencyConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+    batch_split,
+)
+from unite_fast.efficiency import execution, precision
 from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Draws, Objective
 from unite_fast.optim.groups import split_parameters
-from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.sharding import shard_size
 from unite_kernels.backend import as_on_a_gpu
 
-FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
-
-
-class Recompute(NamedTuple):
-    """Whether blocks compute their activations again in backward, and why."""
-
-    blocks: bool
-    reason: str
 
 
 class Saved:
@@ -69,9 +68,8 @@ def activation_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
-        precision.set_residual(model, e)
-        for encoder in model.encoders():
-            encoder.backend = e.kernels
+        model.use_kernels(e.kernels)
+        execution.use_residual(model, e.residual)
         batch = model.modality.example(m, micro_batch)
         draws = Draws.make(model, o, 0, batch.samples)
         count = micro_batch * min(e.flow_mini_batch, max(o.flow_steps, 1))
@@ -90,7 +88,9 @@ def activation_bytes(
     return sizes
 
 
-def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
+def persistent_parts(
+    m: ModelConfig, optim: OptimConfig, e: EfficiencyConfig, train: TrainConfig, world_size: int
+) -> dict[str, int]:
     """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies.
 
     Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
@@ -98,41 +98,28 @@ def persistent_parts(config: Config, world_size: int) -> dict[str, int]:
     one in bfloat16 or two in float8.
     """
     with torch.device("meta"):
-        model = UNITE(config.model)
-    muon, adamw = split_parameters(model, config.optim.muon)
+        model = UNITE(m)
+    muon, adamw = split_parameters(model, optim.muon)
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)
-    sent = 1 + (config.train.strategy == "ddp" and world_size > 1)
-    averages = 1 + len(config.optim.ema_extra)
+    sent = 1 + execution.sends_copies(train, world_size)
+    averages = 1 + len(optim.ema_extra)
     parts = {"parameters": each, "gradients": sent * each, "optimizer": 4 * (matrices + 2 * others)}
-    shards = shard_size(config, world_size)
+    shards = shard_size(train, world_size)
     parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
-    if config.efficiency.precision != "fp32" and config.train.strategy == "ddp":
+    if execution.keeps_copies(e, train, world_size):
         copied = [module for module in model.modules() if hasattr(module, "products")]
         parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
     return parts
 
 
-def persistent_bytes(config: Config, world_size: int) -> int:
-    """The sum of ``persistent_parts``."""
-    return sum(persistent_parts(config, world_size).values())
+def needed(config: Config, world_size: int) -> int:
+    """Bytes of a rank that recomputes nothing: what stays, a micro-batch's activations, and what libraries take."""
+    c, micro_batch = config, batch_split(config.train, world_size)[0]
+    stays = sum(persistent_parts(c.model, c.optim, c.efficiency, c.train, world_size).values())
+    return stays + max(activation_bytes(c.model, c.objective, c.efficiency, micro_batch).values()) + WORKSPACE
 
 
 def amount(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
-
-
-def recompute(config: Config, ranks: Ranks) -> Recompute:
-    """Applies ``efficiency.recompute``. It changes memory and time, never the results, so ranks may differ in it."""
-    choice = config.efficiency.recompute
-    if choice != "auto":
-        return Recompute(choice == "blocks", "as asked")
-    if ranks.device.type != "cuda":
-        return Recompute(False, "auto: a CPU has no memory of its own to fit into")
-    micro_batch = batch_split(config.train, ranks.world_size)[0]
-    activations = max(activation_bytes(config.model, config.objective, config.efficiency, micro_batch).values())
-    needed = persistent_bytes(config, ranks.world_size) + activations + WORKSPACE
-    device = torch.cuda.mem_get_info(ranks.device)[1]
-    reason = f"auto: {needed / 2**30:.1f} GiB without it, {FILL * device / 2**30:.1f} GiB to use"
-    return Recompute(needed > FILL * device, reason)

@@ -9,10 +9,9 @@ import torch
 from unite_fast import data
 from unite_fast.base import launcher
 from unite_fast.config import Config, batch_split
-from unite_fast.efficiency import graph
+from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
-from unite_fast.parallel import sharding
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory, throughput
 from unite_fast.run import assemble, monitor, start, summary
@@ -23,7 +22,8 @@ def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
     kept = memory.activation_bytes(config.model, config.objective, config.efficiency, micro_batch)
     peak = max(kept.values())
     by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
-    total = memory.amount(peak + memory.persistent_bytes(config, world_size))
+    stays = memory.persistent_parts(config.model, config.optim, config.efficiency, config.train, world_size)
+    total = memory.amount(peak + sum(stays.values()))
     return (
         f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
         f"{total} with what stays (counted from sizes)"
@@ -53,18 +53,21 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     if ranks and config.train.strategy == "hsdp" and not config.train.shard_size:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))
     split = batch_split(config.train, world)
-    sharding.check(config, world)
+    e, t = config.efficiency, config.train
+    execution.check(e, t, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    assemble.check_kernels(config, device)
-    if device.type == "cuda":  # a plan made on another machine is for one with a GPU
-        graph.check(config, device)
+    execution.check_device(e, t, config.objective, device, planned=True)
     source, missing = open_inputs(config)
     monitor.open_files(config, world)
     planned = Ranks(0, world, device)
     with torch.device("meta"):
         model = UNITE(config.model)
+    how, alone = assemble.resolve(config, planned), Ranks(0, 1, device)
     # The whole model, whoever else there is: shapes need no other ranks.
-    state = assemble.fresh_state(dataclasses.replace(config, init_from=""), Ranks(0, 1, device), model)
+    state = assemble.fresh_state(
+        dataclasses.replace(config, init_from=""), alone, model, dataclasses.replace(how, ranks=alone)
+    )
+    state.execution = how
     lines = [summary.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
     lines.append(activations_line(config, split[0], world))
     lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]

@@ -14,11 +14,9 @@ from torch import Tensor
 from unite_fast import flow
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
-from unite_fast.efficiency import compiling
+from unite_fast.efficiency import execution
 from unite_fast.flow import solvers
 from unite_fast.flow.field import GuidedField, Replays
-from unite_fast.layers.vit import DecoderLayer
-from unite_fast.model.encoder import Block
 from unite_fast.model.unite import UNITE
 from unite_kernels import philox
 
@@ -42,10 +40,7 @@ def compile_blocks(model: UNITE) -> None:
     one, at each batch size; one of the decoder's. Rounding changes; equal seeds still give equal bits, since the
     network runs at one shape.
     """
-    block = compiling.region(Block.forward, inference=True)
-    for encoder in model.encoders():
-        encoder.run_block = block
-    model.decoder.run_layer = compiling.region(DecoderLayer.forward, inference=True)
+    execution.compile_stacks(model, inference=True)
 
 
 def open_replays(wanted: bool, device: torch.device) -> Replays | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from unite_fast.efficiency.execution import Execution
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.optimizer import Optimizer
@@ -20,7 +21,9 @@ class TrainState:
     step: int = 0
     images_seen: int = 0
     best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
-    recipe: Recipe = field(default_factory=Recipe)  # how the model computes in training; not saved
+    # How a step is computed, which is not saved: as resolved, and its precision on this model.
+    execution: Execution = field(default_factory=Execution)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json

@@ -16,7 +16,6 @@ from unite_fast.efficiency import graph, precision
 from unite_fast.model.unite import slots_taken
 from unite_fast.objective import FlowPass, Objective
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.parallel import overlap
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.overlap import Averager
 from unite_fast.parallel.tensors import local
@@ -46,8 +45,10 @@ class TrainStep:
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
         optimizer = state.optimizer
-        self.averager = Averager(list(optimizer.parameters.values()), ranks, overlap.wanted(config), optimizer.sharded)
-        self.graphs = Graphs(self) if config.efficiency.cuda_graph != "none" else None
+        self.averager = Averager(
+            list(optimizer.parameters.values()), ranks, state.execution.overlaps, optimizer.sharded
+        )
+        self.graphs = Graphs(self) if state.execution.captures else None
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
@@ -101,9 +102,9 @@ class TrainStep:
 
         The gradient does not depend on how the share is cut, so the ranks need not agree on it.
         """
-        state, wanted = self.state, self.config.efficiency.precision
+        state, wanted = self.state, self.state.execution.efficiency.precision
         if state.recipe.name != wanted:
-            raise ValueError(f"the model is prepared for {state.recipe.name}, not {wanted}: see precision.apply")
+            raise ValueError(f"the model is prepared for {state.recipe.name}, not {wanted}: see execution.prepare")
         while True:
             try:
                 # One context for all passes of the step: low-precision copies of the weights are made once in it.
@@ -168,8 +169,7 @@ class Graphs:
     """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``."""
 
     def __init__(self, step: TrainStep) -> None:
-        self.step = step
-        self.mode = step.config.efficiency.cuda_graph
+        self.step, self.execution = step, step.state.execution
         self.gradients = graph.Gradients(step.state.optimizer.parameters)
         place = graph.Place.on(step.ranks.device)
         self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
@@ -181,22 +181,22 @@ class Graphs:
         """As ``TrainStep.micro_step``, from one graph or with graphs of its flow mini-batches."""
         if scale != self.scale:
             raise RuntimeError("a captured step goes on with the micro-batch that it began with")
-        if self.mode == "flow":
+        if self.execution.captures_flow_alone:
             return self.step.micro_step(batch, scale, lambda **tensors: self.flow(**tensors)["loss"])
         return self.micro(**batch.tensors())
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """As ``TrainStep.update``; it communicates where there are several ranks, and is not captured then."""
-        if self.mode == "flow" or self.step.ranks.world_size > 1:
-            return self.step.update(lr, position, losses)
-        return self.last(lr=lr, position=position, **losses)
+        if self.execution.captures_update:
+            return self.last(lr=lr, position=position, **losses)
+        return self.step.update(lr, position, losses)
 
     def _flow(self, **tensors: Tensor) -> dict[str, Tensor]:
-        with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
+        with precision.uncached(self.execution.efficiency.precision, self.step.ranks.device):
             return {"loss": self.step.objective.flow_backward(self.step.state.model, self.scale, **tensors)}
 
     def _micro(self, **tensors: Tensor) -> dict[str, Tensor]:
-        with precision.uncached(self.step.config.efficiency.precision, self.step.ranks.device):
+        with precision.uncached(self.execution.efficiency.precision, self.step.ranks.device):
             return self.step.micro_step(Batch.from_tensors(tensors), self.scale)
 
     def _update(self, lr: Tensor, position: Tensor, **losses: Tensor) -> dict[str, Tensor]:

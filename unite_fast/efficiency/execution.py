@@ -1,0 +1,320 @@
+"""How a training step is computed: the options that change its speed and memory but not its results, in one place.
+
+    check       what does not go together, from the configuration and the number of ranks alone
+    resolve     what the options mean on this device and for these ranks; what cannot run there
+    apply       puts it into a model: nothing else sets these attributes of its modules
+    lines       says it
+
+A module takes part by having an attribute of one of these names: ``recompute`` (bool: activations again in backward),
+``residual`` (dtype of its stream in training), ``attention`` (``layers.attention``'s plan), ``products`` (of a linear
+layer, ``precision``), ``run_block`` or ``run_layer`` (what calls its ``blocks`` or ``decoder_layers``); the fused
+operations are those of ``model.use_kernels``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config, EfficiencyConfig, ObjectiveConfig, TrainConfig
+from unite_fast.efficiency import compiling, graph, precision
+from unite_fast.efficiency.precision import Recipe
+from unite_fast.layers import attention
+from unite_fast.parallel import sharding
+from unite_fast.parallel.distributed import Ranks
+from unite_kernels import backend
+
+FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+class Recompute(NamedTuple):
+    """Whether blocks compute their activations again in backward, and why."""
+
+    blocks: bool
+    reason: str
+
+
+AS_MADE = Recompute(False, "as asked")
+
+
+# --- what goes together -----------------------------------------------------------------------------------------------
+
+
+def check(efficiency: EfficiencyConfig, train: TrainConfig, world_size: int) -> None:
+    """Refuses what does not go together, before any rank waits for another. Raises UserError."""
+    _check_precision(efficiency, train.micro_batch)
+    _check_strategy(efficiency, train, world_size)
+
+
+def _check_precision(e: EfficiencyConfig, micro_batch: int) -> None:
+    asked = f"efficiency.precision={e.precision}"
+    if e.residual == "bf16" and e.precision == "fp32":
+        raise UserError("efficiency.residual=bf16 needs a precision other than fp32")
+    if e.precision in precision.TE_FLOAT8 and micro_batch % 8:
+        raise UserError(f"{asked} needs train.micro_batch to be a multiple of 8, got {micro_batch}")
+    for key, value in {"recompute": e.recompute, "compile": e.compile}.items():
+        if e.precision in precision.TE and value != "none":
+            raise UserError(
+                f"efficiency.{key}={value} does not work with {asked}: Transformer Engine's layers keep state between "
+                "passes; use fp8 or bf16, or none"
+            )
+
+
+def _check_strategy(e: EfficiencyConfig, t: TrainConfig, world_size: int) -> None:
+    if t.shard_size and t.strategy != "hsdp":
+        raise UserError(f"train.shard_size is for train.strategy=hsdp, and this is {t.strategy}; leave it out")
+    sharding.shard_size(t, world_size)
+    if t.strategy == "ddp":
+        return
+    # What is asked for, whether it is refused, and the neutral value.
+    refused = (
+        # a rank that starts its micro-step again would gather alone
+        ("train.on_oom=halve", t.on_oom == "halve", "train.on_oom=fail"),
+        # compiled layers are called past FSDP's hooks
+        (f"efficiency.compile={e.compile}", e.compile != "none", "efficiency.compile=none"),
+        (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
+        ("efficiency.shard_muon=false", not e.shard_muon, "efficiency.shard_muon=true"),
+        ("efficiency.overlap_gradients=false", not e.overlap_gradients, "efficiency.overlap_gradients=true"),
+        (
+            f"train.replica_check_every={t.replica_check_every}",
+            t.strategy == "fsdp2" and t.replica_check_every > 0,
+            "train.replica_check_every=0",
+        ),
+        # the other recipes keep whole weights
+        (
+            f"efficiency.precision={e.precision}",
+            world_size > 1 and e.precision not in ("fp32", "bf16"),
+            "efficiency.precision=bf16",
+        ),
+    )
+    for key, asked, neutral in refused:
+        if asked:
+            raise UserError(
+                f"train.strategy={t.strategy} does not work with {key}; set {neutral}, or train.strategy=ddp"
+            )
+
+
+def check_device(
+    efficiency: EfficiencyConfig, train: TrainConfig, o: ObjectiveConfig, device: torch.device, planned: bool = False
+) -> None:
+    """Refuses what cannot run on ``device``, before the first step asks for it. Raises UserError.
+
+    planned: nothing will run; a plan made on a machine without a GPU is for one that has it.
+    """
+    if not (planned and device.type == "cpu"):
+        _check_graph(efficiency, train, o, device)
+    if why := backend.obstacle(efficiency.kernels, device, update=True):
+        raise UserError(f"efficiency.kernels={efficiency.kernels}: {why}; or set efficiency.kernels=eager")
+    precision.check(efficiency.precision, device)
+
+
+def _check_graph(e: EfficiencyConfig, train: TrainConfig, o: ObjectiveConfig, device: torch.device) -> None:
+    """Raises UserError naming the first precondition of ``efficiency.cuda_graph`` that does not hold."""
+    mode = e.cuda_graph
+    if mode == "none":
+        return
+    problems = {
+        f"a GPU is needed, the device is {device.type}": device.type not in graph.RECORDINGS,
+        "CUDA_LAUNCH_BLOCKING=1 waits after every launch; unset it": os.environ.get("CUDA_LAUNCH_BLOCKING") == "1",
+        f"the layers of efficiency.precision={e.precision} decide on the host; use bf16 or fp8": (
+            e.precision in precision.TE
+        ),
+        "train.on_oom=halve would change the micro-batch; set train.on_oom=fail": train.on_oom == "halve",
+    }
+    if mode == "flow":
+        problems |= {
+            "objective.flow_steps=0 leaves no flow to capture": o.flow_steps == 0,
+            "objective.stop_gradient=false has one backward for all; use step": not o.stop_gradient,
+            f"objective.flow_steps={o.flow_steps} must be a multiple of efficiency.flow_mini_batch="
+            f"{e.flow_mini_batch}, so that all mini-batches have one size; or use step": (
+                o.flow_steps % e.flow_mini_batch > 0
+            ),
+        }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(f"efficiency.cuda_graph={mode}: {problem}; efficiency.cuda_graph=none runs without graphs")
+
+
+# --- what the options mean here ---------------------------------------------------------------------------------------
+
+
+def sharded(train: TrainConfig, world_size: int) -> bool:
+    """Whether a rank holds a part of the weights alone."""
+    return train.strategy != "ddp" and world_size > 1
+
+
+def keeps_copies(efficiency: EfficiencyConfig, train: TrainConfig, world_size: int) -> bool:
+    """Whether the linear layers compute with low-precision copies of their weights, which are kept."""
+    return efficiency.precision != "fp32" and not sharded(train, world_size)
+
+
+def sends_copies(train: TrainConfig, world_size: int) -> bool:
+    """Whether what is sent of the gradients is a copy of them."""
+    return train.strategy == "ddp" and world_size > 1
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the steps of a run are computed. The default is that of a model as it is made: eager, float32, one process.
+
+    attention: of ``layers.attention.resolve``.
+    """
+
+    efficiency: EfficiencyConfig = field(default_factory=lambda: EfficiencyConfig(precision="fp32"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ranks: Ranks = CPU
+    attention: attention.Plan = "sdpa"
+    recompute: Recompute = AS_MADE
+
+    @classmethod
+    def resolve(cls, config: Config, ranks: Ranks, needed: Callable[[], int]) -> Execution:
+        """What ``config`` means for ``ranks``. needed: bytes of a rank that recomputes nothing. Raises UserError."""
+        e, t = config.efficiency, config.train
+        check(e, t, ranks.world_size)
+        plan = attention.resolve(e.attention, config.model, ranks.device, e.precision != "fp32")
+        return cls(e, t, ranks, plan, decide_recompute(e.recompute, ranks.device, needed))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients leave during the backward: as asked, unless a micro-step may start again or is captured."""
+        return self.efficiency.overlap_gradients and self.train.on_oom == "fail" and not self.captures
+
+    @property
+    def captures(self) -> bool:
+        """Whether CUDA graphs run a part of the step."""
+        return self.efficiency.cuda_graph != "none"
+
+    @property
+    def captures_flow_alone(self) -> bool:
+        return self.efficiency.cuda_graph == "flow"
+
+    @property
+    def captures_update(self) -> bool:
+        """Whether the update is captured, too: where it does not talk to other ranks."""
+        return self.efficiency.cuda_graph == "step" and self.ranks.world_size == 1
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the decoder's layers are compiled, and the networks among the losses."""
+        return self.efficiency.compile != "none"
+
+    @property
+    def sharded(self) -> bool:
+        return sharded(self.train, self.ranks.world_size)
+
+    @property
+    def muon_group(self) -> dist.ProcessGroup | None:
+        """The ranks that divide Muon's work on whole matrices; None: each does all of it."""
+        return dist.group.WORLD if self.efficiency.shard_muon and self.ranks.world_size > 1 else None
+
+    # --- into a model ---
+
+    def apply(self, model: Any) -> Recipe:
+        """Prepares ``model``, which is on the device, for training; parameters may be written to afterwards, but not
+        replaced. Raises UserError."""
+        model.use_kernels(self.efficiency.kernels)
+        for module in model.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = self.recompute.blocks
+            if hasattr(module, "attention"):
+                module.attention = self.attention
+        if self.compiles:
+            compile_stacks(model, all_of_them=self.efficiency.compile == "all")
+        return prepare(model, self.efficiency, self.ranks.device, self.sharded)
+
+    def shard(self, model: Any, methods: tuple[str, ...], timeout: float) -> None:
+        """After ``apply``: the strategy's part. methods: what callers use of ``model`` in place of its forward."""
+        if self.sharded:
+            sharding.apply(model, model.shard_units(), methods, self.train, timeout, self.ranks)
+
+    # --- in words ---
+
+    def lines(self, recipe: Recipe) -> dict[str, str]:
+        """What was resolved, by the names of a run's first lines. recipe: what ``apply`` returned."""
+        e, device, recomputed = self.efficiency, self.ranks.device, "blocks" if self.recompute.blocks else "none"
+        unfused = e.precision in precision.SCALED and e.compile != "all" and device.type == "cuda"
+        compiled = f"{e.compile} (every cast to float8 is a pass of its own; all fuses them)" if unfused else e.compile
+        captured = e.cuda_graph
+        if captured == "step":
+            captured += (
+                " (micro-batch, update)" if self.captures_update else " (the micro-batch; averaging and update outside)"
+            )
+        return {
+            "recompute": f"{recomputed} ({self.recompute.reason})",
+            "device": f"{device}, precision {recipe}, attention {attention.describe(self.attention)}, "
+            f"kernels {e.kernels}, compile {compiled}, CUDA graph {captured}",
+            "strategy": self._strategy(),
+        }
+
+    def _strategy(self) -> str:
+        """How the ranks share the model and the work."""
+        world, strategy = self.ranks.world_size, self.train.strategy
+        if world == 1:
+            return "one process"
+        if not self.sharded:
+            parts = f"divided over {world} ranks" if self.efficiency.shard_muon else "whole on every rank"
+            return f"ddp, gradients averaged {'during' if self.overlaps else 'after'} the backward, Muon {parts}"
+        size = sharding.shard_size(self.train, world)
+        return f"{strategy}, {world // size} x {size} shards, Muon divided over {size} ranks"
+
+
+def decide_recompute(choice: str, device: torch.device, needed: Callable[[], int]) -> Recompute:
+    """``efficiency.recompute``. It changes memory and time, never the results, so ranks may differ in it."""
+    if choice != "auto":
+        return Recompute(choice == "blocks", "as asked")
+    if device.type != "cuda":
+        return Recompute(False, "auto: a CPU has no memory of its own to fit into")
+    bytes_needed, there = needed(), FILL * torch.cuda.mem_get_info(device)[1]
+    reason = f"auto: {bytes_needed / 2**30:.1f} GiB without it, {there / 2**30:.1f} GiB to use"
+    return Recompute(bytes_needed > there, reason)
+
+
+def prepare(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, shards: bool = False) -> Recipe:
+    """The recipe's products in the linear layers of ``model`` and the dtype of its residual. Raises UserError.
+
+    shards: its parameters will be replaced by shards (``parallel.sharding``), of which no copies are kept: bf16 then
+    leaves all casts to autocast.
+    """
+    name = efficiency.precision
+    if shards and name not in ("fp32", "bf16"):
+        raise UserError(
+            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
+        )
+    recipe, products = precision.make(model, name, device, copies=not shards)
+    recipe.residual = efficiency.residual
+    use_residual(model, efficiency.residual)
+    for module in model.modules():
+        if module in products:
+            module.products = products[module]  # type: ignore[assignment]
+    return recipe
+
+
+def use_residual(model: nn.Module, dtype: str) -> None:
+    """``efficiency.residual``: of the streams of encoder and decoder in training."""
+    for module in model.modules():
+        if hasattr(module, "residual"):
+            module.residual = torch.bfloat16 if dtype == "bf16" else None  # type: ignore[assignment]
+
+
+def compile_stacks(model: nn.Module, all_of_them: bool = True, inference: bool = False) -> None:
+    """Compiles the layers of ``model``'s stacks in place: one compilation for all layers of a kind (``compiling``).
+
+    all_of_them: the encoder's blocks as well, not the decoder's layers alone.
+    """
+    made: dict[type, Any] = {}
+    names = {"run_layer": "decoder_layers"} | ({"run_block": "blocks"} if all_of_them else {})
+    for module in model.modules():
+        for runner, layers in names.items():
+            if hasattr(module, runner):
+                kind = type(getattr(module, layers)[0])
+                if kind not in made:
+                    made[kind] = compiling.region(kind.forward, inference)
+                setattr(module, runner, made[kind])
