@@ -438,7 +438,9 @@ def test_a_rule_without_its_package_is_one_line(monkeypatch):
         molecules.ready("smiles")
     monkeypatch.setitem(sys.modules, "openbabel", None)
     monkeypatch.delitem(sys.modules, "openbabel.pybel", raising=False)
-    with pytest.raises(UserError, match="the scorer adit needs openbabel, which is not installed"):
+    with pytest.raises(
+        UserError, match="the scorer adit needs openbabel, which is not installed; pip install openbabel-wheel"
+    ):
         molecules.ready("adit")
     monkeypatch.setitem(sys.modules, "smact.screening", None)
     with pytest.raises(UserError, match=r"the scores of crystals needs? smact, which is not installed"):

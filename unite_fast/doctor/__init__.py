@@ -36,6 +36,9 @@ OPTIONAL: dict[str, tuple[str, Callable[[], str] | None]] = {
     "pyarrow": ("pip install 'unite-fast[parquet]'", None),
     "tensorboard": ("pip install 'unite-fast[log]'", None),
     "wandb": ("pip install 'unite-fast[log]'", None),
+    "rdkit": ("pip install 'unite-fast[atoms]'", None),
+    "pymatgen.core": ("pip install 'unite-fast[atoms]'", None),
+    "smact": ("pip install 'unite-fast[atoms]'", None),
 }
 
 

@@ -46,7 +46,12 @@ def extra(what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         name = (error.name or "a package").split(".")[0]
-        raise UserError(f"{what} needs {name}, which is not installed; pip install 'unite-fast[atoms]'") from None
+        how = (
+            "pip install openbabel-wheel, which is under the GPL"
+            if name == "openbabel"
+            else "pip install 'unite-fast[atoms]'"
+        )
+        raise UserError(f"{what} needs {name}, which is not installed; {how}") from None
 
 
 def covalent_radii() -> np.ndarray:
