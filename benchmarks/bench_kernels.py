@@ -84,8 +84,8 @@ def _residual_inputs(s: Sizes, randn: Callable, dtype: torch.dtype, norms: int) 
 def _qk_inputs(s: Sizes, randn: Callable, dtype: torch.dtype) -> list[Tensor]:
     head_dim = s.width // s.heads
     angle = randn(s.tokens, head_dim // 2)
-    weights, bias = [randn(head_dim) * 0.1 + 1 for _ in range(2)], randn(2 * s.width) * 0.1
-    return [randn(s.batch, s.tokens, 2 * s.width).to(dtype), *weights, bias, angle.cos(), angle.sin()]
+    weights, bias = [randn(head_dim) * 0.1 + 1 for _ in range(2)], randn(3 * s.width) * 0.1
+    return [randn(s.batch, s.tokens, 3 * s.width).to(dtype), *weights, bias, angle.cos(), angle.sin()]
 
 
 COMPONENTS = {
@@ -108,10 +108,10 @@ COMPONENTS = {
         lambda s, r, b: (3 * r + 3 * b) * s.width,
     ),
     "qk_norm_rope": Component(
-        lambda i, backend, s: qk_norm_rope(*i[:3], *i[4:], s.heads, bias=i[3], backend=backend),
+        lambda i, backend, s: qk_norm_rope(i[0], i[1:3], *i[4:], s.heads, bias=i[3], backend=backend),
         _qk_inputs,
         lambda s, r, b: 4 * b * s.width,
-        lambda s, r, b: 6 * b * s.width,
+        lambda s, r, b: 8 * b * s.width,
         constant_inputs=2,
     ),
     "swiglu": Component(

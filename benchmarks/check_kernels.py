@@ -1,33 +1,52 @@
-"""Compiles every kernel for sm_90 without a GPU and reads the machine code: registers, spills, shared memory, widths.
+"""Compiles every kernel for sm_90 without a GPU, reads the machine code, and holds it to what it has reached.
 
-    python benchmarks/check_kernels.py            table; exit status 1 if any kernel spills or fails to compile
+    python benchmarks/check_kernels.py            table; exit status 1 if a kernel does not compile, spills or fell back
+    python benchmarks/check_kernels.py --record   the same, and what was found becomes what has to be reached
 
 The operations are called on CPU tensors with the model's shapes (widths 768, 1024, 1152) and a driver that only
-compiles, so the launches, their specialisation and their options are the ones of a training step.
+compiles, so the launches, their specialisation and their options are the ones of a training step. What has been reached
+is in kernel_limits.json, per minor version of Triton; an unknown version is held to the worst of the others. Programs
+per multiprocessor must be those that the table of launches fits its grids to, or more.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "ops")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "ops"), str(ROOT / "benchmarks")]
 
 import cases  # noqa: E402
+import machine_code  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
+from unite_kernels import launches  # noqa: E402
+
 TARGET = GPUTarget("cuda", 90, 32)
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+LIMITS = Path(__file__).with_name("kernel_limits.json")
+# What is held, and whether more of it is better.
+HELD = {"programs": True, "barriers": False, "shuffles": False, "wide": True, "in_flight": True}
+# Column heads; what has a loop has them all.
+HEADS = {
+    "registers": "registers", "spills": "spills", "stack": "stack", "shared": "shared", "programs": "programs/SM",
+    "instructions": "instr.", "barriers": "barriers", "shuffles": "shuffles", "loads": "loads", "stores": "stores",
+    "wide": "128-bit", "in_flight": "in flight/SM",
+}  # fmt: skip
 
 
 class CompileOnly:
@@ -60,42 +79,45 @@ def compiled_kernels(call) -> list:
     return found
 
 
-def read_cubin(cubin: bytes) -> dict[str, dict[str, int]]:
-    """By function: registers, spill instructions, stack and shared bytes, 128-bit and all global accesses."""
+def read_cubin(cubin: bytes) -> dict[str, dict[str, Any]]:
+    """By function: registers, spill instructions, stack and shared bytes, and its loop (``machine_code.Loop``)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [DISASSEMBLER / "cuobjdump", "-res-usage", file.name], check=True, capture_output=True, text=True
+        tools = (["cuobjdump", "-res-usage"], ["nvdisasm", "-c"])
+        usage, code = (
+            subprocess.run([DISASSEMBLER / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in tools
         )
-        code = subprocess.run([DISASSEMBLER / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True)
-    rows = {}
-    usages = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
-    texts = dict(re.findall(r"\.text\.(\S+):(.*?)(?=\n\.text\.|\n\s*\.section|\Z)", code.stdout, flags=re.S))
-    for name, registers, stack, shared, local in usages:
-        text = texts.get(name, "")
-        if not text:
-            raise RuntimeError(f"no machine code found for {name}")
-        # STL/LDL are the spills themselves; a stack that is only reserved would not show in them.
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
-        accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S+", text)
-        rows[name] = {
-            "registers": int(registers),
-            "spills": spills + int(local),
-            "stack": int(stack),
-            "shared": int(shared),
-            "wide": sum(".128" in access for access in accesses),
-            "accesses": len(accesses),
-        }
-    return rows
+    return machine_code.read(usage, code)
 
 
-def cuda_sources(folder: Path) -> list[tuple[str, dict[str, int]]]:
+def read_kernel(kernel: Any) -> dict[str, Any]:
+    """The same of a compiled Triton kernel, with what follows from its launch: programs, bytes in flight of an SM."""
+    (row,) = read_cubin(kernel.asm["cubin"]).values()
+    warps, row["shared"] = kernel.metadata.num_warps, kernel.metadata.shared
+    row["programs"] = machine_code.programs_at_once(row["registers"], warps, row["shared"])
+    names = kernel.src.fn.arg_names
+    constants = {names[index[0]]: value for index, value in kernel.src.constants.items()}
+    row["in_flight"] = int(row["in_flight"] * 32 * warps * row["programs"] * lanes_used(constants))
+    return row
+
+
+def lanes_used(constants: dict[str, Any]) -> float:
+    """The part of a tile that is no padding, from the sizes that a kernel is compiled for."""
+    used = 1.0
+    for size, block in (("WIDTH", "BLOCK"), ("CHANNELS", "BLOCK"), ("HEADS", "BLOCK_HEADS"), ("HEAD_DIM", "DIM")):
+        if size in constants and block in constants:
+            tiles = -(-constants[size] // constants[block])
+            used *= constants[size] / (tiles * constants[block])
+    return used
+
+
+def cuda_sources(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The CUDA C++ sources, compiled for sm_90a by nvcc."""
     from torch.utils.cpp_extension import include_paths
 
     nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    rows = []
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
         if not nvcc.exists():
             raise RuntimeError(f"{source.name} needs nvcc: set CUDA_HOME to the CUDA toolkit")
@@ -106,19 +128,71 @@ def cuda_sources(folder: Path) -> list[tuple[str, dict[str, int]]]:
         subprocess.run(command, check=True)
         for name, row in read_cubin(cubin.read_bytes()).items():
             short = re.search(r"\d([a-z][a-z_]*_kernel)", name)  # the identifier inside the mangled name
-            rows.append((f"{source.stem}:{short[1] if short else name}", row))
-    return rows
+            del row["in_flight"]  # of a thread; how many there are is known when it is launched
+            yield f"{source.stem}:{short[1] if short else name}", row
 
 
-def triton_rows(names: list[str], widths: list[int]) -> list[tuple[str, dict[str, int]]]:
-    rows = []
+def triton_rows(names: list[str], widths: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         for width in widths if name in cases.CASES else widths[:1]:  # the others do not depend on the width
             for kernel in compiled_kernels(lambda name=name, width=width: cases.launch_model_shape(name, width)):
-                ((function, row),) = read_cubin(kernel.asm["cubin"]).items()
-                row["shared"] = kernel.metadata.shared
-                rows.append((f"{name}:{function.strip('_')}@{width}", row))
-    return rows
+                row = read_kernel(kernel)
+                yield f"{name}:{kernel.metadata.name.strip('_').removesuffix('_kernel')}@{width}", row
+
+
+def fitted_programs(name: str) -> int:
+    """What the table of launches says of a kernel's programs; 0 where it says nothing."""
+    op, direction, width = re.fullmatch(r"(\w+):(\w+)@(\d+)", name).groups()  # type: ignore[union-attr]
+    if op not in cases.CASES or direction not in ("forward", "backward"):
+        return 0
+    return launches.launch_of(op, direction, cases.launch_width(op, int(width)), torch.device("cpu")).programs
+
+
+def limits_of(recorded: dict[str, dict[str, dict[str, float]]], version: str) -> dict[str, dict[str, float]]:
+    """By kernel, what must be reached with ``version``: its own record, or else the worst of all."""
+    if version in recorded or not recorded:
+        return recorded.get(version, {})
+    kernels = {name for limits in recorded.values() for name in limits}
+    found: dict[str, dict[str, float]] = {}
+    for name in kernels:
+        known = [limits[name] for limits in recorded.values() if name in limits]
+        found[name] = {k: (min if more else max)(limit[k] for limit in known) for k, more in HELD.items()}
+    return found
+
+
+def shortcomings(name: str, row: dict[str, Any], limit: dict[str, float] | None) -> list[str]:
+    """What of a kernel is worse than its limit, each in words."""
+    found = [f"{row[k]} {k}" for k in ("spills", "stack") if row[k]]
+    if "programs" in row and row["programs"] < (fitted := fitted_programs(name)):
+        found.append(f"{row['programs']} programs per multiprocessor, {fitted} in the table of launches")
+    for key, more in HELD.items() if limit else ():
+        if (row[key] < limit[key]) if more else (row[key] > limit[key]):  # type: ignore[index]
+            found.append(f"{key} {row[key]}, was {limit[key]}")  # type: ignore[index]
+    return found
+
+
+def held(row: dict[str, Any]) -> dict[str, float]:
+    return {key: row[key] for key in HELD}
+
+
+def write_limits(path: Path, recorded: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One kernel per line."""
+    parts = []
+    for version, limits in sorted(recorded.items()):
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in sorted(limits.items()))
+        parts.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def show(name: str, row: dict[str, Any]) -> str:
+    def number(key: str) -> str:
+        if key not in row or (key not in ("registers", "spills", "stack", "shared", "programs") and not row["loop"]):
+            return ""
+        if key == "wide":
+            return f"{100 * row[key]:.0f} %"
+        return f"{row[key] / 1024:.0f} KiB" if key == "in_flight" else str(row[key])
+
+    return f"{name[:40]:<41}" + "".join(f"{number(key):>{len(head) + 2}}" for key, head in HEADS.items())
 
 
 def main() -> int:
@@ -126,19 +200,31 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=cases.COMPILED, default=list(cases.COMPILED))
     parser.add_argument("--widths", nargs="*", type=int, default=[768, 1024, 1152])
     parser.add_argument("--no-cuda-sources", action="store_true")
+    parser.add_argument("--record", action="store_true", help="write what is found to kernel_limits.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = triton_rows(args.only, args.widths)
-    if not args.no_cuda_sources:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += cuda_sources(Path(folder))
-    print(f"{'kernel':<56}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}{'128-bit':>9}{'of':>5}")
-    for name, row in rows:
-        print(f"{name[:55]:<56}{row['registers']:>10}{row['spills']:>8}{row['stack']:>7}", end="")
-        print(f"{row['shared']:>8}{row['wide']:>9}{row['accesses']:>5}")
-    spilled = [name for name, row in rows if row["spills"]]
-    print(f"{len(rows)} kernels, {len(spilled)} with spills" + "".join(f"\n  {name}" for name in spilled))
-    return 1 if spilled else 0
+    recorded = json.loads(LIMITS.read_text()) if LIMITS.is_file() else {}
+    limits = {} if args.record else limits_of(recorded, VERSION)
+    print(f"Triton {triton.__version__}; of the loop, per iteration: instructions to stores, bytes in 128-bit accesses")
+    print(f"{'kernel':<41}" + "".join(f"{head:>{len(head) + 2}}" for head in HEADS.values()))
+    worse: list[str] = []
+    new: dict[str, dict[str, float]] = {}
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, row in (
+            *triton_rows(args.only, args.widths),
+            *(() if args.no_cuda_sources else cuda_sources(Path(folder))),
+        ):
+            count += 1
+            print(show(name, row), flush=True)
+            worse += [f"{name}: {what}" for what in shortcomings(name, row, limits.get(name))]
+            if row["loop"] and "programs" in row:
+                key = name if name not in new else ""
+                new |= {key: held(row)} if key else {}
+    if args.record:
+        write_limits(LIMITS, {**recorded, VERSION: {**recorded.get(VERSION, {}), **new}})
+    print(f"{count} kernels, {len(worse)} shortcomings" + "".join(f"\n  {what}" for what in worse))
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,18 @@ def _split(values: tuple, count: int) -> tuple[tuple, tuple]:
     return values[:count], values[count:]
 
 
+def _qk_forward(inputs: tuple, heads: int) -> tuple[tuple, tuple]:
+    out, rstd = OPS.qk_norm_rope_fwd(inputs[0], list(inputs[1:3]), *inputs[4:], heads, 0, EPS)
+    return (*out.unbind(), inputs[0][..., 2 * out.shape[-1] :]), (rstd,)
+
+
+def _qk_backward(grads: tuple, inputs: tuple, rstd: torch.Tensor, heads: int) -> tuple:
+    given = [grad.contiguous() for grad in grads]
+    weights = list(inputs[1:3])
+    dx, dweights, dbias = OPS.qk_norm_rope_bwd(given, inputs[0], weights, *inputs[4:], rstd, heads, 0, True)
+    return dx, *dweights.unbind(), dbias, None, None
+
+
 # name -> (forward(inputs, heads) -> (outputs, saved), backward(gradients, inputs, outputs, saved, heads) -> gradients)
 FUNCTIONS = {
     "adaln": (
@@ -29,8 +41,8 @@ FUNCTIONS = {
         lambda g, i, o, s, h: OPS.adaln_tail_bwd(*g, *i[:5], *i[6:], *s),
     ),
     "qk_norm_rope": (
-        lambda i, h: _split(OPS.qk_norm_rope_fwd(*i[:3], *i[4:], i[3], h, 0, EPS), 1),
-        lambda g, i, o, s, h: (*OPS.qk_norm_rope_bwd(*g, *i[:3], *i[4:], i[3], *s, h, 0), None, None),
+        lambda i, h: _qk_forward(i, h),
+        lambda g, i, o, s, h: _qk_backward(g, i, s[0], h),
     ),
     "swiglu": (
         lambda i, h: ((OPS.swiglu_fwd(*i),), ()),

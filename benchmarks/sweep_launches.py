@@ -34,10 +34,10 @@ from unite_kernels.launches import Launch  # noqa: E402
 
 WIDTH, HIDDEN = 768, 2048  # of UNITE-B's encoder
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
-    "adaln_mid": {"warps": (2, 4, 8), "stages": (0, 2, 3, 4)},
-    "adaln_tail": {"warps": (2, 4, 8), "stages": (0, 2, 3, 4)},
-    "qk_norm_rope": {"rows": (4, 8, 16), "columns": (2, 4, 8), "warps": (2, 4, 8)},
-    "swiglu": {"rows": (2, 4, 8), "columns": (256, 512, 1024), "warps": (4, 8)},
+    "adaln_mid": {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
+    "adaln_tail": {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
+    "qk_norm_rope": {"rows": (4, 8), "columns": (2, 4), "warps": (4, 8), "stages": (0, 2, 3)},
+    "swiglu": {"rows": (2, 4), "columns": (256, 512), "warps": (4, 8), "stages": (0, 2, 3)},
 }
 REGISTERS, SHARED, WARPS, MOST = 65536, 233_472, 64, 32  # of a multiprocessor of sm_90: 32-bit, bytes, -, programs
 RESERVED = 1024  # bytes of shared memory that every program takes besides its own

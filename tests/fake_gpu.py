@@ -99,9 +99,8 @@ class Launches:
         """Every compiled kernel: its name and sizes, which scenario wanted it first, what its machine code needs."""
         found = []
         for compiled, named in self.kernels.values():
-            (row,) = check_kernels.read_cubin(compiled.asm["cubin"]).values()
             constants = [v for v in compiled.src.constants.values() if isinstance(v, int)]
-            found.append(named | row | {"constants": constants, "shared": compiled.metadata.shared})
+            found.append(named | check_kernels.read_kernel(compiled) | {"constants": constants})
         return found
 
 

@@ -30,8 +30,8 @@ KERNELS = {
     "adaln_triton._forward_kernel", "adaln_triton._backward_kernel", "adaln_triton._reduce_kernel",
     "conv_relu._finish_kernel", "conv_relu._mask_kernel", "conv_relu._pool_backward_kernel", "conv_relu._pool_kernel",
     "corruption._flow_kernel", "corruption._inject_kernel", "corruption._tokenizer_kernel",
-    "lpips_head._forward_kernel", "lpips_head._backward_kernel", "qk_norm_rope._forward_kernel",
-    "qk_norm_rope._backward_kernel", "swiglu._forward_kernel", "swiglu._backward_kernel",
+    "lpips_head._forward_kernel", "lpips_head._backward_kernel", "qk_norm_rope_triton._forward_kernel",
+    "qk_norm_rope_triton._backward_kernel", "swiglu._forward_kernel", "swiglu._backward_kernel",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the same is run there")

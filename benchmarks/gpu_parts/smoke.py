@@ -28,7 +28,7 @@ TESTS = (
     *("tests/test_graph.py::test_graphs_on_a_gpu", "tests/test_graph.py::test_launches_of_a_replayed_step"),
     *OPERATIONS,
 )
-TOY_TESTS = ("tests/ops/test_split_linear.py::test_values_and_gradients",)
+TOY_TESTS = ("tests/ops/test_copied_linear.py::test_half_linear",)
 
 
 def run(bench: Bench) -> None:

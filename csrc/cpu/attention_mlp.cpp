@@ -8,38 +8,39 @@ namespace {
 // Fills what forward and backward share: shapes, weights and tables.
 struct QkInputs {
   QkNormRope args{};
-  Small q_weight, k_weight, cos, sin;
-  Bias bias;
+  std::vector<Small> weights;
+  Small cos, sin;
 
-  QkInputs(const char* op, const Tensor& qk, const Tensor& q, const Tensor& k, const Tensor& c, const Tensor& s,
-           const std::optional<Tensor>& b, int64_t heads, int64_t prefix) {
-    const bool bf16 = check_large(op, "qk", qk);
-    UNITE_CHECK(qk.dim() == 3, op, ": qk must have shape (batch, tokens, 2 width), not ", shape_text(qk));
-    UNITE_CHECK(heads > 0 && qk.size(2) > 0 && qk.size(2) % (2 * heads) == 0, op, ": the last dimension of qk, ",
-                qk.size(2), ", is not 2 * heads * head_dim with ", heads, " heads");
-    const int64_t tokens = qk.size(1), head_dim = qk.size(2) / (2 * heads);
+  QkInputs(const char* op, const Tensor& x, const std::vector<Tensor>& given, const Tensor& c, const Tensor& s,
+           int64_t heads, int64_t prefix) {
+    const bool bf16 = check_large(op, "x", x);
+    UNITE_CHECK(given.size() == 1 || given.size() == 2, op, ": one or two weights are needed, not ", given.size());
+    UNITE_CHECK(heads > 0 && given[0].dim() == 1, op, ": heads must be positive and a weight have shape (head_dim)");
+    const int64_t tokens = x.dim() == 3 ? x.size(1) : 0, head_dim = given[0].size(0), width = heads * head_dim;
+    const int64_t normed = int64_t(given.size());
+    UNITE_CHECK(x.dim() == 3 && (x.size(2) == normed * width || x.size(2) == (normed + 1) * width), op,
+                ": x must have shape (batch, tokens, ", normed * width, " or ", (normed + 1) * width, "), not ",
+                shape_text(x));
     UNITE_CHECK(head_dim % 2 == 0, op, ": head_dim ", head_dim, " is odd, so it has no pairs to rotate");
     UNITE_CHECK(prefix >= 0, op, ": prefix is negative: ", prefix);
-    q_weight = Small(op, "q_weight", q, {head_dim});
-    k_weight = Small(op, "k_weight", k, {head_dim});
     UNITE_CHECK(c.dim() == 2, op, ": cos must have shape (positions, head_dim / 2), not ", shape_text(c));
     const int64_t positions = c.size(0);
     UNITE_CHECK(positions >= tokens - prefix, op, ": cos has ", positions, " positions for ", tokens - prefix,
                 " tokens");
     cos = Small(op, "cos", torch::stable::contiguous(c), {positions, head_dim / 2});
     sin = Small(op, "sin", torch::stable::contiguous(s), {positions, head_dim / 2});
-    bias = Bias(op, b, qk.size(2));
-    args.shape = {qk.size(0), tokens, qk.size(2)};
+    for (const Tensor& weight : given) weights.emplace_back(op, "weight", weight, std::initializer_list{head_dim});
+    for (int64_t i = 0; i < normed; ++i) args.weights[i] = weights[i].data();
+    args.shape = {x.size(0), tokens, x.size(2)};
     args.types = {bf16, bf16};
+    args.parts = x.size(2) / width;
+    args.normed = normed;
     args.heads = heads;
     args.head_dim = head_dim;
     args.prefix = prefix;
-    args.qk = qk.data_ptr();
-    args.q_weight = q_weight.data();
-    args.k_weight = k_weight.data();
+    args.x = x.data_ptr();
     args.cos = cos.data();
     args.sin = sin.data();
-    args.bias = bias.data();
   }
 };
 
@@ -68,11 +69,12 @@ struct SwigluInputs {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
-                                            std::optional<Tensor> bias, int64_t heads, int64_t prefix, double eps) {
-  QkInputs in("qk_norm_rope_fwd", qk, q_weight, k_weight, cos, sin, bias, heads, prefix);
-  Tensor out = torch::stable::empty_like(qk);
-  Tensor rstd = empty_float(qk, {in.args.shape.samples, in.args.shape.rows, 2, heads});
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor x, std::vector<Tensor> weights, Tensor cos, Tensor sin,
+                                            int64_t heads, int64_t prefix, double eps) {
+  QkInputs in("qk_norm_rope_fwd", x, weights, cos, sin, heads, prefix);
+  const int64_t sizes[] = {in.args.normed, in.args.shape.samples, in.args.shape.rows, heads * in.args.head_dim};
+  Tensor out = torch::stable::new_empty(x, {sizes, 4});
+  Tensor rstd = empty_float(x, {sizes[0], sizes[1], sizes[2], heads});
   in.args.eps = float(eps);
   in.args.out = out.data_ptr();
   in.args.rstd = floats(rstd);
@@ -80,34 +82,33 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k
   return {out, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight,
-                                                            Tensor cos, Tensor sin, std::optional<Tensor> bias,
-                                                            Tensor rstd, int64_t heads, int64_t prefix) {
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(std::vector<Tensor> grads, Tensor x, std::vector<Tensor> weights,
+                                                    Tensor cos, Tensor sin, Tensor rstd, int64_t heads, int64_t prefix,
+                                                    bool biased) {
   const char* op = "qk_norm_rope_bwd";
-  QkInputs in(op, qk, q_weight, k_weight, cos, sin, bias, heads, prefix);
-  check_large(op, "dout", dout);
-  check_same_shape(op, "dout", dout, "qk", qk);
-  UNITE_CHECK(dout.scalar_type() == qk.scalar_type(), op, ": dout must have the dtype of qk");
+  QkInputs in(op, x, weights, cos, sin, heads, prefix);
+  const int64_t hd = in.args.head_dim, width = in.args.shape.width, normed = in.args.normed;
+  UNITE_CHECK(int64_t(grads.size()) == in.args.parts, op, ": x has ", in.args.parts, " parts, and ", grads.size(),
+              " gradients are given");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_large(op, "grad", grads[i]);
+    check_shape(op, "grad", grads[i], {in.args.shape.samples, in.args.shape.rows, heads * hd});
+    UNITE_CHECK(grads[i].scalar_type() == x.scalar_type(), op, ": grad must have the dtype of x");
+    in.args.grads[i] = grads[i].data_ptr();
+  }
   check_float32(op, "rstd", rstd);
-  check_shape(op, "rstd", rstd, {in.args.shape.samples, in.args.shape.rows, 2, heads});
-  const int64_t hd = in.args.head_dim, tasks = in.args.shape.tasks(), width = in.args.shape.width;
-  const int64_t stride = 2 * hd + width;
-  Tensor dqk = torch::stable::empty_like(qk);
-  Tensor dq = empty_float(qk, {hd}), dk = empty_float(qk, {hd});
-  Tensor dbias = empty_float(qk, {bias.has_value() ? width : 0});
+  check_shape(op, "rstd", rstd, {normed, in.args.shape.samples, in.args.shape.rows, heads});
+  const int64_t tasks = in.args.shape.tasks(), stride = normed * hd + width;
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dweights = empty_float(x, {normed, hd}), dbias = empty_float(x, {biased ? width : 0});
   const Scratch partial = scratch(tasks * stride);
-  in.args.dout = dout.data_ptr();
-  in.args.out = dqk.data_ptr();
+  in.args.out = dx.data_ptr();
   in.args.rstd = floats(rstd);
   in.args.partial = partial.get();
   run(kernels().qk_norm_rope_backward, in.args, tasks);
-  kernels().sum_rows(partial.get(), tasks, stride, hd, floats(dq));
-  kernels().sum_rows(partial.get() + hd, tasks, stride, hd, floats(dk));
-  if (bias.has_value()) {
-    kernels().sum_rows(partial.get() + 2 * hd, tasks, stride, width, floats(dbias));
-    dbias = as_type_of(dbias, *bias);
-  }
-  return {dqk, as_type_of(dq, q_weight), as_type_of(dk, k_weight), dbias};
+  kernels().sum_rows(partial.get(), tasks, stride, normed * hd, floats(dweights));
+  if (biased) kernels().sum_rows(partial.get() + normed * hd, tasks, stride, width, floats(dbias));
+  return {dx, dweights, dbias};
 }
 
 void attention_scores_bwd_(Tensor scores, Tensor gradients, double scale) {

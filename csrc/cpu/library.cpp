@@ -18,9 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln
                                                                                           Tensor, Tensor, Tensor,
                                                                                           Tensor, Tensor, Maybe, Tensor,
                                                                                           Tensor);
-std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor, Tensor, Tensor, Tensor, Tensor, Maybe, int64_t, int64_t, double);
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Maybe,
-                                                            Tensor, int64_t, int64_t);
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor, List, Tensor, Tensor, int64_t, int64_t, double);
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(List, Tensor, List, Tensor, Tensor, Tensor, int64_t, int64_t, bool);
 Tensor swiglu_fwd(Tensor, Maybe);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor, Tensor, Maybe);
 void attention_scores_bwd_(Tensor, Tensor, double);
@@ -61,11 +60,11 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
       " Tensor scale, Tensor? bias, Tensor rstd3, Tensor rstd1)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_fwd(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? bias, int heads,"
-      " int prefix, float eps) -> (Tensor, Tensor)");
+      "qk_norm_rope_fwd(Tensor x, Tensor[] weights, Tensor cos, Tensor sin, int heads, int prefix, float eps)"
+      " -> (Tensor, Tensor)");
   m.def(
-      "qk_norm_rope_bwd(Tensor dout, Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
-      " Tensor? bias, Tensor rstd, int heads, int prefix) -> (Tensor, Tensor, Tensor, Tensor)");
+      "qk_norm_rope_bwd(Tensor[] grads, Tensor x, Tensor[] weights, Tensor cos, Tensor sin, Tensor rstd, int heads,"
+      " int prefix, bool biased) -> (Tensor, Tensor, Tensor)");
   m.def("swiglu_fwd(Tensor x, Tensor? bias) -> Tensor");
   m.def("swiglu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("attention_scores_bwd_(Tensor(a!) scores, Tensor(b!) gradients, float scale) -> ()");

@@ -66,16 +66,16 @@ struct AdalnBackward {
 };
 
 struct QkNormRope {
-  Shape shape;  // samples B, rows T, width 2 D
+  Shape shape;  // samples B, rows T, width P D: P parts
   Types types;
-  int64_t heads, head_dim, prefix;
-  const void *qk, *dout;
-  const float *q_weight, *k_weight, *cos, *sin;
-  const float* bias;  // (2 D)
+  int64_t parts, normed, heads, head_dim, prefix;
+  const void* x;
+  const void* grads[3];  // of the parts, (B, T, D) each
+  const float *weights[2], *cos, *sin;
   float eps;
-  void* out;  // forward: the rotated qk; backward: its gradient
-  float* rstd;
-  float* partial;  // (tasks, 2 head_dim + 2 D): sums for both weights, and of the gradient of qk
+  void* out;  // forward: (normed, B, T, D); backward: the gradient of x
+  float* rstd;  // (normed, B, T, heads)
+  float* partial;  // (tasks, normed head_dim + P D): sums for the weights, and of the gradient of x
 };
 
 struct Swiglu {

@@ -1,6 +1,6 @@
 // QK-norm + RoPE and SwiGLU on blocks of rows.
 //
-//     QK-norm    x = qk + bias, n = x r w per head
+//     QK-norm    n = x r w per head
 //     RoPE       (o0, o1) = (n0 c - n1 s, n1 c + n0 s) for each pair of neighbours
 //     SwiGLU     y = silu(a) b,  a and b the halves of x + bias
 
@@ -14,37 +14,44 @@ namespace UNITE_ISA {
 namespace {
 
 template <typename X>
+void qk_forward_head(const X* __restrict x, const float* __restrict weight, const float* __restrict cos,
+                     const float* __restrict sin, float eps, int64_t hd, bool rotate, float* __restrict rstd_out,
+                     X* __restrict out) {
+  float square = 0.0f;
+  UNITE_SIMD_SUM(square)
+  for (int64_t i = 0; i < hd; ++i) square += load(x, i) * load(x, i);
+  const float rstd = 1.0f / std::sqrt(square / float(hd) + eps);
+  *rstd_out = rstd;
+  if (!rotate) {
+    UNITE_SIMD
+    for (int64_t i = 0; i < hd; ++i) store(out, i, load(x, i) * rstd * weight[i]);
+    return;
+  }
+  UNITE_SIMD
+  for (int64_t i = 0; i < hd / 2; ++i) {
+    const float even = load(x, 2 * i) * rstd * weight[2 * i];
+    const float odd = load(x, 2 * i + 1) * rstd * weight[2 * i + 1];
+    store(out, 2 * i, even * cos[i] - odd * sin[i]);
+    store(out, 2 * i + 1, odd * cos[i] + even * sin[i]);
+  }
+}
+
+template <typename X>
 void qk_forward(const QkNormRope& p, int64_t begin, int64_t end) {
-  const int64_t hd = p.head_dim, d = p.heads * hd;
+  const int64_t hd = p.head_dim, d = p.heads * hd, all = p.shape.samples * p.shape.rows;
   for (int64_t task = begin; task < end; ++task) {
     const Block block = block_of(p.shape, task);
     for (int64_t t = block.row; t < block.row + block.rows; ++t) {
       const int64_t row = block.sample * p.shape.rows + t, position = t - p.prefix;
-      const float* __restrict cos = p.cos + position * (hd / 2);
-      const float* __restrict sin = p.sin + position * (hd / 2);
-      for (int64_t part = 0; part < 2; ++part) {
-        const float* __restrict weight = part == 0 ? p.q_weight : p.k_weight;
+      const float* cos = p.cos + position * (hd / 2);
+      const float* sin = p.sin + position * (hd / 2);
+      for (int64_t part = 0; part < p.normed; ++part) {
+        const X* x = static_cast<const X*>(p.x) + (row * p.parts + part) * d;
+        X* out = static_cast<X*>(p.out) + (part * all + row) * d;
+        float* rstd = p.rstd + (part * all + row) * p.heads;
         for (int64_t head = 0; head < p.heads; ++head) {
-          const X* __restrict x = static_cast<const X*>(p.qk) + row * 2 * d + part * d + head * hd;
-          X* __restrict out = static_cast<X*>(p.out) + row * 2 * d + part * d + head * hd;
-          const float* __restrict bias = p.bias + part * d + head * hd;
-          float square = 0.0f;
-          UNITE_SIMD_SUM(square)
-          for (int64_t i = 0; i < hd; ++i) square += (load(x, i) + bias[i]) * (load(x, i) + bias[i]);
-          const float rstd = 1.0f / std::sqrt(square / float(hd) + p.eps);
-          p.rstd[(row * 2 + part) * p.heads + head] = rstd;
-          if (position < 0) {
-            UNITE_SIMD
-            for (int64_t i = 0; i < hd; ++i) store(out, i, (load(x, i) + bias[i]) * rstd * weight[i]);
-            continue;
-          }
-          UNITE_SIMD
-          for (int64_t i = 0; i < hd / 2; ++i) {
-            const float even = (load(x, 2 * i) + bias[2 * i]) * rstd * weight[2 * i];
-            const float odd = (load(x, 2 * i + 1) + bias[2 * i + 1]) * rstd * weight[2 * i + 1];
-            store(out, 2 * i, even * cos[i] - odd * sin[i]);
-            store(out, 2 * i + 1, odd * cos[i] + even * sin[i]);
-          }
+          qk_forward_head(x + head * hd, p.weights[part], cos, sin, p.eps, hd, position >= 0, rstd + head,
+                          out + head * hd);
         }
       }
     }
@@ -53,9 +60,8 @@ void qk_forward(const QkNormRope& p, int64_t begin, int64_t end) {
 
 template <typename X>
 void qk_backward_head(const X* __restrict x, const X* __restrict dout, const float* __restrict weight,
-                      const float* __restrict bias, const float* __restrict cos, const float* __restrict sin,
-                      float rstd, int64_t hd, bool rotate, float* __restrict dn, float* __restrict dweight,
-                      float* __restrict dbias, X* __restrict dx) {
+                      const float* __restrict cos, const float* __restrict sin, float rstd, int64_t hd, bool rotate,
+                      float* __restrict dn, float* __restrict dweight, float* __restrict dbias, X* __restrict dx) {
   if (rotate) {
     UNITE_SIMD
     for (int64_t i = 0; i < hd / 2; ++i) {
@@ -70,40 +76,55 @@ void qk_backward_head(const X* __restrict x, const X* __restrict dout, const flo
   float dot = 0.0f;
   UNITE_SIMD_SUM(dot)
   for (int64_t i = 0; i < hd; ++i) {
-    const float product = dn[i] * ((load(x, i) + bias[i]) * rstd);
+    const float product = dn[i] * (load(x, i) * rstd);
     dweight[i] += product;
     dot += product * weight[i];
   }
   const float factor = rstd * rstd * (dot / float(hd));
   UNITE_SIMD
   for (int64_t i = 0; i < hd; ++i) {
-    const float g = rstd * (dn[i] * weight[i]) - factor * (load(x, i) + bias[i]);
+    const float g = rstd * (dn[i] * weight[i]) - factor * load(x, i);
     store(dx, i, g);
     dbias[i] += g;
   }
 }
 
+// Of a part that is neither normalised nor rotated: into its place in dx, and summed.
+template <typename X>
+void place_row(const X* __restrict grad, int64_t d, float* __restrict dbias, X* __restrict dx) {
+  UNITE_SIMD
+  for (int64_t i = 0; i < d; ++i) {
+    store(dx, i, load(grad, i));
+    dbias[i] += load(grad, i);
+  }
+}
+
 template <typename X>
 void qk_backward(const QkNormRope& p, int64_t begin, int64_t end) {
-  const int64_t hd = p.head_dim, d = p.heads * hd;
+  const int64_t hd = p.head_dim, d = p.heads * hd, all = p.shape.samples * p.shape.rows;
+  const int64_t stride = p.normed * hd + p.parts * d;
   float* scratch = static_cast<float*>(std::malloc(hd * sizeof(float)));
   for (int64_t task = begin; task < end; ++task) {
     const Block block = block_of(p.shape, task);
-    float* sums = p.partial + task * 2 * (hd + d);
-    for (int64_t i = 0; i < 2 * (hd + d); ++i) sums[i] = 0.0f;
+    float* sums = p.partial + task * stride;
+    for (int64_t i = 0; i < stride; ++i) sums[i] = 0.0f;
     for (int64_t t = block.row; t < block.row + block.rows; ++t) {
       const int64_t row = block.sample * p.shape.rows + t, position = t - p.prefix;
       const float* cos = p.cos + position * (hd / 2);
       const float* sin = p.sin + position * (hd / 2);
-      const X* x = static_cast<const X*>(p.qk) + row * 2 * d;
-      const X* dout = static_cast<const X*>(p.dout) + row * 2 * d;
-      X* dx = static_cast<X*>(p.out) + row * 2 * d;
-      for (int64_t part = 0; part < 2; ++part) {
-        const float* weight = part == 0 ? p.q_weight : p.k_weight;
+      for (int64_t part = 0; part < p.parts; ++part) {
+        const X* x = static_cast<const X*>(p.x) + (row * p.parts + part) * d;
+        const X* grad = static_cast<const X*>(p.grads[part]) + row * d;
+        X* dx = static_cast<X*>(p.out) + (row * p.parts + part) * d;
+        float* dbias = sums + p.normed * hd + part * d;
+        if (part >= p.normed) {
+          place_row(grad, d, dbias, dx);
+          continue;
+        }
         for (int64_t head = 0; head < p.heads; ++head) {
-          const int64_t o = part * d + head * hd;
-          qk_backward_head(x + o, dout + o, weight, p.bias + o, cos, sin, p.rstd[(row * 2 + part) * p.heads + head], hd,
-                           position >= 0, scratch, sums + part * hd, sums + 2 * hd + o, dx + o);
+          const int64_t o = head * hd;
+          qk_backward_head(x + o, grad + o, p.weights[part], cos, sin, p.rstd[(part * all + row) * p.heads + head], hd,
+                           position >= 0, scratch, sums + part * hd, dbias + o, dx + o);
         }
       }
     }

@@ -55,6 +55,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
 ):
@@ -69,7 +70,7 @@ def _forward_kernel(
         weight3 = _row(p_weight3, 0, 0, o_d, m_d)
     if BIAS:
         bias = _row(p_bias, 0, 0, o_d, m_d)
-    for i in tl.range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         o_t = (tl.program_id(0) * steps + i) * ROWS + tl.arange(0, ROWS)
         m_t = o_t < tokens
         o_row = b * tokens + o_t
@@ -95,7 +96,7 @@ def _forward_kernel(
         tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["steps"])
 def _backward_kernel(
     p_dout,
     p_dy,
@@ -112,20 +113,20 @@ def _backward_kernel(
     p_dbranch,
     p_sums,
     tokens,
-    rows,
+    steps,
     stride_gate,
     stride_scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 (branch + bias) (dgate), dx2 xhat3
-    # (dweight3), dbranch (dbias).
+    # A program sums over its rows: dy (dshift), dy xhat (dscale, dweight), dx1 branch and dx1 (dgate, dbias: gate and
+    # bias are the same in all of its rows, and come after the loop), dx2 xhat3 (dweight3).
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * rows
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < WIDTH
     factor = _row(p_weight, 0, 0, o_d, m_d) * (1.0 + _row(p_scale, b, stride_scale, o_d, m_d))
@@ -133,57 +134,61 @@ def _backward_kernel(
     sum_dy_xhat = tl.zeros((BLOCK,), tl.float32)
     if KIND != 0:
         gate = _row(p_gate, b, stride_gate, o_d, m_d)
-        sum_gate = tl.zeros((BLOCK,), tl.float32)
+        sum_du_branch = tl.zeros((BLOCK,), tl.float32)
     if KIND == 2:
         weight3 = _row(p_weight3, 0, 0, o_d, m_d)
         sum_weight3 = tl.zeros((BLOCK,), tl.float32)
     if BIAS:
-        bias = _row(p_bias, 0, 0, o_d, m_d)
-        sum_bias = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.range(0, rows, num_stages=STAGES):  # loads run STAGES - 1 rows ahead
-        m_t = first + i < tokens
-        o_row = b * tokens + first + i
-        m = m_d & m_t
-        o = o_row * WIDTH + o_d
+        sum_du = tl.zeros((BLOCK,), tl.float32)
+        if KIND == 2:
+            gated_bias = gate * _row(p_bias, 0, 0, o_d, m_d)
+    for i in tl.range(0, steps, num_stages=STAGES):  # loads run STAGES - 1 tiles ahead
+        o_t = (tl.program_id(0) * steps + i) * ROWS + tl.arange(0, ROWS)
+        m_t = o_t < tokens
+        o_row = b * tokens + o_t
+        o = o_row[:, None] * WIDTH + o_d[None, :]
+        m = m_t[:, None] & m_d[None, :]
         u = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
         dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
-        rstd = tl.load(p_rstd + o_row, mask=m_t, other=0.0)
+        rstd = tl.load(p_rstd + o_row, mask=m_t, other=0.0)[:, None]
         if KIND != 0:
             branch = tl.load(p_branch + o, mask=m, other=0.0).to(tl.float32)
             dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
-            if BIAS:
-                branch += bias
         if KIND == 2:
-            rstd3 = tl.load(p_rstd3 + o_row, mask=m_t, other=0.0)
-            xhat3 = (u + gate * branch) * rstd3
-            u = (xhat3 * weight3).to(p_x.dtype.element_ty).to(tl.float32)
+            rstd3 = tl.load(p_rstd3 + o_row, mask=m_t, other=0.0)[:, None]
+            u += gate[None, :] * branch
+            if BIAS:
+                u += gated_bias[None, :]
+            xhat3 = u * rstd3
+            u = (xhat3 * weight3[None, :]).to(p_x.dtype.element_ty).to(tl.float32)
         xhat = u * rstd
-        sum_dy += dy
-        sum_dy_xhat += dy * xhat
-        g = dy * factor
-        du = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / WIDTH))
+        sum_dy += tl.sum(dy, axis=0)
+        sum_dy_xhat += tl.sum(dy * xhat, axis=0)
+        g = dy * factor[None, :]
+        du = rstd * (g - xhat * (tl.sum(g * xhat, axis=1) / WIDTH)[:, None])
         if KIND != 0:
             du += dout
         if KIND == 2:
-            sum_weight3 += du * xhat3
-            g = du * weight3
-            du = rstd3 * (g - xhat3 * (tl.sum(g * xhat3, axis=0) / WIDTH))
+            sum_weight3 += tl.sum(du * xhat3, axis=0)
+            g = du * weight3[None, :]
+            du = rstd3 * (g - xhat3 * (tl.sum(g * xhat3, axis=1) / WIDTH)[:, None])
         tl.store(p_dx + o, du.to(p_dx.dtype.element_ty), mask=m)
         if KIND != 0:
-            dbranch = gate * du
+            dbranch = gate[None, :] * du
             tl.store(p_dbranch + o, dbranch.to(p_dbranch.dtype.element_ty), mask=m)
-            sum_gate += du * branch
+            sum_du_branch += tl.sum(du * branch, axis=0)
             if BIAS:
-                sum_bias += dbranch
+                sum_du += tl.sum(du, axis=0)
     p = p_sums + (b * tl.num_programs(0) + tl.program_id(0)) * (SUMS * WIDTH) + o_d
     tl.store(p, sum_dy, mask=m_d)
     tl.store(p + WIDTH, sum_dy_xhat, mask=m_d)
+    if BIAS:
+        tl.store(p + (SUMS - 1) * WIDTH, gate * sum_du, mask=m_d)
+        sum_du_branch += _row(p_bias, 0, 0, o_d, m_d) * sum_du
     if KIND != 0:
-        tl.store(p + 2 * WIDTH, sum_gate, mask=m_d)
+        tl.store(p + 2 * WIDTH, sum_du_branch, mask=m_d)
     if KIND == 2:
         tl.store(p + 3 * WIDTH, sum_weight3, mask=m_d)
-    if BIAS:
-        tl.store(p + (SUMS - 1) * WIDTH, sum_bias, mask=m_d)
 
 
 @jit
@@ -251,7 +256,7 @@ def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scal
         _forward_kernel[(triton.cdiv(tokens, steps * launch.rows), batch)](
             *(x, branch, gate, weight3, weight, shift, scale, bias, out, y, rstd3, rstd, tokens, steps),
             *(0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps),
-            *(width, block, launch.rows, kind, bias is not None),
+            *(width, block, launch.rows, launch.stages, kind, bias is not None),
             num_warps=launch.warps,
         )
     return out, y, rstd3, rstd
@@ -260,10 +265,10 @@ def run_forward(kind: int, x: Tensor, branch, gate, weight3, weight, shift, scal
 def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd):
     """(dx, dbranch, dgate, dweight3, dweight, dshift, dscale, dbias), absent ones None; dbias is then empty."""
     batch, tokens, width = x.shape
-    block, launch, rows = _launch(kind, "backward", x)
+    block, launch, steps = _launch(kind, "backward", x)
     biased = bias is not None
     sums, weights = 2 + kind + biased, 1 + kind // 2 + biased
-    parts = triton.cdiv(tokens, rows)
+    parts = triton.cdiv(tokens, steps * launch.rows)
     partial = x.new_empty(batch, parts, sums, width, dtype=torch.float32)
     dweights = x.new_empty(batch, weights, width, dtype=torch.float32)
     dx, dbranch = torch.empty_like(x), None if kind == PLAIN else torch.empty_like(branch)
@@ -273,8 +278,8 @@ def run_backward(kind: int, dout, dy, x, branch, gate, weight3, weight, scale, b
     with torch.cuda.device_of(x):
         _backward_kernel[(parts, batch)](
             *(dout, dy, x, branch, gate, weight3, weight, scale, bias, rstd3, rstd, dx, dbranch, partial, tokens),
-            *(rows, 0 if gate is None else gate.stride(0), scale.stride(0)),
-            *(width, block, launch.stages, kind, biased, sums),
+            *(steps, 0 if gate is None else gate.stride(0), scale.stride(0)),
+            *(width, block, launch.rows, launch.stages, kind, biased, sums),
             num_warps=launch.warps,
         )
         _reduce_kernel[(triton.cdiv(width, reduce_block), batch)](

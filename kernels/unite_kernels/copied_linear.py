@@ -9,9 +9,9 @@ Scales are taken from the values at hand ("current scaling"), so there is no his
 and W in e4m3, dy in e5m2, whose range a gradient can use. One scale per row (of x, dy, W and W^T): all in e4m3.
 dW and db reach the float32 weight in float32; on CPUs, which have no such product, dW is rounded to bfloat16 before.
 
-Shapes: x (..., K), W (N, K), y (..., N). ``bounds`` (rising, from 0 to N) asks for columns of y: those from each bound
-to the next are one contiguous tensor (why: see split_linear.py). b (n,) belongs to the last of these tensors; whoever
-takes the others adds their bias, if there is one. N, K and the bounds of a scaled layer are multiples of 16 (cuBLAS).
+Shapes: x (..., K), W (N, K), y (..., N), b (N,). ``columns`` (start, stop) asks for these columns of y alone; b is then
+theirs. A b that wants no gradient gets none: it is a pass over dy, which whoever made dy may have taken with it. N, K
+and the columns of a scaled layer are multiples of 16 (cuBLAS).
 
 Copies may be larger than W, for sizes that products are fast at: W's rows in ``groups`` equal groups, each followed by
 zero rows, and zero columns behind its own. Then x has the copy's columns and y as many columns as the copy has rows.
@@ -19,7 +19,6 @@ zero rows, and zero columns behind its own. Then x has the copy's columns and y 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -85,10 +84,6 @@ def write_scaled_(
     transposed_scale.copy_(factors)
 
 
-def _slices(bounds: tuple[int, ...]) -> list[slice]:
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """float32 dy^T x of (R, N) and (R, K) bfloat16."""
     if x.is_cuda:
@@ -97,16 +92,14 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _layer_weight_gradient(
-    parts: list[Tensor], x: Tensor, bounds: tuple[int, ...], outputs: int, shape: Sequence[int], groups: int = 0
+    dy: Tensor, x: Tensor, columns: tuple[int, int], outputs: int, shape: Sequence[int], groups: int = 0
 ) -> Tensor:
-    """float32 dW of ``shape`` (N, K) from the parts of dy (R, n) and x (..., K), all bfloat16.
+    """float32 dW of ``shape`` (N, K) from dy (R, n), its columns ``columns``, and x (..., K), both bfloat16.
 
     outputs: N, or the rows of a padded copy.
     """
-    rows = x.flatten(0, -2)
-    dweights = [_weight_gradient(part, rows) for part in parts]
-    dweight = dweights[0] if len(dweights) == 1 else torch.cat(dweights)
-    before, behind = bounds[0], outputs - bounds[-1]
+    dweight = _weight_gradient(dy, x.flatten(0, -2))
+    before, behind = columns[0], outputs - columns[1]
     if before or behind:
         dweight = F.pad(dweight, (0, 0, before, behind))
     return dweight if dweight.shape == shape else own_part(dweight, shape, groups).flatten(0, 1)
@@ -120,9 +113,9 @@ def _bias_gradient(dy: Tensor, size: int, groups: int = 0) -> Tensor | None:
     return dbias if len(dbias) == size else own_part(dbias, (size,), groups).flatten()
 
 
-def _biases(bias: Tensor | None, bounds: tuple[int, ...]) -> list[Tensor | None]:
-    """What is added to each part."""
-    return [*[None] * (len(bounds) - 2), bias]
+def _wanted(bias: Tensor | None, gradient: bool) -> int:
+    """The size of the bias gradient that a backward makes, 0 for none."""
+    return len(bias) if bias is not None and gradient else 0
 
 
 class _Half(torch.autograd.Function):
@@ -134,27 +127,21 @@ class _Half(torch.autograd.Function):
         bias: Tensor | None,
         copy: Tensor,
         bias_copy: Tensor | None,
-        bounds: tuple[int, ...],
+        columns: tuple[int, int],
         groups: int,
     ):
         ctx.save_for_backward(x, copy)
-        ctx.bounds, ctx.shape, ctx.groups, ctx.biased = bounds, weight.shape, groups, 0 if bias is None else len(bias)
-        parts = zip(_slices(bounds), _biases(bias_copy, bounds), strict=True)
-        return tuple(F.linear(x, copy[where], added) for where, added in parts)
+        ctx.columns, ctx.shape, ctx.groups = columns, weight.shape, groups
+        ctx.biased = _wanted(bias, ctx.needs_input_grad[2])
+        return F.linear(x, copy[slice(*columns)], bias_copy)
 
     @staticmethod
-    def backward(ctx, *dys: Tensor):
+    def backward(ctx, dy: Tensor):
         x, copy = ctx.saved_tensors
-        parts = [dy.flatten(0, -2) for dy in dys]
-        slices = _slices(ctx.bounds)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(parts[0], copy[slices[0]])
-            for part, where in zip(parts[1:], slices[1:], strict=True):
-                dx = torch.addmm(dx, part, copy[where])
-            dx = dx.view(x.shape)
-        dweight = _layer_weight_gradient(parts, x, ctx.bounds, len(copy), ctx.shape, ctx.groups)
-        return dx, dweight, _bias_gradient(parts[-1], ctx.biased, ctx.groups), *(None,) * 4
+        dy = dy.flatten(0, -2)
+        dx = torch.mm(dy, copy[slice(*ctx.columns)]).view(x.shape) if ctx.needs_input_grad[0] else None
+        dweight = _layer_weight_gradient(dy, x, ctx.columns, len(copy), ctx.shape, ctx.groups)
+        return dx, dweight, _bias_gradient(dy, ctx.biased, ctx.groups), *(None,) * 4
 
 
 class _Scaled(torch.autograd.Function):
@@ -169,39 +156,37 @@ class _Scaled(torch.autograd.Function):
         transposed: Tensor,
         transposed_scale: Tensor,
         bias_copy: Tensor | None,
-        bounds: tuple[int, ...],
+        columns: tuple[int, int],
         groups: int,
     ):
         per_row = scale.ndim == 2
         values, factors = quantise(x.flatten(0, -2), copy.dtype, per_row)
         ctx.save_for_backward(x, transposed, transposed_scale)
-        ctx.bounds, ctx.shape, ctx.groups, ctx.biased = bounds, weight.shape, groups, 0 if bias is None else len(bias)
-        outputs = []
-        for where, added in zip(_slices(bounds), _biases(bias_copy, bounds), strict=True):
-            y = torch._scaled_mm(
-                values,
-                copy[where].t(),
-                scale_a=factors,
-                scale_b=scale[where].t() if per_row else scale,
-                bias=added,
-                out_dtype=x.dtype,
-                use_fast_accum=True,
-            )
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        return tuple(outputs)
+        ctx.columns, ctx.shape, ctx.groups = columns, weight.shape, groups
+        ctx.biased = _wanted(bias, ctx.needs_input_grad[2])
+        where = slice(*columns)
+        y = torch._scaled_mm(
+            values,
+            copy[where].t(),
+            scale_a=factors,
+            scale_b=scale[where].t() if per_row else scale,
+            bias=bias_copy,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx, *dys: Tensor):
+    def backward(ctx, dy: Tensor):
         x, transposed, transposed_scale = ctx.saved_tensors
         outputs = transposed.shape[1]
-        parts = [dy.flatten(0, -2) for dy in dys]
+        dy = dy.flatten(0, -2)
         dx = None
         if ctx.needs_input_grad[0]:
             per_row = transposed_scale.ndim == 2
-            dy = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             values, factors = quantise(dy, transposed.dtype if per_row else torch.float8_e5m2, per_row)
             if dy.shape[1] < outputs:
-                transposed = transposed[:, ctx.bounds[0] : ctx.bounds[-1]].contiguous()
+                transposed = transposed[:, slice(*ctx.columns)].contiguous()
             dx = torch._scaled_mm(
                 values,
                 transposed.t(),
@@ -211,23 +196,24 @@ class _Scaled(torch.autograd.Function):
                 # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
                 use_fast_accum=per_row,
             ).view(x.shape)
-        dweight = _layer_weight_gradient(parts, x, ctx.bounds, outputs, ctx.shape, ctx.groups)
-        return dx, dweight, _bias_gradient(parts[-1], ctx.biased, ctx.groups), *(None,) * 7
+        dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups)
+        return dx, dweight, _bias_gradient(dy, ctx.biased, ctx.groups), *(None,) * 7
 
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: int):
         ctx.save_for_backward(x)
-        ctx.bounds, ctx.shape, ctx.biased = (start, start + y.shape[-1]), weight.shape, 0 if bias is None else len(bias)
+        ctx.columns, ctx.shape = (start, start + y.shape[-1]), weight.shape
+        ctx.biased = _wanted(bias, ctx.needs_input_grad[3])
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
         rows = dy.flatten(0, -2)
-        dweight = _layer_weight_gradient([rows], x, ctx.bounds, ctx.shape[0], ctx.shape)
-        return dy, None, dweight, _bias_gradient(rows[:, rows.shape[1] - ctx.biased :], ctx.biased), None
+        dweight = _layer_weight_gradient(rows, x, ctx.columns, ctx.shape[0], ctx.shape)
+        return dy, None, dweight, _bias_gradient(rows, ctx.biased), None
 
 
 def with_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, start: int = 0) -> Tensor:
@@ -245,14 +231,14 @@ def half_linear(
     bias: Tensor | None,
     copy: Tensor,
     bias_copy: Tensor | None,
-    bounds: tuple[int, ...],
+    columns: tuple[int, int],
     groups: int = 0,
-) -> tuple[Tensor, ...]:
-    """The parts of y in bfloat16, which x is cast to; gradients go to ``weight`` and ``bias``.
+) -> Tensor:
+    """Columns of y in bfloat16, which x is cast to; gradients go to ``weight`` and ``bias``.
 
     copy (N, K) and bias_copy (n,): their current values in bfloat16, padded or not. Without a bias both of it are None.
     """
-    return _Half.apply(x.to(copy.dtype), weight, bias, copy, bias_copy, bounds, groups)
+    return _Half.apply(x.to(copy.dtype), weight, bias, copy, bias_copy, columns, groups)
 
 
 def scaled_linear(
@@ -261,11 +247,11 @@ def scaled_linear(
     bias: Tensor | None,
     copies: tuple[Tensor, Tensor, Tensor, Tensor],
     bias_copy: Tensor | None,
-    bounds: tuple[int, ...],
+    columns: tuple[int, int],
     groups: int = 0,
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """As ``half_linear`` with products in float8. copies: what ``write_scaled_`` wrote, in its order.
 
     Needs sm_89 or later, or a CPU (with one scale per row: torch 2.13 or later there).
     """
-    return _Scaled.apply(x.to(torch.bfloat16), weight, bias, *copies, bias_copy, bounds, groups)
+    return _Scaled.apply(x.to(torch.bfloat16), weight, bias, *copies, bias_copy, columns, groups)

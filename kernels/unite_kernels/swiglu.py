@@ -61,12 +61,13 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < WIDTH
     bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
-    for i in tl.range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         o_row = (tl.program_id(0).to(tl.int64) * steps + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_f[None, :]
         a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
@@ -86,6 +87,7 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -93,7 +95,7 @@ def _backward_kernel(
     bias_a, bias_b = _bias_halves(p_bias, o_f, m_f, WIDTH, BIAS)
     sum_a = tl.zeros((ROWS, BLOCK), tl.float32)  # over rows after the loop: no exchange between threads within it
     sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i in tl.range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         o_row = (tl.program_id(0).to(tl.int64) * steps + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_f[None, :]
         a, b = _halves(p_x + o_row[:, None] * (2 * WIDTH) + o_f[None, :], m, bias_a, bias_b, WIDTH)
@@ -125,7 +127,7 @@ def _swiglu_fwd(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     launch, grid, sizes = _launch("forward", x)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
-            *(x, bias, y, *sizes, launch.columns, launch.rows, bias is not None), num_warps=launch.warps
+            *(x, bias, y, *sizes, launch.columns, launch.rows, launch.stages, bias is not None), num_warps=launch.warps
         )
     return y
 
@@ -145,7 +147,8 @@ def _swiglu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, backend: str) -> tup
     sums = None if bias is None else x.new_empty(grid[0], x.shape[-1], dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[grid](
-            *(dy, x, bias, dx, sums, *sizes, launch.columns, launch.rows, bias is not None), num_warps=launch.warps
+            *(dy, x, bias, dx, sums, *sizes, launch.columns, launch.rows, launch.stages, bias is not None),
+            num_warps=launch.warps,
         )
     return dx, x.new_empty(0) if bias is None else sums.sum(0).to(bias.dtype)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,79 +78,64 @@ def with_gradients(y: Tensor, dy: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def biased_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """With a bias on the last columns."""
-    return F.linear(x, weight) + F.pad(bias, (len(weight) - len(bias), 0))
-
-
-def setting(k: int, n: int, rows: tuple[int, ...], split: int | None = None):
-    """x, weight, bias of the columns from ``split`` on, dy, and the float64 output and gradients for it."""
+def setting(k: int, n: int, rows: tuple[int, ...]):
+    """x, weight, bias, dy, and the float64 output and gradients for it."""
     weight, bias = layer(k, n)
-    bias = bias.detach()[split or 0 :].clone().requires_grad_()
     x = torch.randn(*rows, k, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
     dy = torch.randn(*rows, n, generator=torch.Generator().manual_seed(3)).to(DEVICE) * 1e-6
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    return x, weight, bias, dy, with_gradients(biased_linear(*exact), dy.double(), *exact)
+    return x, weight, bias, dy, with_gradients(F.linear(*exact), dy.double(), *exact)
 
 
-def bounds(n: int, split: int | None) -> tuple[int, ...]:
-    return (0, n) if split is None else (0, split, n)
-
-
-@pytest.mark.parametrize("split", [None, 32])
 @pytest.mark.parametrize(("k", "n", "rows"), [(32, 96, (3, 5)), (48, 64, (17,)), (64, 80, (2, 3, 7))])
-def test_half_linear(k, n, rows, split):
+def test_half_linear(k, n, rows):
     """At most the error of autocast's linear layer, and a weight gradient in float32."""
-    x, weight, bias, dy, exact = setting(k, n, rows, split)
+    x, weight, bias, dy, exact = setting(k, n, rows)
     copy, bias_copy = weight.detach().bfloat16(), bias.detach().bfloat16()
-    y = torch.cat(half_linear(x, weight, bias, copy, bias_copy, bounds(n, split)), -1)
-    ours = with_gradients(y, dy, x, weight, bias)
+    ours = with_gradients(half_linear(x, weight, bias, copy, bias_copy, (0, n)), dy, x, weight, bias)
     with torch.autocast(DEVICE, torch.bfloat16):
-        theirs = with_gradients(F.linear(x, weight, F.pad(bias, (n - len(bias), 0))), dy, x, weight, bias)
+        theirs = with_gradients(F.linear(x, weight, bias), dy, x, weight, bias)
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     for a, b in zip(errors(ours, exact), errors(theirs, exact), strict=True):
         assert a <= 1.2 * b
-    (y,) = half_linear(x, weight, None, copy, None, (0, n))
+    y = half_linear(x, weight, None, copy, None, (0, n))
     torch.testing.assert_close(y, F.linear(x.bfloat16(), copy))
 
 
 @pytest.mark.parametrize("per_row", [False, ROWWISE])
-@pytest.mark.parametrize("split", [None, 32])
 @pytest.mark.parametrize(("k", "n", "rows"), [(32, 96, (3, 5)), (48, 64, (17,)), (128, 256, (2, 3, 7))])
-def test_scaled_linear(k, n, rows, split, per_row):
-    x, weight, bias, dy, exact = setting(k, n, rows, split)
+def test_scaled_linear(k, n, rows, per_row):
+    x, weight, bias, dy, exact = setting(k, n, rows)
     copies, bias_copy = copies_of(weight, per_row), bias.detach().bfloat16()
-    parts = scaled_linear(x, weight, bias, copies, bias_copy, bounds(n, split))
-    assert all(part.is_contiguous() for part in parts)
-    ours = with_gradients(torch.cat(parts, -1), dy, x, weight, bias)
+    y = scaled_linear(x, weight, bias, copies, bias_copy, (0, n))
+    assert y.is_contiguous()
+    ours = with_gradients(y, dy, x, weight, bias)
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     y, dx, dweight, dbias = errors(ours, exact)
     assert y < 0.05  # two operands of 4 bits
     assert 0.005 < dx < (0.05 if per_row else 0.08)  # in float8: 3 bits of dy with one scale
     assert dweight < 0.006  # in bfloat16
     assert dbias < 0.006
-    (y,) = scaled_linear(x, weight, None, copies, None, (0, n))
+    y = scaled_linear(x, weight, None, copies, None, (0, n))
     assert errors([y], [F.linear(x, weight).double()])[0] < 0.05
 
 
 @pytest.mark.parametrize("kind", ["half", "tensor", pytest.param("row", marks=ROWWISE.marks)])
-@pytest.mark.parametrize("wanted", [(0, 32), (32, 64, 96), (16, 48)])
+@pytest.mark.parametrize("wanted", [(0, 32), (32, 96), (16, 48)])
 def test_some_of_the_columns(kind, wanted):
     """As the last block asks for them: queries of a few rows, then keys and values of all. The rest of dW is zero."""
-    where = slice(wanted[0], wanted[-1])
+    where = slice(*wanted)
     x, weight, bias, dy, _ = setting(32, 96, (3, 5))
-    bias = bias.detach()[wanted[-2] : wanted[-1]].clone().requires_grad_()
+    bias = bias.detach()[where].clone().requires_grad_()
     bias_copy = bias.detach().bfloat16()
     if kind == "half":
-        parts = half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, wanted)
+        y = half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, wanted)
     else:
-        parts = scaled_linear(x, weight, bias, copies_of(weight, kind == "row"), bias_copy, wanted)
-    assert [part.shape[-1] for part in parts] == [b - a for a, b in itertools.pairwise(wanted)]
-    assert all(part.is_contiguous() for part in parts)
-    found = with_gradients(torch.cat(parts, -1), dy[..., where], x, weight, bias)
+        y = scaled_linear(x, weight, bias, copies_of(weight, kind == "row"), bias_copy, wanted)
+    assert y.is_contiguous()
+    found = with_gradients(y, dy[..., where], x, weight, bias)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    columns = exact[1][where]
-    expected = with_gradients(biased_linear(exact[0], columns, exact[2]), dy[..., where].double(), *exact)
+    expected = with_gradients(F.linear(exact[0], exact[1][where], exact[2]), dy[..., where].double(), *exact)
     assert max(errors(found, expected)) < (0.01 if kind == "half" else 0.08)
     others = torch.ones(96, dtype=torch.bool, device=DEVICE)
     others[where] = False
@@ -172,10 +155,10 @@ def test_padded_copies(kind, groups):
     if kind == "half":
         copy = weight.detach().new_zeros(shape).bfloat16()
         own_part(copy, weight.shape, groups).copy_(weight.detach().unflatten(0, (groups, -1)))
-        (y,) = half_linear(wide, weight, bias, copy, bias_copy, (0, shape[0]), groups)
+        y = half_linear(wide, weight, bias, copy, bias_copy, (0, shape[0]), groups)
     else:
         copies = copies_of(weight, kind == "row", shape, groups)
-        (y,) = scaled_linear(wide, weight, bias, copies, bias_copy, (0, shape[0]), groups)
+        y = scaled_linear(wide, weight, bias, copies, bias_copy, (0, shape[0]), groups)
     halves = y.unflatten(-1, (groups, -1))
     assert (halves[..., 42 // groups :] == 0).all()
     found = with_gradients(halves[..., : 42 // groups].flatten(-2), dy, x, weight, bias)
@@ -186,7 +169,7 @@ def test_padded_copies(kind, groups):
 def test_scaled_gradients_below_the_range_of_half_precision():
     """A gradient of 1e-12, as a mean over many pixels gives, is not lost: its scale comes from its own values."""
     x, weight, bias, dy, exact = setting(64, 64, (5,))
-    (y,) = scaled_linear(x, weight, bias, copies_of(weight, False), bias.detach().bfloat16(), (0, 64))
+    y = scaled_linear(x, weight, bias, copies_of(weight, False), bias.detach().bfloat16(), (0, 64))
     _, dx, dweight, _ = with_gradients(y, dy * 1e-12, x, weight, bias)
     scaled = [exact[1] * 1e-12, exact[2] * 1e-12]
     assert max(errors([dx, dweight], scaled)) < 0.08
@@ -194,14 +177,14 @@ def test_scaled_gradients_below_the_range_of_half_precision():
 
 @pytest.mark.parametrize("kind", ["half", "tensor", pytest.param("row", marks=ROWWISE.marks)])
 def test_compiled_in_one_graph(kind):
-    x, weight, bias, dy, _ = setting(32, 96, (3, 5), 32)
+    x, weight, bias, dy, _ = setting(32, 96, (3, 5))
     bias_copy = bias.detach().bfloat16()
     copies = copies_of(weight, kind == "row")
 
     def call(x: Tensor) -> Tensor:
         if kind == "half":
-            return torch.cat(half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, (0, 32, 96)), -1)
-        return torch.cat(scaled_linear(x, weight, bias, copies, bias_copy, (0, 32, 96)), -1)
+            return half_linear(x, weight, bias, weight.detach().bfloat16(), bias_copy, (0, 96))
+        return scaled_linear(x, weight, bias, copies, bias_copy, (0, 96))
 
     eager = with_gradients(call(x), dy, x, weight, bias)
     torch._dynamo.reset()
@@ -213,8 +196,7 @@ def test_compiled_in_one_graph(kind):
 def test_weight_gradient_beside_another_product():
     """What Transformer Engine's layers get: their own output and input gradient, our weight gradient."""
     x, weight, bias, dy, exact = setting(32, 48, (3, 5))
-    for start in (0, 32):  # the bias may be that of the last columns alone
-        half, last = x.bfloat16(), bias.detach()[start:].clone().requires_grad_()
-        y = F.linear(half, weight.detach().bfloat16(), bias.detach().bfloat16())
-        ours = with_gradients(with_weight_gradient(y, half, weight, last), dy, x, weight, last)
-        assert max(errors(ours, [*exact[:3], exact[3][start:]])) < 0.01
+    half = x.bfloat16()
+    y = F.linear(half, weight.detach().bfloat16(), bias.detach().bfloat16())
+    ours = with_gradients(with_weight_gradient(y, half, weight, bias), dy, x, weight, bias)
+    assert max(errors(ours, exact)) < 0.01

@@ -42,16 +42,16 @@ def tail(x, branch, gate, weight3, weight1, shift, scale, bias):
     return x2, adaln(x2, weight1, shift, scale)
 
 
-def qk_norm_rope(qk, q_weight, k_weight, bias, cos, sin, heads, prefix):
-    batch, tokens, width = qk.shape
-    q, k = (qk + bias).reshape(batch, tokens, 2, heads, -1).unbind(2)
+def qk_norm_rope(x, q_weight, k_weight, bias, cos, sin, heads, prefix):
+    batch, tokens, _ = x.shape
+    q, k, v = (x + (bias - bias.detach())).reshape(batch, tokens, 3, heads, -1).unbind(2)
     cos, sin = (table[: tokens - prefix].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
 
     def rotate(x):
         turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
         return torch.cat([x[:, :prefix], x[:, prefix:] * cos + turned[:, prefix:] * sin], dim=1)
 
-    return torch.stack([rotate(rms(q, q_weight)), rotate(rms(k, k_weight))], dim=2).reshape(batch, tokens, width)
+    return tuple(part.flatten(2) for part in (rotate(rms(q, q_weight)), rotate(rms(k, k_weight)), v))
 
 
 def swiglu(x, bias=None):
@@ -144,20 +144,28 @@ def test_adaln_tail(ops, batch, tokens, width, types):
     ("batch", "tokens", "heads", "head_dim", "prefix"), [(1, 1, 1, 2, 0), (2, 37, 3, 26, 5), (2, 40, 2, 64, 40)]
 )
 def test_qk_norm_rope(ops, batch, tokens, heads, head_dim, prefix, dtype):
-    width = 2 * heads * head_dim
-    rows = (batch, tokens, width)
-    qk, dout, q_weight, k_weight, bias = draws(rows, rows, (head_dim,), (head_dim,), (width,))
-    qk, dout = qk.to(dtype), dout.to(dtype)
+    width = heads * head_dim
+    part = batch, tokens, width
+    shapes = (batch, tokens, 3 * width), part, part, part, (head_dim,), (head_dim,), (3 * width,)
+    x, *grads, q_weight, k_weight, bias = draws(*shapes)
+    x, grads = x.to(dtype), [grad.to(dtype) for grad in grads]
     angle = torch.arange(tokens + 3)[:, None] * 0.7 ** torch.arange(head_dim // 2)
     cos, sin = angle.cos(), angle.sin()
-    out, rstd = ops.qk_norm_rope_fwd(qk, q_weight, k_weight, cos, sin, bias, heads, prefix, EPS)
-    grads = ops.qk_norm_rope_bwd(dout, qk, q_weight, k_weight, cos, sin, bias, rstd, heads, prefix)
+    weights = [q_weight, k_weight]
+    out, rstd = ops.qk_norm_rope_fwd(x, weights, cos, sin, heads, prefix, EPS)
+    dx, dweights, dbias = ops.qk_norm_rope_bwd(grads, x, weights, cos, sin, rstd, heads, prefix, True)
 
     def run(d):
         function = lambda x, q, k, b: qk_norm_rope(x, q, k, b, cos.to(d), sin.to(d), heads, prefix)  # noqa: E731
-        return evaluate(function, (qk, q_weight, k_weight, bias), (dout,), d)
+        return evaluate(function, (x, q_weight, k_weight, bias), grads, d)
 
-    compare(("qk", "dqk", "dq", "dk", "dbias"), (out, *grads), run(dtype), run(torch.float64), tolerance(dtype))
+    ours = (*out, x[..., 2 * width :], dx, *dweights, dbias)
+    compare(("q", "k", "v", "dx", "dq", "dk", "dbias"), ours, run(dtype), run(torch.float64), tolerance(dtype))
+    alone, dweights, dbias = ops.qk_norm_rope_bwd(
+        grads[:1], x[..., :width].contiguous(), weights[:1], cos, sin, rstd[:1].contiguous(), heads, prefix, False
+    )
+    assert torch.equal(alone, dx[..., :width])
+    assert dbias.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -294,25 +302,25 @@ def test_bad_adaln_arguments_are_named(ops, name, value, message):
         (lambda o: o.adaln_bwd(GOOD["x"], GOOD["x"], GOOD["weight"], GOOD["scale"], torch.ones(6)), "rstd must have"),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 12), *[torch.ones(3)] * 2, *[torch.ones(4, 1)] * 2, None, 2, 0, EPS
+                torch.zeros(1, 4, 12), [torch.ones(3)] * 2, *[torch.ones(4, 1)] * 2, 2, 0, EPS
             ),
             "odd",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(2, 2)] * 2, None, 2, 0, EPS
+                torch.zeros(1, 4, 16), [torch.ones(4)] * 2, *[torch.ones(2, 2)] * 2, 2, 0, EPS
             ),
             "2 positions for 4",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 17), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, None, 2, 0, EPS
+                torch.zeros(1, 4, 17), [torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, 2, 0, EPS
             ),
-            "heads",
+            "16 or 24",
         ),
         (
             lambda o: o.qk_norm_rope_fwd(
-                torch.zeros(1, 4, 16), *[torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, None, 2, -1, EPS
+                torch.zeros(1, 4, 16), [torch.ones(4)] * 2, *[torch.ones(4, 2)] * 2, 2, -1, EPS
             ),
             "prefix is negative",
         ),

@@ -62,7 +62,7 @@ def in_double(name: str):
 
     def qk(t, _):
         head_dim = t["q_weight"].numel()
-        q, k = (t["qk"] + t["bias"]).unflatten(-1, (2, -1, head_dim)).unbind(2)
+        q, k, v = (t["x"] + t["bias"] - t["bias"].detach()).unflatten(-1, (3, -1, head_dim)).unbind(2)
         prefix = min(2, q.shape[1])
         turn = torch.polar(torch.ones_like(t["cos"]), torch.atan2(t["sin"], t["cos"]))[: q.shape[1] - prefix]
 
@@ -71,7 +71,7 @@ def in_double(name: str):
             pairs = torch.view_as_complex(x[:, prefix:].unflatten(-1, (-1, 2)).contiguous()) * turn[:, None]
             return torch.cat((x[:, :prefix], torch.view_as_real(pairs).flatten(-2)), 1)
 
-        return (torch.stack((rotated(q, t["q_weight"]), rotated(k, t["k_weight"])), 2).flatten(2),)
+        return rotated(q, t["q_weight"]).flatten(2), rotated(k, t["k_weight"]).flatten(2), v.flatten(2)
 
     plain = {"adaln": lambda t, _: (modulated(t["x"], t, t["weight"]),), "adaln_mid": mid, "adaln_tail": tail}
     return {**plain, "swiglu": swiglu_, "qk_norm_rope": qk}[name]
@@ -133,8 +133,8 @@ def test_compiles_without_graph_breaks(name, kernels):
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_registered_op(name, biased, kernels):
     t = on_device(cases.CASES[name].tensors(*shape_for(name, (2, 3, 48)), FP32, FP32))
-    for key in t:
-        t[key].requires_grad_(key not in ("cos", "sin"))
+    for key in t:  # the gradient of QK-norm is a function's around the operation
+        t[key].requires_grad_(name != "qk_norm_rope")
     if not biased:
         t["bias"] = None
     op, arguments = {
@@ -143,7 +143,7 @@ def test_registered_op(name, biased, kernels):
         "adaln_tail": lambda: (adaln._adaln_tail_fwd, (*(t[n] for n in cases.TAIL), 1e-6)),
         "qk_norm_rope": lambda: (
             qk_norm_rope._qk_norm_rope_fwd,
-            (*(t[n] for n in cases.QK), 3, 2, 1e-6),
+            (t["x"], [t["q_weight"], t["k_weight"]], t["cos"], t["sin"], 3, 2, 1e-6),
         ),
         "swiglu": lambda: (swiglu._swiglu_fwd, (t["x"], t["bias"])),
     }[name]()
@@ -178,8 +178,10 @@ def test_bad_input_is_named():
         swiglu.swiglu(torch.zeros(2, 5, device=DEVICE), backend="triton")
     q = on_device(cases.CASES["qk_norm_rope"].tensors(2, 4, 48, FP32, FP32))
     with pytest.raises(ValueError, match="cos must have shape"):
-        qk_norm_rope.qk_norm_rope(q["qk"], q["q_weight"], q["k_weight"], q["cos"][:1], q["sin"], 3)
-    with pytest.raises(ValueError, match=r"bias must have shape \(96,\), not \(48,\)"):
+        qk_norm_rope.qk_norm_rope(q["x"], [q["q_weight"], q["k_weight"]], q["cos"][:1], q["sin"], 3)
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, tokens, 48 or 96\), which is 3 heads of"):
+        qk_norm_rope.qk_norm_rope(q["x"], [q["q_weight"]], q["cos"], q["sin"], 3)
+    with pytest.raises(ValueError, match=r"bias must have shape \(144,\), not \(48,\)"):
         cases.CASES["qk_norm_rope"].call({**q, "bias": q["bias"][:48]}, "triton")
 
 

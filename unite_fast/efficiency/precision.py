@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -86,9 +85,9 @@ class Half:
         self.weight = layer.weight.new_zeros(shape, dtype=torch.bfloat16, requires_grad=False)
         self.bias = layer.bias.new_zeros(shape[0], dtype=torch.bfloat16, requires_grad=False)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        bias_copy = None if bias is None else self.bias[bounds[-2] : bounds[-1]]
-        return copied_linear.half_linear(x, weight, bias, self.weight, bias_copy, bounds, self.groups)
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+        bias_copy = None if bias is None else self.bias[start:stop]
+        return copied_linear.half_linear(x, weight, bias, self.weight, bias_copy, (start, stop), self.groups)
 
 
 class Scaled:
@@ -110,14 +109,11 @@ class Scaled:
         )
         self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
         bias_copy = None if bias is None else self.bias
-        if bias is not None and bounds != (
-            0,
-            self.outputs,
-        ):  # a slice of the copy is what Inductor of torch 2.11 fails on
+        if bias is not None and (start, stop) != (0, self.outputs):  # not a slice: Inductor of torch 2.11 fails on it
             bias_copy = bias.detach().to(self.bias.dtype)
-        return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, bounds, self.groups)
+        return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, (start, stop), self.groups)
 
 
 class TransformerEngine:
@@ -145,21 +141,14 @@ class TransformerEngine:
             theirs.bias = nn.Parameter(self.ours.bias.detach()[start:stop], requires_grad=False)
         return theirs
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]) -> tuple[Tensor, ...]:
-        one = len(bounds) == 2
-        key = bounds[0], bounds[-1], bias is not None and one
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+        key = start, stop, bias is not None
         if key not in self.theirs:
             self.theirs[key] = self._make(*key)
         x = x.to(torch.bfloat16)
         y = self.theirs[key](x, is_first_microbatch=key not in self.quantised)
         self.quantised.add(key)
-        y = copied_linear.with_weight_gradient(y, x, weight, bias, bounds[0])
-        if one:
-            return (y,)
-        *others, last = y.split([b - a for a, b in itertools.pairwise(bounds)], dim=-1)
-        # Its gradient is taken above.
-        last = last.contiguous() if bias is None else last + bias.detach().to(last.dtype)
-        return *(part.contiguous() for part in others), last
+        return copied_linear.with_weight_gradient(y, x, weight, bias, start)
 
 
 class Recipe:

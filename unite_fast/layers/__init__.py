@@ -5,14 +5,11 @@ Shape letters: B batch, T tokens, D width, H heads, E head size (D / H).
 
 from __future__ import annotations
 
-import itertools
 from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from unite_kernels.split_linear import split_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,17 +29,15 @@ def adamw_parameter(value: Tensor) -> nn.Parameter:
 
 
 class Products(Protocol):
-    """How a precision recipe computes a linear layer from x (..., K) and weight (N, K).
+    """How a recipe computes columns ``start`` to ``stop`` of a linear layer from x (..., K) and weight (N, K).
 
-    bounds: rising, from 0 to N; columns bounds[i] to bounds[i + 1] of the output are one tensor, contiguous. bias: of
-    the last of them, or None. outputs: N, or more where the recipe pads (``Linear``).
+    bias: that of these columns, or None; it gets a gradient if it wants one. outputs: N, or more where the recipe pads
+    (``Linear``).
     """
 
     outputs: int
 
-    def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...]
-    ) -> tuple[Tensor, ...]: ...
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor: ...
 
 
 class Linear(nn.Linear):
@@ -63,26 +58,23 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.products is not None and self.training:
-            return self.products(x, self.weight, self.bias, (0, self.out_features))[0]
+            return self.products(x, self.weight, self.bias, 0, self.out_features)
         return F.linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The product alone, padded or not, for a caller that adds the bias itself."""
         if self.products is not None and self.training:
-            return self.products(x, self.weight, None, (0, self.products.outputs))[0]
+            return self.products(x, self.weight, None, 0, self.products.outputs)
         return F.linear(x, self.weight)
 
-    def parts(self, x: Tensor, *bounds: int, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Of the product, columns bounds[0] to bounds[1], then to bounds[2], ...: tensors of their own, contiguous.
-
-        bias: the part of this layer's that the last of them gets; the caller adds the rest.
-        """
+    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Those columns of the layer's output, contiguous. The bias has no gradient of it: the operation that is given
+        the output, and holds its gradient, makes the bias's."""
+        bias = self.bias.detach()[start:stop]
         if self.products is not None and self.training:
-            return self.products(x, self.weight, bias, bounds)
-        if bias is not None and len(bounds) == 3 and bounds[0] == 0 and bounds[2] == self.out_features:
-            return split_linear(x, self.weight, bias, bounds[1])
-        *others, last = [self.weight[a:b] for a, b in itertools.pairwise(bounds)]
-        return *(F.linear(x, weight) for weight in others), F.linear(x, last, bias)
+            return self.products(x, self.weight, bias, start, stop)
+        whole = stop - start == self.out_features  # a slice's gradient would be padded
+        return F.linear(x, self.weight if whole else self.weight[start:stop], bias)
 
 
 def sincos_1d(positions: Tensor, width: int) -> Tensor:

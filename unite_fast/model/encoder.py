@@ -84,50 +84,27 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, backend: str, kept: int = 0) -> Branch:
         """x (B, T, D) -> (B, T, D); with ``kept`` of the R = kept rows after the prefix alone: (B, R, D).
 
-        The biases of queries and keys are added by the operation that normalises them.
+        One product makes queries, keys and values, or two: of the queries that are kept, and of the others. The
+        gradient of its bias is made by the operation that normalises them.
         """
-        if kept and self.heads % 2 == 0:
-            return self._attend(*self._kept_queries(x, layout, backend, kept), layout)
-        width = x.shape[-1]
-        qk_bias, v_bias = self.qkv.bias.split((2 * width, width))
-        qk, v = self.qkv.parts(x, 0, 2 * width, 3 * width, bias=v_bias)
-        qk = qk_norm_rope(
-            qk,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            layout.cos,
-            layout.sin,
-            self.heads,
-            layout.prefix if layout.rotate else x.shape[1],
-            qk_bias,
-            backend=backend,
-        )
-        q, k = (self._heads(half) for half in qk.chunk(2, dim=-1))  # (B, H, T, E)
+        q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
         if kept:
-            q = q[:, :, layout.prefix : layout.prefix + kept]
-        return self._attend(q, k, self._heads(v), layout)
-
-    def _kept_queries(self, x: Tensor, layout: Layout, backend: str, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, R, E) of the kept rows, keys and values (B, H, T, E) of all."""
-        rows = x[:, layout.prefix : layout.prefix + kept]
-        width = x.shape[-1]
-        q_bias, k_bias, v_bias = self.qkv.bias.split(width)
-        (q,) = self.qkv.parts(rows, 0, width)
-        k, v = self.qkv.parts(x, width, 2 * width, 3 * width, bias=v_bias)
-        q = self._norm_rope(q, q_bias, self.q_norm.weight, layout, 0, backend)
-        k = self._norm_rope(k, k_bias, self.k_norm.weight, layout, layout.prefix, backend)
-        return self._heads(q), self._heads(k), self._heads(v)
-
-    def _norm_rope(self, x: Tensor, bias: Tensor, weight: Tensor, layout: Layout, prefix: int, backend: str) -> Tensor:
-        """Queries or keys alone, (B, T, D): the packed form, with half of the heads in either place."""
-        prefix = prefix if layout.rotate else x.shape[1]
-        return qk_norm_rope(x, weight, weight, layout.cos, layout.sin, self.heads // 2, prefix, bias, backend=backend)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Branch:
+            rows, width = x[:, layout.prefix : layout.prefix + kept], x.shape[-1]
+            (q,) = self._normed(rows, 0, width, [q_weight], layout, 0, backend)
+            k, v = self._normed(x, width, 3 * width, [k_weight], layout, layout.prefix, backend)
+        else:
+            q, k, v = self._normed(x, 0, 3 * x.shape[-1], [q_weight, k_weight], layout, layout.prefix, backend)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, T, E)
         return branch(self.proj, attention(q, k, v, layout.keys, self.attention).transpose(1, 2).flatten(2))
+
+    def _normed(
+        self, x: Tensor, start: int, stop: int, weights: list[Tensor], layout: Layout, prefix: int, backend: str
+    ) -> tuple[Tensor, ...]:
+        """Columns of qkv, a tensor (B, T, D) for each part: as many as there are weights normalised and rotated."""
+        product, bias = self.qkv.columns(x, start, stop), self.qkv.bias[start:stop]
+        prefix = prefix if layout.rotate else x.shape[1]
+        tables = layout.cos, layout.sin
+        return qk_norm_rope(product, weights, *tables, self.heads, prefix, bias, backend=backend)
 
 
 class SwiGLU(nn.Module):
