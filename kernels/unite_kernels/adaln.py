@@ -198,6 +198,11 @@ def _(dx2, dy, x, branch, gate, weight3, weight1, scale, bias, rstd3, rstd1, bac
     return *big, _like(gate), *weights, _like(scale), _like(scale), _like_bias(bias, x)
 
 
+_run_adaln_bwd, _run_adaln_mid_bwd, _run_adaln_tail_bwd = map(
+    _backend.direct, (_adaln_bwd, _adaln_mid_bwd, _adaln_tail_bwd)
+)
+
+
 def _adaln_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # here and below: no zeros are made for the statistics, which have no gradient
     x, weight, _shift, scale, _eps, ctx.backend = inputs
@@ -212,7 +217,7 @@ def _gradients(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor]:
 def _adaln_backward(ctx, dy, _drstd):
     saved = ctx.saved_tensors
     (dy,) = _gradients((dy, saved[0]))
-    return *_adaln_bwd(dy, *saved, ctx.backend), None, None
+    return *_run_adaln_bwd(dy, *saved, ctx.backend), None, None
 
 
 def _adaln_mid_setup(ctx, inputs, output):
@@ -225,7 +230,7 @@ def _adaln_mid_setup(ctx, inputs, output):
 def _adaln_mid_backward(ctx, dx1, dy, _drstd):
     saved = ctx.saved_tensors  # read once: recomputed activations are given out once
     dx1, dy = _gradients((dx1, saved[0]), (dy, saved[1]))
-    *grads, dbias = _adaln_mid_bwd(dx1, dy, *saved, ctx.backend)
+    *grads, dbias = _run_adaln_mid_bwd(dx1, dy, *saved, ctx.backend)
     return *grads, dbias if ctx.biased else None, None, None
 
 
@@ -239,13 +244,13 @@ def _adaln_tail_setup(ctx, inputs, output):
 def _adaln_tail_backward(ctx, dx2, dy, _drstd3, _drstd1):
     saved = ctx.saved_tensors
     dx2, dy = _gradients((dx2, saved[0]), (dy, saved[1]))
-    *grads, dbias = _adaln_tail_bwd(dx2, dy, *saved, ctx.backend)
+    *grads, dbias = _run_adaln_tail_bwd(dx2, dy, *saved, ctx.backend)
     return *grads, dbias if ctx.biased else None, None, None
 
 
-_adaln_fwd.register_autograd(_adaln_backward, setup_context=_adaln_setup)
-_adaln_mid_fwd.register_autograd(_adaln_mid_backward, setup_context=_adaln_mid_setup)
-_adaln_tail_fwd.register_autograd(_adaln_tail_backward, setup_context=_adaln_tail_setup)
+_run_adaln = _backend.differentiable(_adaln_fwd, _adaln_setup, _adaln_backward)
+_run_adaln_mid = _backend.differentiable(_adaln_mid_fwd, _adaln_mid_setup, _adaln_mid_backward)
+_run_adaln_tail = _backend.differentiable(_adaln_tail_fwd, _adaln_tail_setup, _adaln_tail_backward)
 
 
 def _check(x: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], shift, scale, gate=None, bias=None) -> None:
@@ -277,7 +282,7 @@ def adaln(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 
     _check(x, None, (weight,), shift, scale)
     if backend == "eager":
         return adaln_eager(x, weight, shift, scale, eps)
-    return _adaln_fwd(x, weight, shift, scale, eps, backend)[0]
+    return _run_adaln(x, weight, shift, scale, eps, backend)[0]
 
 
 def adaln_mid(
@@ -296,7 +301,7 @@ def adaln_mid(
     _check(x, branch, (weight,), shift, scale, gate, bias)
     if backend == "eager":
         return adaln_mid_eager(x, branch, gate, weight, shift, scale, bias, eps)
-    return _adaln_mid_fwd(x, branch, gate, weight, shift, scale, bias, eps, backend)[:2]
+    return _run_adaln_mid(x, branch, gate, weight, shift, scale, bias, eps, backend)[:2]
 
 
 def adaln_tail(
@@ -316,4 +321,4 @@ def adaln_tail(
     _check(x, branch, (weight3, weight1), shift, scale, gate, bias)
     if backend == "eager":
         return adaln_tail_eager(x, branch, gate, weight3, weight1, shift, scale, bias, eps)
-    return _adaln_tail_fwd(x, branch, gate, weight3, weight1, shift, scale, bias, eps, backend)[:2]
+    return _run_adaln_tail(x, branch, gate, weight3, weight1, shift, scale, bias, eps, backend)[:2]

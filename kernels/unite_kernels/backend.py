@@ -10,8 +10,9 @@ What was asked for and is not there is an error saying why; nothing falls back s
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -95,12 +96,54 @@ def has_tiles() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+@functools.cache
 def cpu_op(name: str):
     """The C++ operation ``name``, loading its library on first use. Raises RuntimeError when it is not built."""
     from .extension import load_cpu
 
     load_cpu()
     return getattr(torch.ops.unite_kernels_cpu, name)
+
+
+# --- registered operations, called directly ---------------------------------------------------------------------------
+#
+# torch's way through a registered operation and its gradient takes 100 us of a CPU, several times what the C++ takes on
+# a small model. Where nothing looks at what is registered (the compiler, fake tensors, a dispatch mode), C++ is called
+# as it stands, with an autograd.Function of the same gradient.
+
+
+def _unobserved(inputs: tuple) -> bool:
+    """Whether a call with these inputs, the last of which is the backend, may go past the registered operation."""
+    if torch.compiler.is_compiling() or inputs[-1] != "cpp" or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(inputs[0]) in (Tensor, torch.nn.Parameter)
+
+
+def direct(op: Callable) -> Callable:
+    """``op`` of torch.library.custom_op, whose last argument is the backend, as a function without gradients."""
+    body = op._init_fn  # type: ignore[attr-defined]
+    return lambda *inputs: body(*inputs) if _unobserved(inputs) else op(*inputs)
+
+
+def differentiable(op: Callable, setup: Callable, backward: Callable) -> Callable:
+    """As ``direct``, with a gradient: ``setup`` and ``backward`` as of ``register_autograd``, which is called here."""
+    op.register_autograd(backward, setup_context=setup)  # type: ignore[attr-defined]
+    body = op._init_fn  # type: ignore[attr-defined]
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs):
+            return body(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return backward(ctx, *gradients)
+
+    return lambda *inputs: Direct.apply(*inputs) if _unobserved(inputs) else op(*inputs)
 
 
 def check_float(name: str, tensor: Tensor) -> None:

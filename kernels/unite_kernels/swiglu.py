@@ -158,6 +158,9 @@ def _(dy, x, bias, backend):
     return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
+_run_backward = _backend.direct(_swiglu_bwd)
+
+
 def _setup(ctx, inputs, output):
     x, bias, ctx.backend = inputs
     ctx.save_for_backward(x, bias)
@@ -165,11 +168,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, dbias = _swiglu_bwd(dy, x, bias, ctx.backend)
+    dx, dbias = _run_backward(dy, x, bias, ctx.backend)
     return dx, None if bias is None else dbias, None
 
 
-_swiglu_fwd.register_autograd(_backward, setup_context=_setup)
+_run = _backend.differentiable(_swiglu_fwd, _setup, _backward)
 
 
 def swiglu(x: Tensor, bias: Tensor | None = None, backend: str = "fused") -> Tensor:
@@ -183,4 +186,4 @@ def swiglu(x: Tensor, bias: Tensor | None = None, backend: str = "fused") -> Ten
         _backend.check_float("bias", bias)
         _backend.check_shape("bias", bias, x.shape[-1:])
         _backend.check_contiguous("bias", bias)
-    return swiglu_eager(x, bias) if backend == "eager" else _swiglu_fwd(x, bias, backend)
+    return swiglu_eager(x, bias) if backend == "eager" else _run(x, bias, backend)
