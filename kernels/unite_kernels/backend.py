@@ -98,10 +98,12 @@ def has_tiles() -> bool:
 
 @functools.cache
 def cpu_op(name: str):
-    """The C++ operation ``name``, loading its library on first use. Raises RuntimeError when it is not built."""
-    from .extension import load_cpu
+    """The C++ operation ``name``, loading its library on first use. Raises RuntimeError when it is not built or old."""
+    from .extension import BUILD, load_cpu
 
     load_cpu()
+    if not hasattr(torch.ops.unite_kernels_cpu, name):
+        raise RuntimeError(f"_C_cpu.so is older than this code and has no {name}; run `{BUILD}`")
     return getattr(torch.ops.unite_kernels_cpu, name)
 
 

@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from checking import BACKENDS, DEVICE, check_budget, on_device, values_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_kernels import adaln, backend, qk_norm_rope, swiglu
 
@@ -148,6 +149,38 @@ def test_registered_op(name, biased, kernels):
         "swiglu": lambda: (swiglu._swiglu_fwd, (t["x"], t["bias"])),
     }[name]()
     torch.library.opcheck(op, (*arguments, kernels))
+
+
+class Watched(TorchDispatchMode):
+    """Sees what is dispatched, which keeps calls from going past the registered operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name().split("::")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="C++ runs on CPU tensors")
+@pytest.mark.parametrize("name", cases.CASES)
+def test_cpp_called_directly_is_the_registered_operation(name):
+    """The same bits and gradients, whether torch looks at the call or not."""
+    case = cases.CASES[name]
+    tensors = case.tensors(*shape_for(name, SHAPES[0]), FP32, FP32)
+    direct = values_and_gradients(case.call, tensors, "cpp")
+    with Watched() as watched:
+        registered = values_and_gradients(case.call, tensors, "cpp")
+    assert "unite_kernels" in watched.seen
+    assert direct.keys() == registered.keys()
+    assert all(torch.equal(direct[key], registered[key]) for key in direct)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="C++ runs on CPU tensors")
+def test_a_library_without_the_operation_is_an_old_one():
+    with pytest.raises(RuntimeError, match="older than this code and has no adaln_of_tomorrow"):
+        backend.cpu_op("adaln_of_tomorrow")
 
 
 def test_bad_input_is_named():
