@@ -12,7 +12,6 @@ from unite_fast.efficiency import compiling
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.encoder import Block, Layout, Modulation
 from unite_fast.run.stats import read_metrics
-from unite_fast.training.state import TrainState
 
 # One block: T before, among and behind the class tokens, in two sequence lengths; one decoder layer.
 BLOCKS, LAYERS = 6, 1
@@ -70,27 +69,27 @@ def test_a_separate_denoiser_shares_the_blocks(traced):
 
 def test_without_gradients_nothing_compiles(traced):
     """Pictures and evaluation come in sizes of their own."""
-    _, state, _ = trainer("efficiency.compile=all")
+    step, _ = trainer("efficiency.compile=all")
     with torch.no_grad():
         for batch in (1, 3):
-            state.model.decode(state.model.tokenize(torch.rand(batch, 1, 8, 8)))
+            step.state.model.decode(step.state.model.tokenize(torch.rand(batch, 1, 8, 8)))
     assert compiling.graphs() == 0
 
 
 def test_keys_of_a_compiled_model_are_plain(traced):
-    plain, compiled = (trainer(f"efficiency.compile={mode}")[1] for mode in ("none", "all"))
+    plain, compiled = (trainer(f"efficiency.compile={mode}")[0].state for mode in ("none", "all"))
     assert [*plain.model.state_dict()] == [*compiled.model.state_dict()]
     assert [*plain.optimizer.parameters] == [*compiled.optimizer.parameters]
 
 
-def losses(state: TrainState, step, batch) -> list[float]:
+def losses(step, batch) -> list[float]:
     return [float(step(batch())["total"]) for _ in range(4)]
 
 
 def test_traced_regions_compute_the_same(traced):
     for extra in (("efficiency.precision=bf16",), ("efficiency.kernels=fused", "efficiency.recompute=blocks")):
         plain, compiled = (trainer(f"efficiency.compile={mode}", *extra) for mode in ("none", "all"))
-        expected, actual = (losses(state, step, batch) for step, state, batch in (plain, compiled))
+        expected, actual = (losses(step, batch) for step, batch in (plain, compiled))
         assert actual == pytest.approx(expected, rel=1e-3), extra
 
 
