@@ -85,8 +85,7 @@ class TrainStep:
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
-        latents = [losses[name] for name in ("latent_mean", "latent_square", "latent_share") if name in losses]
-        latents = torch.stack([moment.expand_as(latents[0]) for moment in latents])
+        latents = torch.stack([value for name, value in losses.items() if name.startswith("latent_")])
         self.ranks.average_([latents])  # over the global batch, however it is split
         norm = self.state.optimizer.step(lr)
         skip = self.state.optimizer.skip
@@ -147,12 +146,12 @@ class TrainStep:
 
 
 def moments(z: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
-    """Of latents (B, K, C) over samples: mean and mean square (K, C), and with ``sizes`` the share of samples (K, 1) in
-    which each is there, since the others are 0.
+    """Of latents (B, K, C) over samples: mean and mean square (K, C), and with ``sizes`` the share of samples in which
+    each is there, since the others are 0.
     """
     found = {"latent_mean": z.mean(0), "latent_square": z.square().mean(0)}
     if sizes is not None:
-        found["latent_share"] = slots_taken(sizes, z.shape[1]).double().mean(0)[:, None]
+        found["latent_share"] = slots_taken(sizes, z.shape[1]).double().mean(0)[:, None].expand_as(found["latent_mean"])
     return found
 
 
