@@ -140,7 +140,9 @@ class _Half(torch.autograd.Function):
         x, copy = ctx.saved_tensors
         dy = dy.flatten(0, -2)
         dx = torch.mm(dy, copy[slice(*ctx.columns)]).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweight = _layer_weight_gradient(dy, x, ctx.columns, len(copy), ctx.shape, ctx.groups)
+        dweight = None  # of a frozen weight
+        if ctx.needs_input_grad[1]:
+            dweight = _layer_weight_gradient(dy, x, ctx.columns, len(copy), ctx.shape, ctx.groups)
         return dx, dweight, _bias_gradient(dy, ctx.biased, ctx.groups), *(None,) * 4
 
 
@@ -196,7 +198,9 @@ class _Scaled(torch.autograd.Function):
                 # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
                 use_fast_accum=per_row,
             ).view(x.shape)
-        dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups)
+        dweight = None  # of a frozen weight
+        if ctx.needs_input_grad[1]:
+            dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups)
         return dx, dweight, _bias_gradient(dy, ctx.biased, ctx.groups), *(None,) * 7
 
 
@@ -212,7 +216,9 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
         rows = dy.flatten(0, -2)
-        dweight = _layer_weight_gradient(rows, x, ctx.columns, ctx.shape[0], ctx.shape)
+        dweight = None  # of a frozen weight
+        if ctx.needs_input_grad[2]:
+            dweight = _layer_weight_gradient(rows, x, ctx.columns, ctx.shape[0], ctx.shape)
         return dy, None, dweight, _bias_gradient(rows, ctx.biased), None
 
 

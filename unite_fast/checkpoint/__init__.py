@@ -35,6 +35,7 @@ from unite_fast.config.checks import validate
 from unite_fast.config.yaml_text import current, from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
+from unite_fast.optim.optimizer import PARTS
 from unite_fast.parallel.tensors import local
 from unite_fast.training.guards import first_nonfinite
 from unite_fast.training.state import STEPS, TrainState, tensors_of
@@ -305,6 +306,10 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
     del wanted[STEPS]
     fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
     wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
+    # Of parameters that are frozen by now, the checkpoint may hold what an optimizer kept.
+    frozen = {n for n, _ in state.model.named_parameters()} - state.optimizer.parameters.keys()
+    kept = {f"{part}.{n}" for part in (*PARTS, *state.optimizer.averages) for n in frozen}
+    found = {n: entry for n, entry in found.items() if n not in kept}
     if wrong := _misfits(found, wanted, state.optimizer.averages):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")

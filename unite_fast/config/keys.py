@@ -129,6 +129,7 @@ class OptimConfig:
     lr: float = option(1e-4, "learning rate after the warm-up, before the scaling below", above=0)
     lr_reference_batch: int = option(384, "rates are scaled by max(1, train.global_batch / this); 0: no scaling")
     muon: bool = option(True, "false: AdamW for every tensor")
+    frozen: tuple[str, ...] = option((), "parameters that are not trained, by the beginnings of their names: [encoder]")
     muon_momentum: float = option(0.95, "Nesterov momentum of Muon", below=1)
     muon_weight_decay: float = option(0.0, "decoupled weight decay of Muon's matrices")
     newton_schulz_steps: int = option(5, "iterations of Muon's orthogonalisation", above=0)

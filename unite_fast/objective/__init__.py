@@ -159,6 +159,8 @@ class Objective:
 
 def _propagate(loss: Tensor) -> None:
     """The backward pass, outside autocast: what ran in float32 forward does so backward."""
+    if not loss.requires_grad:  # all that it passed through is frozen
+        return
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
 

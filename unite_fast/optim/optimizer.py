@@ -20,6 +20,8 @@ from unite_fast.parallel.tensors import local, locals_of, part_of, shard_group
 from unite_kernels import multi_tensor
 from unite_kernels.newton_schulz import fastest_dtype
 
+PARTS = ("momentum", "exp_avg", "exp_avg_sq")  # of the state, in its names
+
 
 class Optimizer:
     """Muon + AdamW + EMA of ``model``, as the official code has them.
@@ -178,7 +180,7 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors "momentum.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; ``steps`` and averages apart."""
-        parts = {"momentum": self.momentum, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        parts = dict(zip(PARTS, (self.momentum, self.exp_avg, self.exp_avg_sq), strict=True))
         return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     @torch.no_grad()

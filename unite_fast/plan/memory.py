@@ -30,7 +30,7 @@ from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Draws, Objective
-from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.groups import freeze, split_parameters
 from unite_fast.parallel.sharding import shard_size
 from unite_kernels.backend import as_on_a_gpu
 
@@ -99,6 +99,7 @@ def persistent_parts(
     """
     with torch.device("meta"):
         model = UNITE(m)
+    freeze(model, optim.frozen)
     muon, adamw = split_parameters(model, optim.muon)
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)

@@ -9,6 +9,7 @@ from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency.execution import Execution
 from unite_fast.model.unite import FORWARDS, UNITE, build
+from unite_fast.optim.groups import freeze
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory
@@ -35,6 +36,7 @@ def fresh_state(
         if saved is not None:
             checkpoint.check_same_model(to_dict(saved), config, config.init_from)
         interop.load_weights(model, weights, config.init_from)
+    freeze(model, config.optim.frozen)
     recipe = execution.apply(model)
     execution.shard(model, FORWARDS, config.comm.train_timeout)
     optimizer = Optimizer(model, config.optim, execution.efficiency.kernels, execution.muon_group)
