@@ -42,8 +42,8 @@ def read_official(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         text = str(error)
-        if "Unsupported global" in text or "weights_only" in text.lower():
-            name = re.search(r"GLOBAL ([\w.]+)", text)
+        name = re.search(r"GLOBAL ([\w.]+)", text)
+        if name or "Unsupported global" in text or "Unsupported class" in text or (zipped and "weights_only" in text):
             what = name.group(1) if name else "code"
             raise UserError(
                 f"{path} wants to execute {what} while loading; refused, nothing was run. If you trust its author "

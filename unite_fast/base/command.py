@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from unite_fast.base import launcher
+from unite_fast.base import files, launcher
 from unite_fast.base.errors import CommonError, RunError, UserError, first_line
 
 # Raised by a signal handler of torch, anywhere in the program.
@@ -22,6 +22,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         arguments.remove("--debug")
     rank, who = 0, ""
     try:
+        arguments = [_expanded(argument) for argument in arguments]
         rank = launcher.rank()
         who = f"rank {rank}: " if rank else ""
         return main(arguments) or 0
@@ -51,3 +52,11 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         print(f"error: {who}another rank is gone or stuck ({first_line(error)}); see logs/ in the run folder",
               file=sys.stderr)  # fmt: skip
         return 1
+
+
+def _expanded(argument: str) -> str:
+    """``--out=~/samples``, which a shell passes as it stands, with the home folder in its place. Raises UserError."""
+    name, equals, value = argument.partition("=")
+    if equals and name.startswith("--") and value.startswith("~"):
+        return f"{name}={files.expanded(value, name)}"
+    return argument

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -29,6 +30,17 @@ def file_sha256(path: Path) -> str:
 def digest(value: Any) -> str:
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def expanded(path: str, where: str) -> str:
+    """A path with ~ and $NAME replaced, as a shell would have done. Raises UserError that begins with ``where``."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    unknown = re.search(r"\$\{?([A-Za-z_]\w*)", found)
+    if unknown:
+        raise UserError(f"{where} {path}: the environment has no {unknown[1]}; export it, or write the path out")
+    if found.startswith("~"):
+        raise UserError(f"{where} {path}: no such home folder; write the path out, or ./{path}")
+    return found
 
 
 @contextlib.contextmanager

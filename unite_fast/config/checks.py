@@ -37,6 +37,8 @@ def validate(config: Config) -> None:
         _require(
             all(HOLDS[word](number, bound) for word, bound in bounds.items()), f"{key} must be {words}, got {number}"
         )
+    plain = config.name.strip() not in ("", ".", "..") and not set(config.name) & set("/\\\n\0")
+    _require(plain, f"name {config.name!r} is not the name of a folder; give one without /, or the whole run_dir")
     o, s = config.objective, config.sample
     _check_model(config.model)
     _check_averages(config.optim)

@@ -23,12 +23,20 @@ def option(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A field: its default, its line of ``--help``, its bounds. A number without a lower bound is at least 0."""
+    """A field: its default, its line of ``--help``, its bounds. A number without a lower bound is at least 0.
+
+    path: it names a file or folder, in which ~ and $NAME are replaced.
+    """
     if least is None and above is None:
         least = 0
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    metadata = {"meaning": meaning, "bounds": {words: bound for words, bound in bounds.items() if bound is not None}}
+    metadata = {
+        "meaning": meaning,
+        "path": path,
+        "bounds": {words: bound for words, bound in bounds.items() if bound is not None},
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -98,7 +106,9 @@ class ObjectiveConfig:
     pixel_loss: Literal["l1", "l2"] = option("l1", "loss on pixels: mean over images in [0, 1]")
     pixel_weight: float = option(1.0, "weight of the pixel loss")
     perceptual_weight: float = option(1.0, "weight of LPIPS; 0 leaves it out")
-    perceptual_trunk: str = option("", "file of torchvision's VGG16 weights, .pth or .safetensors; required for LPIPS")
+    perceptual_trunk: str = option(
+        "", "file of torchvision's VGG16 weights, .pth or .safetensors; required for LPIPS", path=True
+    )
     perceptual_sha256: str = option("", "expected hash of that file; empty: of torchvision's vgg16-397923af.pth")
     perceptual_range: Literal["0_1", "-1_1"] = option("0_1", "range of the images that LPIPS sees; official: 0_1")
     perceptual_dropout: bool = option(False, "dropout in the heads of LPIPS; the official code leaves it active")
@@ -171,8 +181,12 @@ class DataConfig:
     source: Literal["digits", "folder", "tar", "packed", "dali", "synthetic"] = option(
         "folder", "where images come from"
     )
-    path: str = option("", "folder: one sub-folder per class; tar: a folder of .tar; packed: what data.pack wrote")
-    heldout_path: str = option("", "held-out images of the same kind and classes; needed for evaluation only")
+    path: str = option(
+        "", "folder: one sub-folder per class; tar: a folder of .tar; packed: what data.pack wrote", path=True
+    )
+    heldout_path: str = option(
+        "", "held-out images of the same kind and classes; needed for evaluation only", path=True
+    )
     crop: Literal["adm", "fast", "resize_random", "random_resized"] = option(
         "adm", "adm: centre crop; fast: the same within 3 gray levels; the others are random"
     )
@@ -213,9 +227,11 @@ class EvaluationConfig:
     precision: Literal["fp32", "bf16"] = option(
         "bf16", "of the network while scoring; the ODE state is fp32; published: fp32"
     )
-    reference: str = option("", "statistics of the real images; python -m unite_fast.evaluation.statistics makes them")
+    reference: str = option(
+        "", "statistics of the real images; python -m unite_fast.evaluation.statistics makes them", path=True
+    )
     extractor: Literal["inception", "digits"] = option("inception", "network whose features are compared")
-    inception: str = option("", "file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
+    inception: str = option("", "file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth", path=True)
     inception_sha256: str = option("6726825d", "first digits of that file's hash; its published ones")
 
 
@@ -291,11 +307,13 @@ class CommConfig:
 class Config:
     name: str = option("unite", "the run's name")
     seed: int = option(0, "of the first weights, the order of samples and every draw")
-    run_dir: str = option("", "the run's folder; empty: runs/<name>")
+    run_dir: str = option("", "the run's folder; empty: runs/<name>", path=True)
     resume: str = option(
-        "auto", "auto, never, must, or a checkpoint's path: the run begins there, later starts go on from its own"
+        "auto",
+        "auto, never, must, or a checkpoint's path: the run begins there, later starts go on from its own",
+        path=True,
     )
-    init_from: str = option("", "checkpoint from which a new run takes its weights, nothing else")
+    init_from: str = option("", "checkpoint from which a new run takes its weights, nothing else", path=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

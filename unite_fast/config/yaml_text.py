@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from unite_fast.base.errors import CommonError, UserError
+from unite_fast.base import files
+from unite_fast.base.errors import CommonError, UserError, first_line
 from unite_fast.config import SIZES, Config
 from unite_fast.config.checks import validate
 
@@ -28,7 +29,10 @@ RETIRED: dict[str, tuple[str, dict[bool, str]]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number and refuses duplicate keys and extreme nesting."""
+    """Safe YAML whose numbers are decimal, and that refuses duplicate keys, references and extreme nesting.
+
+    YAML 1.1 would read 1:30 as 90, 010 as 8 and 1e-4 as text. References can make a file of a few lines endless.
+    """
 
     depth = 0
 
@@ -36,6 +40,9 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_YAML_DEPTH:
             raise UserError(f"nesting deeper than {MAX_YAML_DEPTH} levels")
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise UserError(f"line {line}: references (*name) are not read; write the value out")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -46,17 +53,24 @@ class _Loader(yaml.SafeLoader):
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"line {line}: a key must be a plain name")
+            if key == "<<":
+                raise UserError(f"line {line}: '<<' is not read; write its keys out")
             if key in seen:
                 raise UserError(f"line {line}: key '{key}' stands twice (first in line {seen[key]}); remove one")
             seen[key] = line
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": r"^[-+]?(((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?|\.inf)$|^\.nan$",
+}
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+    for start, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -69,8 +83,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{where}: line {line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, OverflowError) as error:  # of tags
+        raise UserError(f"{where}: not valid YAML: {first_line(error)}") from None
 
 
 def _unknown(key: str, known: list[str], path: str, where: str) -> UserError:
@@ -118,6 +132,8 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
             return value
         if value is None:
             return ""
+        if not isinstance(value, (dict, list, tuple, str)):
+            raise UserError(f"{wrong}; put it in quotes")
     raise wrong
 
 
@@ -196,12 +212,34 @@ def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}': write it as section.key=value")
-        nested: Any = parse_yaml(text, f"override {override}")
+        nested: Any = text if _is_text(key, text) else parse_yaml(text, f"override {override}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = from_dict(nested, f"override {override}", config)
+    config = _expand(config)
     validate(config)
     return config
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Whether an override's value is taken as it stands: where a key's values are text, unless it is in quotes."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    return (kind is str and not quoted) or (get_origin(kind) is Literal and text in get_args(kind))
+
+
+def _expand(section: Any, path: str = "") -> Any:
+    """``section`` with ~ and $NAME replaced in the keys that are paths. Raises UserError."""
+    changes = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = _expand(value, f"{path}{f.name}.")
+        elif f.metadata.get("path"):
+            changes[f.name] = files.expanded(value, path + f.name)
+    return dataclasses.replace(section, **changes)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
