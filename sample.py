@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import torch
 from unite_fast import checkpoint, sampling
 from unite_fast.base import command
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config
+from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
 from unite_fast.sampling.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
 from unite_fast.sampling.reconstruct import reconstruct_folder
+
+SEEDS, LABELS = "0-49", "equal"
+OF_SAMPLES = ("overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "solver", "steps", "compile", "graph")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -25,12 +29,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
     add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
     add("--overwrite", action="store_true", help="replace images made with another checkpoint or other options")
-    add("--seeds", default="0-49", help="one image each: 0-49999, or 1,5,8-11 (default: 0-49)")
-    add(
-        "--labels",
-        default="equal",
-        help="equal, random, or a list of classes such as 3,7 used in turn (default: equal)",
-    )
+    add("--seeds", help=f"one image each: 0-49999, or 1,5,8-11 (default: {SEEDS})")
+    add("--labels", help=f"equal, random, or a list of classes such as 3,7 used in turn (default: {LABELS})")
     add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's; of an official .pt the "
         "best that its training found)")  # fmt: skip
     add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's; of an official "
@@ -39,67 +39,81 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
     add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the ODE state is fp32")
-    add("--kernels", choices=("eager", "fused"), default="fused", help="of the network (default: fused)")
+    add(
+        "--precision",
+        choices=choices(EvaluationConfig, "precision"),
+        default="fp32",
+        help="of the network; the ODE state is fp32",
+    )
+    add(
+        "--kernels",
+        choices=choices(EfficiencyConfig, "kernels"),
+        default="fused",
+        help="of the network (default: fused)",
+    )
     add("--compile", action="store_true", help="torch.compile of the network's blocks; changes rounding")
     add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=choices(Config, "device"), default="auto")
     add("--reconstruct", metavar="FOLDER", help="instead of sampling: originals beside reconstructions, with PSNR")
     add("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+    if arguments.reconstruct and (idle := [name for name in OF_SAMPLES if getattr(arguments, name)]):
+        raise UserError(f"--{idle[0].replace('_', '-')} does nothing with --reconstruct; leave it out")
+    return arguments
 
 
 def request(arguments: argparse.Namespace, config: Config) -> Request:
     """What to generate, from options and, where they are silent, from the run's ``sample`` section."""
-    s = config.sample
-    interval = s.cfg_interval
-    if arguments.cfg_interval is not None:
-        interval = parse_interval(arguments.cfg_interval)
-    if arguments.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
-    seeds = parse_seeds(arguments.seeds)
+    asked = {
+        "solver": arguments.solver, "steps": arguments.steps, "cfg_scale": arguments.cfg,
+        "cfg_interval": None if arguments.cfg_interval is None else parse_interval(arguments.cfg_interval),
+        "cfg_order": arguments.cfg_order,
+    }  # fmt: skip
+    how = dataclasses.replace(config.sample, **{name: value for name, value in asked.items() if value is not None})
+    sampling.check(how)
+    seeds = parse_seeds(arguments.seeds or SEEDS)
     return Request(
         seeds=seeds,
-        labels=parse_labels(arguments.labels, seeds, config.model.num_classes),
-        solver=arguments.solver or s.solver,
-        steps=s.steps if arguments.steps is None else arguments.steps,
-        cfg_scale=s.cfg_scale if arguments.cfg is None else arguments.cfg,
-        cfg_interval=interval,
-        cfg_order=arguments.cfg_order or s.cfg_order,
+        labels=parse_labels(arguments.labels or LABELS, seeds, config.model.num_classes),
+        how=how,
         batch=arguments.batch,
     )
 
 
-def describe(located: Path, arguments: argparse.Namespace, wanted: Request) -> str:
-    """What the images are made with, in one line."""
+def describe(located: Path, arguments: argparse.Namespace, how: SampleConfig | None) -> str:
+    """What the images are made with, in one line. how: None where nothing is sampled."""
     step = checkpoint.recorded_step(located)
     said = f"{located}{'' if step is None else f' (step {step})'}, {arguments.weights} weights"
-    if arguments.reconstruct:
+    if how is None:
         return said
-    steps = "" if wanted.solver == "dopri5" else f", steps {wanted.steps}"
-    guidance = f"w {wanted.cfg_scale:g}"
-    if wanted.cfg_scale != 1:
-        guidance += f" for t in {list(wanted.cfg_interval)}, {wanted.cfg_order}"
-    return f"{said}; {wanted.solver}{steps}, {guidance}"
+    steps = "" if how.solver == "dopri5" else f", steps {how.steps}"
+    guidance = f"w {how.cfg_scale:g}"
+    if how.cfg_scale != 1:
+        guidance += f" for t in {list(how.cfg_interval)}, {how.cfg_order}"
+    return f"{said}; {how.solver}{steps}, {guidance}"
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
-    wanted = request(arguments, config)
-    wanted.check()
+    wanted = None if arguments.reconstruct else request(arguments, config)
     ranks = distributed.start(arguments.device)
     try:
         if ranks.is_main:
-            print(describe(located, arguments, wanted))
+            print(describe(located, arguments, wanted and wanted.how))
         precision.setup(ranks.device)
         model.to(ranks.device)
         model.use_kernels(arguments.kernels)
         replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):
-            if arguments.reconstruct:
-                print(reconstruct_folder(model, arguments.reconstruct, arguments.out, arguments.batch, ranks))
+            if wanted is None:
+                t_max = config.objective.tokenizer_t_max
+                said = reconstruct_folder(model, arguments.reconstruct, arguments.out, arguments.batch, ranks, t_max)
+                if ranks.is_main:
+                    print(said)
                 return 0
             compiled = "compiled" if arguments.compile else "as written"
             if arguments.compile:

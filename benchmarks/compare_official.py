@@ -31,7 +31,7 @@ from torch import Tensor
 from training import Origin, OurStep, composed, on, release
 
 from unite_fast import interop, objective
-from unite_fast.config import Config, yaml_text
+from unite_fast.config import Config, SampleConfig, yaml_text
 from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import precision
 from unite_fast.model.flops import training_flops
@@ -95,15 +95,15 @@ def sampling_variants(
     # The updates that were timed followed gradients of different draws.
     interop.load_weights(model, interop.clean_keys(official.model.state_dict()), "the official model")
     noise = torch.randn(len(labels), *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    guidance = (3.4, (0.1, 1.0))
+    how = SampleConfig("heun", steps, 3.4, (0.1, 1.0))
 
     def theirs() -> Tensor:
         with torch.no_grad(), precision.autocast(recipe, device):
-            return official.sample(labels, noise, steps, *guidance)
+            return official.sample(labels, noise, steps, how.cfg_scale, how.cfg_interval)
 
     def mine() -> Tensor:
         with precision.autocast(recipe, device):
-            return sample(model, labels, noise, "heun", steps, *guidance)
+            return sample(model, labels, how, noise=noise)
 
     return {"ours": mine, "official": theirs}
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import checkpoint, evaluate, export, sampling
+from unite_fast import checkpoint, data, evaluate, export, sampling
 from unite_fast.base.errors import UserError
-from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import from_dict
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
@@ -84,7 +83,7 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
     assert said.returncode == 0, said.stderr
     protocol = json.loads((tmp_path / "fid.json").read_text())["protocol"]
     config = checkpoint.saved_config(checkpoint.locate(tmp_path / "run"))
-    assert protocol["settings"] == json.loads(json.dumps(dataclasses.asdict(generation.of_run(config))))
+    assert protocol["settings"] == generation.of_run(config).described()
     assert protocol["settings"] == {
         "count": 40, "labels": "equal", "solver": "exp3", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
         "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
@@ -94,11 +93,9 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
 
 
 def test_defaults_stand_once():
-    """In config/keys.py: a score's settings and ``sample``'s arguments are those of a run that says nothing."""
+    """In config/keys.py: a score's settings are those of a run that says nothing."""
     assert Settings() == generation.of_run(from_dict({}))
-    arguments = inspect.signature(sampling.sample).parameters
-    expected = dataclasses.asdict(SampleConfig())
-    assert {name: arguments[name].default for name in expected} == expected
+    assert reconstruction.Settings() == reconstruction.of_run(from_dict({}))
 
 
 def test_an_official_checkpoint_brings_its_guidance(reference, tmp_path):
@@ -319,12 +316,48 @@ def test_rfid(trained, tmp_path):
     }  # fmt: skip
     model, config = checkpoint.load_model(trained / "run")
     with torch.no_grad():
-        ideal, _ = reconstruction.score(Perfect(model), config, digits_network(config), ONE)  # pyright: ignore
+        ideal = reconstructed(Perfect(model), config, digits_network(config))
     assert ideal["rfid"] == pytest.approx(0, abs=1e-3)
     assert ideal["l1"] < 1e-6
     assert ideal["psnr"] > 100
     assert 0 < result["psnr"] < 40
     assert result["rfid"] > 1
+    settings = {"tokenizer_t_max": 0.01, "precision": "fp32", "kernels": "fused"}
+    assert content["protocol"]["settings"] == settings
+    assert content["protocol"]["lpips"] is None
+    said = command_of(evaluate.main, "rfid", *common, "--precision", "bf16", "--kernels", "eager")
+    assert said.returncode == 0, said.stderr
+    again = json.loads(out.read_text())
+    assert again["protocol"]["settings"] == settings | {"precision": "bf16", "kernels": "eager"}
+    assert again["result"]["psnr"] != result["psnr"]
+
+
+@pytest.mark.parametrize(("precision", "t_max", "kernels"), [("fp32", 0.01, "fused"), ("bf16", 0.5, "eager")])
+def test_reconstructions_are_scored_as_the_run_says(trained, precision, t_max, kernels):
+    """Its precision, its kernels, the times up to which its tokenizer was trained; the protocol says so."""
+    model, config = checkpoint.load_model(trained / "run")
+    config = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, precision=precision),
+        efficiency=dataclasses.replace(config.efficiency, kernels=kernels),
+        objective=dataclasses.replace(config.objective, tokenizer_t_max=t_max),
+    )
+    perfect = Perfect(model)
+    with torch.no_grad():
+        reconstructed(perfect, config)
+    assert perfect.used[0] == kernels
+    assert set(perfect.used[1::2]) == {precision == "bf16"}
+    assert 0.5 * t_max < max(perfect.used[2::2]) <= t_max
+    network = digits_network(config)
+    perceptual = SimpleNamespace(trunk_sha256="abc", input_range="0_1")
+    protocol = reconstruction.protocol(reconstruction.of_run(config), network, perceptual, {})  # pyright: ignore
+    assert protocol["settings"] == {"tokenizer_t_max": t_max, "precision": precision, "kernels": kernels}
+    assert protocol["lpips"] == {"trunk": "abc", "range": "0_1"}
+
+
+def reconstructed(model, config, extractor=None, perceptual=None) -> dict[str, float]:
+    source = data.open_source(config.data, config.model, "heldout")
+    return reconstruction.score(model, reconstruction.of_run(config), source, config.data, extractor, ONE, perceptual)
 
 
 class Perfect:
@@ -332,8 +365,13 @@ class Perfect:
 
     def __init__(self, model) -> None:
         self.latent_shape = model.latent_shape
+        self.used: list[object] = []
+
+    def use_kernels(self, kernels):
+        self.used.append(kernels)
 
     def tokenize(self, images, noise, t):
+        self.used += [torch.is_autocast_enabled("cpu"), float(t.max())]
         return images
 
     def decode(self, z):
@@ -372,6 +410,6 @@ def test_nan_images_stop_the_score(trained):
     with pytest.raises(UserError, match="seed 0"):
         generation.score(model, Settings(count=10, solver="euler", steps=1), extractor, None, ONE)
     with pytest.raises(UserError, match=r"sample 0 is not finite"):
-        reconstruction.score(model, config, None, ONE)
-    with pytest.raises(UserError, match="truncated"):
-        dataclasses.replace(Settings(count=10), uint8="rounded").check(config.model)
+        reconstructed(model, config)
+    with pytest.raises(UserError, match="differ from this version's in uint8"):
+        Settings.read(Settings(count=10).described() | {"uint8": "rounded"})

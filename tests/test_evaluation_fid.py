@@ -244,7 +244,7 @@ def test_protocol_tells_crops_apart(tmp_path, crop):
     look = features.Extractor(
         "mean", "0" * 64, ("a", "b"), (3, 3), lambda x: (x.float().mean((2, 3)), x.float().std((2, 3)))
     )
-    _, protocol = statistics.of_source(config, "heldout", look, ONE)
+    _, protocol = statistics.of_source(config.data, config.model, "heldout", look, ONE)
     library = "simplejpeg-" if crop == "fast" else f"pillow-{PIL.__version__}/"
     assert protocol["data"]["pipeline"].startswith(library)
     assert protocol["data"]["pipeline"].endswith(f"/{crop}-8")

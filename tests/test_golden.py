@@ -138,7 +138,7 @@ def test_dopri5_samples(reference, golden, monkeypatch, key, options, evaluation
     call = sampling.GuidedField.__call__
     monkeypatch.setattr(sampling.GuidedField, "__call__", lambda self, t, z: (counted.append(1), call(self, t, z))[1])
     images, latents = sampling.sample(
-        model, golden["labels"], golden["sample.noise"], solver="dopri5", return_latents=True, **options
+        model, golden["labels"], noise=golden["sample.noise"], solver="dopri5", return_latents=True, **options
     )
     assert len(counted) == evaluations
     assert relative(latents, golden[f"sample.{key}.latent"]) < 5e-3

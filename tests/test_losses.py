@@ -127,6 +127,7 @@ def test_loads_a_named_and_checked_trunk(trunk, perceptual, pair, tmp_path):
     config = ObjectiveConfig(perceptual_trunk=str(path), perceptual_sha256=digest)
     loaded = load_perceptual(config, 3)
     assert loaded is not None
+    assert loaded.trunk_sha256 == digest  # that of the file, whichever hash admitted it
     torch.testing.assert_close(loaded(*pair), perceptual(*pair))
     with pytest.raises(UserError, match="sha256"):
         load_perceptual(dataclasses.replace(config, perceptual_sha256=""), 3)  # not torchvision's published file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import math
@@ -14,14 +15,20 @@ from PIL import Image
 from support import TINY, command, process
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample as program
 from unite_fast import checkpoint, flow, sampling
 from unite_fast.base.errors import UserError
+from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.efficiency import compiling
 from unite_fast.flow import solvers
 from unite_fast.flow.field import GuidedField, Replay, Replays
+from unite_fast.modality import pictures
 from unite_fast.model.unite import UNITE, build
+from unite_fast.parallel.distributed import Ranks
 from unite_fast.sampling.generate import as_ranges, parse_labels, parse_seeds
+
+ONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +156,13 @@ def test_both_ends_of_a_narrow_interval_are_met(solver, steps, interval):
 def test_too_few_steps_for_the_interval(model, steps, interval):
     words = rf"needs at least {steps + 1} steps, got {steps}; raise the steps or widen the interval"
     with pytest.raises(UserError, match=words):
-        sampling.check("exp3", steps, interval, "norm_first", 2.0)
+        sampling.check(SampleConfig("exp3", steps, 2.0, interval))
     with pytest.raises(UserError, match=words):
         solvers.solve("ab2", lambda t, z, guided: z, torch.ones(1), [i / steps for i in range(steps + 1)], interval)
     with pytest.raises(UserError, match=words):
         sampling.sample(model, torch.tensor([0]), solver="exp3", steps=steps, cfg_scale=2.0, cfg_interval=interval)
-    sampling.check("exp3", steps, interval, "norm_first", 1.0)  # unguided
-    sampling.check("heun", steps, interval, "norm_first", 2.0)
+    sampling.check(SampleConfig("exp3", steps, 1.0, interval))  # unguided
+    sampling.check(SampleConfig("heun", steps, 2.0, interval))
 
 
 @torch.no_grad()
@@ -164,7 +171,7 @@ def test_solvers_agree(model):
     labels, z = torch.tensor([0, 5]), noise(model, 2)
 
     def latents(solver: str, steps: int) -> torch.Tensor:
-        return sampling.sample(model, labels, z, solver, steps, return_latents=True)[1]
+        return sampling.sample(model, labels, noise=z, solver=solver, steps=steps, return_latents=True)[1]
 
     fine = latents("heun", 800)
     error = {s: float((latents(s, 50) - fine).norm() / fine.norm()) for s in sampling.SOLVERS}
@@ -185,7 +192,7 @@ def test_heun_by_hand(model):
         ahead = state + (u - t) * v
         w = flow.velocity(model.denoise(ahead, u.expand(1), labels), ahead, u)
         state = state + (u - t) * (v + w) / 2
-    actual = sampling.sample(model, labels, z, "heun", 2, return_latents=True)[1]
+    actual = sampling.sample(model, labels, SampleConfig("heun", 2), noise=z, return_latents=True)[1]
     torch.testing.assert_close(actual, state, rtol=1e-5, atol=1e-5)
 
 
@@ -204,7 +211,9 @@ def test_number_of_evaluations_without_reading_the_device(model, solver):
     z, counts = noise(model, 2), {}
     try:
         with NoReading():
-            sampling.sample(model, torch.tensor([0, 1]), z, solver, 10, 2.0, (0.4, 1.0), counts=counts)
+            sampling.sample(
+                model, torch.tensor([0, 1]), SampleConfig(solver, 10, 2.0, (0.4, 1.0)), noise=z, counts=counts
+            )
     finally:
         hook.remove()
     assert counts["evaluations"] == len(calls) == (20 if solver == "heun" else 10)
@@ -235,11 +244,20 @@ def test_sampling_does_not_touch_the_training_state(model):
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"solver": "rk4"}, "rk4"), ({"cfg_order": "last"}, "last"), ({"cfg_interval": (1.0, 0.0)}, "low < high"),
-     ({"noise": torch.zeros(1, 2, 3)}, "shape"), ({"steps": 0, "solver": "heun"}, "few")],
+     ({"noise": torch.zeros(1, 2, 3)}, "shape"), ({"cfg_scale": float("nan")}, "finite"),
+     ({"steps": 0, "solver": "heun"}, "few")],
 )  # fmt: skip
 def test_bad_options(model, options, says):
     with pytest.raises(UserError, match=says):
         sampling.sample(model, torch.tensor([0]), **options)
+
+
+def test_options_by_name_are_those_of_the_object(model):
+    options = {"solver": "euler", "steps": 2, "cfg_scale": 2.0, "cfg_interval": (0.1, 1.0), "cfg_order": "both"}
+    by_name = sampling.sample(model, torch.tensor([1]), **options)
+    assert torch.equal(by_name, sampling.sample(model, torch.tensor([1]), SampleConfig(**options)))
+    with pytest.raises(TypeError, match="solvr"):
+        sampling.sample(model, torch.tensor([1]), solvr="euler")
 
 
 def test_seeds_and_labels():
@@ -383,6 +401,27 @@ def test_overwriting_a_folder(trained, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == [
         "0000003_class3.png", "0000004_class4.png", "notes.txt", "protocol.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--overwrite", "--seeds 0-3", "--labels random", "--cfg 2", "--cfg-interval 0,1", "--cfg-order both",
+     "--solver heun", "--steps 3", "--compile", "--graph"],
+)  # fmt: skip
+def test_what_does_nothing_with_reconstruct_is_refused(words):
+    name = words.split()[0]
+    with pytest.raises(UserError, match=f"^{name} does nothing with --reconstruct"):
+        program.parse(["--checkpoint", "a", "--out", "b", "--reconstruct", "c", *words.split()])
+
+
+def test_only_the_first_rank_speaks(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    pictures.save_png(tmp_path / "in" / "a.png", torch.zeros(1, 8, 8))
+    monkeypatch.setattr(program.distributed, "start", lambda device: dataclasses.replace(ONE, rank=1))
+    monkeypatch.setattr(program, "reconstruct_folder", lambda *a: "a line")
+    words = ("--checkpoint", trained, "--out", tmp_path / "out", "--reconstruct", tmp_path / "in")
+    assert program.main([str(word) for word in words]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_reconstruct_a_folder(trained, tmp_path):

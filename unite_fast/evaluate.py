@@ -33,10 +33,10 @@ from typing import Any
 
 import torch
 
-from unite_fast import checkpoint, sampling
+from unite_fast import checkpoint, data, sampling
 from unite_fast.base import command, files, provenance
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config, EvaluationConfig
+from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import Extractor
@@ -67,8 +67,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
         add("--weights", metavar="NAME", help="ema, model, or another average that it has (default: the run's)")
         add("--out", metavar="FILE", help="the result (default: in RUN/scores, named after what it depends on)")
-        add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        add("--device", choices=choices(Config, "device"), default="auto")
         add("--debug", action="store_true", help="show tracebacks")
+        add("--precision", choices=choices(EvaluationConfig, "precision"), help="of the network (default: the run's)")
+        add("--kernels", choices=choices(EfficiencyConfig, "kernels"), help="of the network (default: the run's)")
         statistics.add_extractor_options(one)
         if name == "rfid":
             add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth; LPIPS is left out without it")
@@ -80,8 +82,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--kid-subset", type=int, help="images of a KID subset (default: 1000)")
         add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
-        add("--precision", choices=("fp32", "bf16"), help="of the network (default: the run's)")
-        add("--kernels", choices=("eager", "fused"), help="of the network (default: the run's)")
         add("--compile", action="store_true", help="torch.compile of the network's blocks")
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
@@ -132,7 +132,7 @@ class Context:
     def settings(self) -> Settings:
         """Those of the run, or the protocol's, with what the options change."""
         a = self.arguments
-        base = protocol_settings(self.earlier) if self.earlier else of_run(self.config)
+        base = Settings.read(self.earlier["protocol"]["settings"]) if self.earlier else of_run(self.config)
         changes: dict[str, Any] = {
             "count": a.count,
             "cfg_scale": a.cfg,
@@ -193,14 +193,6 @@ def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, locat
             arguments.kid_subset = protocol["kid_subset"] or 1000
 
 
-def protocol_settings(content: dict[str, Any]) -> Settings:
-    values = content["protocol"]["settings"]
-    unknown = set(values) ^ {field.name for field in dataclasses.fields(Settings)}
-    if unknown:
-        raise UserError(f"the protocol's settings differ from this version's in {', '.join(sorted(unknown))}")
-    return Settings(**(values | {"cfg_interval": tuple(values["cfg_interval"])}))
-
-
 class Scorer:
     """Opens the network and the reference once; ``score`` then serves any settings."""
 
@@ -221,7 +213,7 @@ class Scorer:
             "checkpoint": self.context.weights(),
             "extractor": self.extractor.identity(),
             "reference": self.about,
-            "settings": dataclasses.asdict(settings),
+            "settings": settings.described(),
             "seeds": f"0-{settings.count - 1}",
             "inception_score_parts": 10,
             "kid_subset": self.context.arguments.kid_subset if self.context.arguments.pairs else None,
@@ -337,21 +329,24 @@ def rfid_command(context: Context) -> None:
     a, config = context.arguments, context.config
     if a.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
+    asked = {"precision": a.precision, "kernels": a.kernels}
+    settings = dataclasses.replace(reconstruction.of_run(config), **{k: v for k, v in asked.items() if v is not None})
     perceptual = None
     if a.lpips:
-        objective = dataclasses.replace(config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips)
-        perceptual = lpips.load_perceptual(objective, config.model.channels)
+        objective = dataclasses.replace(
+            config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips, perceptual_dropout=False
+        )
+        perceptual = lpips.load_perceptual(objective, config.model.channels, settings.kernels)
     perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
     extractor = statistics.open_extractor(a, config, context.ranks.device)
-    result, said = reconstruction.score(context.model, config, extractor, context.ranks, perceptual)
+    source = data.open_source(config.data, config.model, "heldout")
+    result = reconstruction.score(context.model, settings, source, config.data, extractor, context.ranks, perceptual)
+    said = statistics.described(config.data.source, config.model.image_size, "heldout", source, context.ranks.device)
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))
     protocol = {
         "checkpoint": context.weights(),
-        "extractor": extractor.identity(),
-        "data": said,
-        "lpips": None if perceptual is None else {"trunk": lpips.TORCHVISION_VGG16, "range": perceptual.input_range},
-        "uint8": "truncated",
+        **reconstruction.protocol(settings, extractor, perceptual, said),
         "environment": provenance.of(context.ranks.device, context.ranks.world_size),
     }
     context.save(context.out(protocol), {"protocol": protocol, "result": result})

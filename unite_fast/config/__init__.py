@@ -21,6 +21,7 @@ from unite_fast.config.keys import (
     SampleConfig,
     TrainConfig,
     batch_split,
+    choices,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "batch_split",
+    "choices",
 ]

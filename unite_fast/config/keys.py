@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from unite_fast.base.errors import UserError
 
@@ -38,6 +38,11 @@ def option(
         "bounds": {words: bound for words, bound in bounds.items() if bound is not None},
     }
     return field(default=default, metadata=metadata)
+
+
+def choices(section: type, key: str) -> tuple[str, ...]:
+    """The words that a key of a section may have, in the order of its type; they stand nowhere else."""
+    return get_args(get_type_hints(section)[key])
 
 
 @dataclass(frozen=True)

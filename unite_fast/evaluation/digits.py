@@ -22,6 +22,7 @@ Shape letters: N images, Q channels, S image size, P = Q * S * S pixels, F featu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -140,22 +141,11 @@ def digits(config: Config, split: str) -> tuple[Tensor, Tensor]:
     return torch.stack([to_float(source.load(i)) for i in range(len(source))]), source.labels
 
 
-def draw(model: UNITE, labels: Tensor, options: SampleConfig, cfg_scale: float) -> tuple[Tensor, float]:
-    """(samples (N, Q, S, S) for labels (N,), images per second). Image i has seed i; solver etc. of ``options``."""
+def draw(model: UNITE, labels: Tensor, how: SampleConfig) -> tuple[Tensor, float]:
+    """(samples (N, Q, S, S) for labels (N,), images per second). Image i has seed i; solver and guidance of ``how``."""
     images, start = [], time.perf_counter()
     for chunk in torch.arange(len(labels)).split(SAMPLE_BATCH):
-        images.append(
-            sampling.sample(
-                model,
-                labels[chunk],
-                solver=options.solver,
-                steps=options.steps,
-                cfg_scale=cfg_scale,
-                cfg_interval=options.cfg_interval,
-                cfg_order=options.cfg_order,
-                seeds=chunk,
-            )
-        )
+        images.append(sampling.sample(model, labels[chunk], how, seeds=chunk))
     return torch.cat(images), len(labels) / (time.perf_counter() - start)
 
 
@@ -174,7 +164,7 @@ def measure(model: UNITE, config: Config, count: int = 1000) -> tuple[dict[str, 
     reconstruction = model.decode(latents).clamp(0, 1)
     labels = torch.arange(count) % 10
     scales = sorted({1.0, config.sample.cfg_scale})
-    drawn = {scale: draw(model, labels, config.sample, scale) for scale in scales}
+    drawn = {scale: draw(model, labels, dataclasses.replace(config.sample, cfg_scale=scale)) for scale in scales}
     distances = frechet_to_halves(real, {f"{scale:g}": images.numpy() for scale, (images, _) in drawn.items()})
     real_spread = within_class_spread(real, real_labels)
     figures = {

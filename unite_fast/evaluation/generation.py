@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from unite_fast import sampling
 from unite_fast.base import files
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
+from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
@@ -30,26 +31,37 @@ from unite_fast.sampling.generate import parse_labels
 SAVE_SECONDS = 60.0
 
 
+# The same for every score: x * 255 without rounding, as published, and the batch shape of the network.
+FIXED = {"uint8": "truncated", "tile": sampling.TILE}
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(SampleConfig):
     """Which images: everything that a score depends on besides the weights, the extractor and the reference."""
 
     count: int = EvaluationConfig.count  # seeds 0 .. count - 1, one image each
     labels: str = "equal"  # class-balanced; or random
-    solver: str = SampleConfig.solver
-    steps: int = SampleConfig.steps
-    cfg_scale: float = SampleConfig.cfg_scale
-    cfg_interval: tuple[float, float] = SampleConfig.cfg_interval
-    cfg_order: str = SampleConfig.cfg_order
     precision: str = EvaluationConfig.precision
     kernels: str = EfficiencyConfig.kernels  # or fused; they, and compiled blocks, change rounding
     compile: bool = False
-    uint8: str = "truncated"  # x * 255 without rounding, as published
-    tile: int = sampling.TILE
+
+    def described(self) -> dict[str, Any]:
+        """As a protocol has them."""
+        return to_dict(self) | FIXED
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Settings:
+        """The inverse of ``described``. Raises UserError for those of a version that makes other images."""
+        known = {field.name for field in fields(cls)} | FIXED.keys()
+        if wrong := values.keys() ^ known or {name for name, value in FIXED.items() if values[name] != value}:
+            raise UserError(f"the protocol's settings differ from this version's in {', '.join(sorted(wrong))}")
+        kept: dict[str, Any] = {name: value for name, value in values.items() if name not in FIXED}
+        kept["cfg_interval"] = tuple(kept["cfg_interval"])
+        return cls(**kept)
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError on settings that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
+        sampling.check(self)
         if self.labels not in ("equal", "random"):
             raise UserError(f"--labels {self.labels}: equal or random")
         if self.count < 2:
@@ -61,17 +73,12 @@ class Settings:
                 f"--count {self.count} does not divide over {model.num_classes} classes; nearest that do: {near} "
                 "(or --labels random)"
             )
-        if self.uint8 != "truncated" or self.tile != sampling.TILE:
-            raise UserError(
-                f"this version makes truncated uint8 in tiles of {sampling.TILE}, the protocol says otherwise"
-            )
 
 
 def of_run(config: Config, **changes: Any) -> Settings:
     """What a run is scored with, while it trains and afterwards: its configuration's settings, with ``changes``."""
-    taken = {k: getattr(config.sample, k) for k in ("solver", "steps", "cfg_scale", "cfg_interval", "cfg_order")}
-    taken |= {k: getattr(config.evaluation, k) for k in ("count", "precision")}
-    taken["kernels"] = config.efficiency.kernels
+    e = config.evaluation
+    taken = vars(config.sample) | {"count": e.count, "precision": e.precision, "kernels": config.efficiency.kernels}
     return Settings(**(taken | changes))
 
 
@@ -128,18 +135,7 @@ def draw(
     """The images (B, Q, S, S) of ``seeds``. Raises UserError for one that is not finite."""
     labels = parse_labels(settings.labels, seeds, model.config.num_classes)
     with precision.autocast(settings.precision, next(model.parameters()).device):
-        images = sampling.sample_tiles(
-            model,
-            seeds,
-            labels,
-            solver=settings.solver,
-            steps=settings.steps,
-            cfg_scale=settings.cfg_scale,
-            cfg_interval=settings.cfg_interval,
-            cfg_order=settings.cfg_order,
-            counts=counts,
-            replays=replays,
-        )
+        images = sampling.sample_tiles(model, seeds, labels, settings, counts=counts, replays=replays)
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         raise UserError(f"the model gives an image that is not finite (seed {seeds[finite.index(False)]}); no score")
@@ -169,9 +165,9 @@ def score(
     accumulator = fid.Accumulator(settings.count, extractor.sizes, ranks.device, pairs)
     # Kept, restored and added over processes with the others: tiles, evaluations, passes.
     work = accumulator.sums["work"] = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    key = files.digest([identity, extractor.identity(), asdict(settings), pairs, ranks.world_size])
+    key = files.digest([identity, extractor.identity(), settings.described(), pairs, ranks.world_size])
     file = Progress(options.progress, key, ranks)
-    tiles = range(ranks.rank, -(-settings.count // settings.tile), ranks.world_size)
+    tiles = range(ranks.rank, -(-settings.count // sampling.TILE), ranks.world_size)
     done = resumed = file.load(accumulator)
     begun = time.perf_counter()
 
@@ -182,8 +178,8 @@ def score(
             raise Stopped("a stop was asked for")
         if done == len(tiles):
             return False
-        first = tiles[done] * settings.tile
-        seeds = list(range(first, min(first + settings.tile, settings.count)))
+        first = tiles[done] * sampling.TILE
+        seeds = list(range(first, min(first + sampling.TILE, settings.count)))
         counts: dict[str, int] = {}
         images = draw(model, settings, seeds, counts, options.replays)
         accumulator.add(torch.tensor(seeds), *extractor.compute(pictures.to_uint8(images)))
@@ -207,7 +203,7 @@ def score(
     result: dict[str, Any] = found | {"evaluations": evaluations / count, "passes": passes / count}
     result |= {"gflop_per_image": sampling_flops(model.config, result["passes"]) / 1e9, "resumed_at": resumed}
     if resumed < len(tiles):
-        rate = (len(tiles) - resumed) * settings.tile * ranks.world_size / seconds
+        rate = (len(tiles) - resumed) * sampling.TILE * ranks.world_size / seconds
         result |= {"images_per_second": rate, "tflops": rate * result["gflop_per_image"] / 1e3}
     result = ranks.gather(result)[0]
     file.remove()

@@ -63,7 +63,7 @@ class Scored:
 
     def row(self, settings: Settings) -> dict[str, Any]:
         """{"settings", "result", "environment"}, computed if it was not yet."""
-        plain = json.loads(json.dumps(dataclasses.asdict(settings)))
+        plain = settings.described()
         for row in self.rows:
             if row["settings"] == plain:
                 return row

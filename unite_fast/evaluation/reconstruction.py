@@ -8,51 +8,75 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from unite_fast import data
 from unite_fast.base.errors import Stopped, UserError
-from unite_fast.config import Config
-from unite_fast.evaluation import fid, statistics
+from unite_fast.config import Config, DataConfig, EfficiencyConfig, EvaluationConfig, ObjectiveConfig
+from unite_fast.data import Source
+from unite_fast.efficiency import precision
+from unite_fast.evaluation import fid
 from unite_fast.evaluation.features import Extractor
 from unite_fast.modality import pictures
 from unite_fast.modality.images import psnr, to_float
 from unite_fast.modality.lpips import Perceptual
-from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
+from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_kernels import corruption
+from unite_fast.sampling.reconstruct import reconstruct
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a score depends on besides the weights, the images, the extractor and LPIPS' trunk."""
+
+    tokenizer_t_max: float = ObjectiveConfig.tokenizer_t_max
+    precision: str = EvaluationConfig.precision
+    kernels: str = EfficiencyConfig.kernels
+
+
+def of_run(config: Config) -> Settings:
+    """What a run's reconstructions are made with, while it trains and afterwards."""
+    return Settings(config.objective.tokenizer_t_max, config.evaluation.precision, config.efficiency.kernels)
+
+
+def protocol(
+    settings: Settings, extractor: Extractor, perceptual: Perceptual | None, source: dict[str, Any]
+) -> dict[str, Any]:
+    """What a score says of itself, besides the weights. source: of ``statistics.described``."""
+    lpips = None if perceptual is None else {"trunk": perceptual.trunk_sha256, "range": perceptual.input_range}
+    said = {"extractor": extractor.identity(), "data": source, "settings": asdict(settings), "lpips": lpips}
+    return said | {"uint8": "truncated"}
 
 
 @torch.no_grad()
 def score(
     model: UNITE,
-    config: Config,
+    settings: Settings,
+    source: Source,
+    reading: DataConfig,
     extractor: Extractor | None,
     ranks: Ranks,
     perceptual: Perceptual | None = None,
-    split: str = "heldout",
     batch: int = 32,
     stopping: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """({"images", "psnr", "l1", "rfid", "lpips", "images_per_second"}, what a protocol says of the data).
+) -> dict[str, float]:
+    """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"} of all images of ``source``.
 
-    rfid and lpips only with their networks. Raises on all ranks what goes wrong on one, and Stopped once
-    ``stopping()`` is true on one.
+    reading: workers and timeout. rfid and lpips only with their networks, which compute in float32. Raises on all ranks
+    what goes wrong on one, and Stopped once ``stopping()`` is true on one.
     """
-    source = data.open_source(config.data, config.model, split)
+    model.use_kernels(settings.kernels)
     real, made = (
         (fid.Accumulator(len(source), extractor.sizes, ranks.device) if extractor is not None else None)
         for _ in range(2)
     )
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, PSNR, L1, LPIPS
     begun = time.perf_counter()
-    batches = iter(
-        data.all_images(
-            source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
-        )
-    )
+    share = (ranks.rank, ranks.world_size, ranks.device)
+    batches = iter(data.all_images(source, batch, *share, reading.workers, reading.timeout))
 
     def add_next() -> bool:
         """Adds this rank's next batch; false when there is none."""
@@ -62,8 +86,8 @@ def score(
         if found is None:
             return False
         images = to_float(found.images)
-        noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, found.samples, model.latent_shape, TOKENIZE_T_MAX)
-        reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+        with precision.autocast(settings.precision, ranks.device):
+            reconstruction = reconstruct(model, images, found.samples, settings.tokenizer_t_max)
         finite = torch.isfinite(reconstruction).flatten(1).all(1).tolist()
         if not all(finite):
             index = int(found.samples[finite.index(False)])
@@ -89,4 +113,4 @@ def score(
         made.reduce(ranks)
         result["rfid"] = fid.frechet(made.statistics(), real.statistics())
     result["images_per_second"] = count / (time.perf_counter() - begun)
-    return result, statistics.described(config, split, source, ranks.device)
+    return result

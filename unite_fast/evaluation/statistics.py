@@ -23,7 +23,7 @@ from unite_fast import data
 from unite_fast.base import command, files
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
-from unite_fast.config import Config, yaml_text
+from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices, yaml_text
 from unite_fast.data import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import features
@@ -85,35 +85,45 @@ def write(path: str, statistics: Statistics, protocol: dict[str, Any]) -> None:
             np.savez(opened, protocol=np.array(json.dumps(protocol)), **arrays)
 
 
-def described(config: Config, split: str, source: Source, device: torch.device) -> dict[str, Any]:
-    """What a protocol says of a data source whose images are center-cropped, without random transforms."""
+def described(kind: str, size: int, split: str, source: Source, device: torch.device) -> dict[str, Any]:
+    """What a protocol says of a source of a ``data.source`` kind, center-cropped to ``size``, nothing random."""
     return {
-        "source": config.data.source, "split": split, "images": len(source), "size": config.model.image_size,
+        "source": kind, "split": split, "images": len(source), "size": size,
         "pipeline": source.pipeline_id(device.type), "augment": False,
     }  # fmt: skip
 
 
 @torch.no_grad()
 def of_source(
-    config: Config, split: str, extractor: Extractor, ranks: Ranks, keep: bool = False, batch: int = 64
+    reading: DataConfig,
+    model: ModelConfig,
+    split: str,
+    extractor: Extractor,
+    ranks: Ranks,
+    keep: bool = False,
+    batch: int = 64,
 ) -> tuple[Statistics, dict[str, Any]]:
     """Statistics of all images of a data source, center-cropped, without flips, and the protocol that says so."""
-    source = data.open_source(config.data, config.model, split)
+    source = data.open_source(reading, model, split)
     accumulator = Accumulator(len(source), extractor.sizes, ranks.device, keep)
-    batches = data.all_images(
-        source, batch, ranks.rank, ranks.world_size, ranks.device, config.data.workers, config.data.timeout
-    )
+    share = (ranks.rank, ranks.world_size, ranks.device)
+    batches = data.all_images(source, batch, *share, reading.workers, reading.timeout)
     for found in batches:
         images = found.images if found.images.dtype == torch.uint8 else pictures.to_uint8(found.images)
         accumulator.add(found.samples, *extractor.compute(images))
     accumulator.reduce(ranks)
-    said = described(config, split, source, ranks.device)
+    said = described(reading.source, model.image_size, split, source, ranks.device)
     return accumulator.statistics(), {"extractor": extractor.identity(), "data": said}
 
 
 def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--extractor", choices=("inception", "digits"), default="inception", help="what looks at the images")
+    add(
+        "--extractor",
+        choices=choices(EvaluationConfig, "extractor"),
+        default="inception",
+        help="what looks at the images",
+    )
     add("--inception", metavar="FILE", default="", help=f"its weights: {features.INCEPTION_FILE}")
     add("--inception-sha256", metavar="HEX", default=features.INCEPTION, help="first digits of that file's sha256")
     add("--layers", default=",".join(features.LAYERS), metavar="FID,IS", help="its layers (default: %(default)s)")
@@ -138,7 +148,7 @@ def main(argv: list[str]) -> None:
     add("--split", choices=("train", "heldout"), default="train")
     add("--out", required=True, metavar="FILE.npz")
     add("--features", action="store_true", help="also keep the features, for KID and precision/recall")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=choices(Config, "device"), default="auto")
     add("--debug", action="store_true", help="show tracebacks")
     add("overrides", nargs="*", metavar="section.key=value")
     add_extractor_options(parser)
@@ -148,7 +158,7 @@ def main(argv: list[str]) -> None:
     try:
         precision.setup(ranks.device)
         extractor = open_extractor(arguments, config, ranks.device)
-        found, protocol = of_source(config, arguments.split, extractor, ranks, arguments.features)
+        found, protocol = of_source(config.data, config.model, arguments.split, extractor, ranks, arguments.features)
         if ranks.is_main:
             write(arguments.out, found, protocol)
             print(f"{found.count} images, {len(found.mean)} features of {extractor.name}, in {arguments.out}")

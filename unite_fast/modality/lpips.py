@@ -62,6 +62,7 @@ class Perceptual(nn.Module):
             self.net.net.load_state_dict({name: trunk[source] for name, source in wanted.items()})
         self.net.requires_grad_(False).to(memory_format=torch.channels_last)
         self.input_range, self.dropout, self.backend = input_range, dropout, backend
+        self.trunk_sha256 = ""  # of the file that it was loaded from
         self.compiled: Callable[[nn.Module, Tensor], Any] | None = None  # the package's trunk
         self.constants: tuple[Any, list[list[Frozen]]] = (None, [])  # what they were made from, and they
         self.train(False)
@@ -152,4 +153,6 @@ def load_perceptual(config: ObjectiveConfig, channels: int, backend: str = "eage
             trunk = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"objective.perceptual_trunk {path}: {str(error).splitlines()[0]}; {MEND}") from None
-    return Perceptual(trunk, config.perceptual_range, config.perceptual_dropout, backend)
+    perceptual = Perceptual(trunk, config.perceptual_range, config.perceptual_dropout, backend)
+    perceptual.trunk_sha256 = digest
+    return perceptual

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from unite_fast.base import faults
 from unite_fast.config import Config
 from unite_fast.modality.images import to_float
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.reconstruct import reconstruct
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import sampling_model
 
@@ -48,15 +49,13 @@ def save_pictures(
     model, s = state.model, config.sample
     model.eval()
     faults.strike("eval", state.step)
-    seeds = range(len(labels))
-    options: dict[str, Any] = {"solver": s.solver, "steps": steps or s.steps, "cfg_scale": s.cfg_scale, "seeds": seeds}
-    options |= {"cfg_interval": s.cfg_interval, "cfg_order": s.cfg_order}
+    how, seeds = dataclasses.replace(s, steps=steps or s.steps), range(len(labels))
     try:
-        raw = sampling.sample(model, labels, **options)
+        raw = sampling.sample(model, labels, how, seeds=seeds)
         restore = sampling_model(state)
         try:
-            reconstruction = model.decode(model.tokenize(images))
-            averaged = sampling.sample(model, labels, **options)
+            reconstruction = reconstruct(model, images, torch.arange(len(images)), config.objective.tokenizer_t_max)
+            averaged = sampling.sample(model, labels, how, seeds=seeds)
         finally:
             restore()
     finally:

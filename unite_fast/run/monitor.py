@@ -11,7 +11,6 @@ all and is dealt with by train.on_eval_error.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -201,8 +200,8 @@ class Monitor:
         return {
             "protocol": protocol,
             "rows": rows,
-            "best": dataclasses.asdict(best),
-            "best_overall": dataclasses.asdict(overall),
+            "best": best.described(),
+            "best_overall": overall.described(),
             "result": scored.row(overall)["result"],
         }
 
@@ -213,14 +212,19 @@ class Monitor:
             perceptual.dropout = False
             perceptual.train(False)
         try:
-            result, said = reconstruction.score(
-                state.model, self.config, self.files.extractor, self.ranks, perceptual, stopping=self.session.stopping
-            )
+            c = self.config
+            settings, source = reconstruction.of_run(c), data.open_source(c.data, c.model, "heldout")
+            said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
+            protocol = reconstruction.protocol(settings, self.files.extractor, perceptual, said)
+            result = reconstruction.score(
+                state.model, settings, source, c.data, self.files.extractor, self.ranks, perceptual,
+                stopping=self.session.stopping,
+            )  # fmt: skip
         finally:
             if perceptual is not None:
                 perceptual.dropout = dropout
                 perceptual.train(False)
-        return {"protocol": {"data": said, "uint8": "truncated"}, "result": result}
+        return {"protocol": protocol, "result": result}
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         if not self.ranks.is_main:

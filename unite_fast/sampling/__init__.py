@@ -5,6 +5,8 @@ Shape letters: B batch, K registers, C latent dim, Q channels, S image size.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +15,14 @@ from torch import Tensor
 
 from unite_fast import flow
 from unite_fast.base.errors import UserError
-from unite_fast.config import SampleConfig
+from unite_fast.config import SampleConfig, choices
 from unite_fast.efficiency import execution
 from unite_fast.flow import solvers
 from unite_fast.flow.field import GuidedField, Replays
 from unite_fast.model.unite import UNITE
 from unite_kernels import philox
 
-SOLVERS = ("dopri5", *solvers.FIXED)
-ORDERS = ("norm_first", "cfg_first", "both")
+SOLVERS, ORDERS = choices(SampleConfig, "solver"), choices(SampleConfig, "cfg_order")
 SAMPLE_STREAM = 1 << 16  # of the initial noise; training uses streams below
 RTOL, ATOL = 1e-3, 1e-6
 TILE = 32  # images per forward pass when bits must not depend on the request
@@ -57,37 +58,49 @@ def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
     return result[-1]
 
 
-def check(solver: str, steps: int, interval: Sequence[float], order: str, scale: float) -> None:
+def _solve(field: GuidedField, state: Tensor, how: SampleConfig, time_shift: float) -> Tensor:
+    """The latents (B, K, C) at t = 1."""
+    if how.solver == "dopri5":
+        return _dopri5(field, state, flow.time_grid(how.steps, time_shift, state.device))
+    exp3 = how.solver == "exp3"
+    times = solvers.phi_grid(how.steps + 1) if exp3 else flow.time_grid(how.steps + 1, time_shift).tolist()
+    return solvers.solve(how.solver, field.at, state, times, None if how.cfg_scale == 1 else how.cfg_interval)
+
+
+def check(how: SampleConfig) -> None:
     """Raises UserError when sampling options make no sense."""
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver '{solver}'; choose one of {', '.join(SOLVERS)}")
-    if order not in ORDERS:
-        raise UserError(f"unknown guidance order '{order}'; choose one of {', '.join(ORDERS)}")
-    if steps < 1 or (solver == "dopri5" and steps < 2):
-        raise UserError(f"too few steps: {steps}")
+    if how.solver not in SOLVERS:
+        raise UserError(f"unknown solver '{how.solver}'; choose one of {', '.join(SOLVERS)}")
+    if how.cfg_order not in ORDERS:
+        raise UserError(f"unknown guidance order '{how.cfg_order}'; choose one of {', '.join(ORDERS)}")
+    if how.steps < 1 or (how.solver == "dopri5" and how.steps < 2):
+        raise UserError(f"too few steps: {how.steps}")
+    interval = how.cfg_interval
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"guidance interval {list(interval)} must be two numbers with 0 <= low < high <= 1")
-    if solver in solvers.MULTISTEP and scale != 1:
-        solvers.jumps(steps, interval)
+    if not (math.isfinite(how.cfg_scale) and how.cfg_scale >= 0):
+        raise UserError(f"guidance scale {how.cfg_scale} must be a finite number of at least 0")
+    if how.solver in solvers.MULTISTEP and how.cfg_scale != 1:
+        solvers.jumps(how.steps, interval)
 
 
 @torch.no_grad()
 def sample(
     model: UNITE,
     labels: Tensor,
+    how: SampleConfig | None = None,
+    *,
     noise: Tensor | None = None,
-    solver: str = SampleConfig.solver,
-    steps: int = SampleConfig.steps,
-    cfg_scale: float = SampleConfig.cfg_scale,
-    cfg_interval: tuple[float, float] = SampleConfig.cfg_interval,
-    cfg_order: str = SampleConfig.cfg_order,
-    return_latents: bool = False,
     seeds: Sequence[int] | Tensor | None = None,
+    return_latents: bool = False,
     counts: dict[str, int] | None = None,
     replays: Replays | None = None,
+    **options: Any,
 ) -> Any:
     """Images (B, Q, S, S) float32 in [0, 1] for labels int64 (B,); with ``return_latents`` also the latents (B, K, C).
 
+    how: solver, steps and guidance, by default those of a run that says nothing; ``options`` are its fields by name,
+    as in ``sample(model, labels, solver="heun", steps=50, cfg_scale=3.4)``, and count above it.
     noise: initial state (B, K, C); else it is drawn from ``seeds``, one integer per image (0, 1, ... by default).
     steps: intervals of the time grid of a fixed-step solver (heun: two evaluations each, the others one); for dopri5
     the number of grid points, which does not change the result. dopri5 (torchdiffeq, rtol 1e-3, atol 1e-6) chooses
@@ -97,24 +110,19 @@ def sample(
     replays: runs the evaluations on static buffers, as CUDA graphs where it captures; kept by the caller between calls.
     Raises UserError on options that make no sense.
     """
-    check(solver, steps, cfg_interval, cfg_order, cfg_scale)
+    how = dataclasses.replace(how or SampleConfig(), **options)
+    check(how)
     device = next(model.parameters()).device
     labels = labels.to(device)
     if noise is None:
         noise = initial_noise(model, range(len(labels)) if seeds is None else seeds, device)
     if noise.shape != (len(labels), *model.latent_shape):
         raise UserError(f"noise has shape {tuple(noise.shape)}, expected {(len(labels), *model.latent_shape)}")
-    field = GuidedField(model, labels, cfg_scale, cfg_interval, cfg_order, replays)
+    field = GuidedField(model, labels, how.cfg_scale, how.cfg_interval, how.cfg_order, replays)
     training = model.training
     model.eval()
     try:
-        state = noise.to(device)
-        if solver == "dopri5":
-            latents = _dopri5(field, state, flow.time_grid(steps, model.time_shift, device))
-        else:
-            exp3 = solver == "exp3"
-            times = solvers.phi_grid(steps + 1) if exp3 else flow.time_grid(steps + 1, model.time_shift).tolist()
-            latents = solvers.solve(solver, field.at, state, times, None if cfg_scale == 1 else cfg_interval)
+        latents = _solve(field, noise.to(device), how, model.time_shift)
         images = model.modality.finished(model.decode(latents))
     finally:
         model.train(training)
@@ -124,13 +132,15 @@ def sample(
     return (images, latents) if return_latents else images
 
 
-def sample_tiles(model: UNITE, seeds: Sequence[int], labels: Sequence[int], **options: Any) -> Tensor:
+def sample_tiles(
+    model: UNITE, seeds: Sequence[int], labels: Sequence[int], how: SampleConfig | None = None, **options: Any
+) -> Tensor:
     """Images (B, Q, S, S) for ``seeds`` with ``labels``; equal bits for a seed whatever it is asked together with.
 
     The network always runs at one batch shape, TILE, and a seed always has the same place in it, seed modulo TILE:
     the same kernels then do the same sums. Seeds of one tile, k TILE to (k + 1) TILE - 1, share a pass; a tile that
     is asked for in part costs as much as a whole one. Its other places run the seeds that belong there, with classes
-    in turn, so with equal labels even dopri5 gives equal bits. ``options``: those of ``sample``.
+    in turn, so with equal labels even dopri5 gives equal bits. ``how``, ``options``: as of ``sample``.
     """
     members: dict[int, dict[int, int]] = {}
     for place, seed in enumerate(seeds):
@@ -139,7 +149,7 @@ def sample_tiles(model: UNITE, seeds: Sequence[int], labels: Sequence[int], **op
     for tile, wanted in members.items():
         own = range(tile * TILE, (tile + 1) * TILE)
         classes = [labels[wanted[s]] if s in wanted else s % model.config.num_classes for s in own]
-        images = sample(model, torch.tensor(classes), seeds=own, **options)
+        images = sample(model, torch.tensor(classes), how, seeds=own, **options)
         for seed, place in wanted.items():
             result[place] = images[seed % TILE]
     return torch.stack([image for image in result if image is not None])

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import shutil
 import tarfile
 import time
@@ -27,6 +26,8 @@ from torch import Tensor
 from unite_fast import sampling
 from unite_fast.base import files
 from unite_fast.base.errors import UserError
+from unite_fast.config import SampleConfig
+from unite_fast.config.yaml_text import to_dict
 from unite_fast.flow.field import Replays
 from unite_fast.modality import pictures
 from unite_fast.model.flops import sampling_flops
@@ -45,30 +46,12 @@ FILES = (".png", ".npz", ".tar")
 class Request:
     seeds: list[int]
     labels: list[int]
-    solver: str
-    steps: int
-    cfg_scale: float
-    cfg_interval: tuple[float, float]
-    cfg_order: str
+    how: SampleConfig
     batch: int
-
-    def check(self) -> None:
-        """Raises UserError on options that make no sense."""
-        sampling.check(self.solver, self.steps, self.cfg_interval, self.cfg_order, self.cfg_scale)
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise UserError(f"guidance scale {self.cfg_scale} must be a finite number of at least 0")
 
     def protocol(self, identity: str) -> dict[str, object]:
         """What an image depends on besides its own seed and label."""
-        return {
-            "checkpoint": identity,
-            "solver": self.solver,
-            "steps": self.steps,
-            "cfg_scale": self.cfg_scale,
-            "cfg_interval": list(self.cfg_interval),
-            "cfg_order": self.cfg_order,
-            "tile": sampling.TILE,
-        }
+        return {"checkpoint": identity, **to_dict(self.how), "tile": sampling.TILE}
 
     def whole(self, identity: str) -> dict[str, object]:
         """What a grid, npz or tar depends on."""
@@ -250,11 +233,7 @@ def generate(
             model,
             [s for s, _ in chunk],
             [y for _, y in chunk],
-            solver=request.solver,
-            steps=request.steps,
-            cfg_scale=request.cfg_scale,
-            cfg_interval=request.cfg_interval,
-            cfg_order=request.cfg_order,
+            request.how,
             counts=counts,
             replays=replays,
         )

@@ -14,13 +14,22 @@ from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
 from unite_fast.modality import pictures
 from unite_fast.modality.images import psnr
-from unite_fast.model.unite import TOKENIZE_SEED, TOKENIZE_T_MAX, UNITE
+from unite_fast.model.unite import TOKENIZE_SEED, UNITE
 from unite_fast.parallel.distributed import Ranks
 from unite_kernels import corruption
 
 
+def reconstruct(model: UNITE, images: Tensor, places: Tensor, t_max: float) -> Tensor:
+    """What the tokenizer and decoder make of images (B, Q, S, S), clamped to [0, 1], float32.
+
+    places: int64 (B,), which noise and time each image gets; t_max: ``objective.tokenizer_t_max`` of the training.
+    """
+    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places.to(images.device), model.latent_shape, t_max)
+    return model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+
+
 @torch.no_grad()
-def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: Ranks) -> str:
+def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float) -> str:
     """Writes OUT/<name>.png (original | reconstruction) for every image of a folder; returns a line with the mean PSNR.
 
     Images are center-cropped as in training. Raises UserError for a missing or empty folder and unreadable images.
@@ -49,9 +58,8 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
                 raise UserError(f"cannot read {path}: {error}; mend or remove it") from None
             tensors.append(transform(image, model.config.image_size, "adm", False, None))
         images = torch.stack(tensors).to(ranks.device).float() / 255
-        places = torch.arange(len(files))[ranks.rank :: ranks.world_size][begin : begin + batch].to(ranks.device)
-        noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places, model.latent_shape, TOKENIZE_T_MAX)
-        reconstruction = model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+        places = torch.arange(len(files))[ranks.rank :: ranks.world_size][begin : begin + batch]
+        reconstruction = reconstruct(model, images, places, t_max)
         total += torch.stack([psnr(images, reconstruction).double().sum(), torch.tensor(len(chunk)).to(total)])
         for path, image, made in zip(chunk, images, reconstruction, strict=True):
             target = folder / path.relative_to(root)
