@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.encoded import decode
