@@ -26,6 +26,7 @@ LAYERS = (
     {"run"},
     {"evaluate", "export", "report", "weights"},
     {"doctor"},
+    {"__main__"},
 )
 DOORS: dict[str, str | tuple[str, ...]] = {
     "torchdiffeq": "sampling/__init__.py",

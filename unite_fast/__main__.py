@@ -1,0 +1,39 @@
+"""python -m unite_fast VERB ...: every command of the package under one name; each is also a module of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from unite_fast.base import command
+from unite_fast.base.errors import UserError
+
+VERBS = {
+    "doctor": ("unite_fast.doctor", "what of a configuration this machine can run, and how to mend the rest"),
+    "weights": ("unite_fast.weights", "fetch and check the VGG16 trunk of LPIPS"),
+    "pack": ("unite_fast.data.pack", "write images as shards for data.source=packed"),
+    "index": ("unite_fast.data.index", "index tars for data.source=tar"),
+    "atoms": ("unite_fast.data.atoms.__main__", "read molecules and crystals, and say what is in them"),
+    "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
+    "evaluate": ("unite_fast.evaluate", "FID, its table and guidance search, rFID"),
+    "score-atoms": ("unite_fast.evaluation.atoms.__main__", "scores of molecules and crystals"),
+    "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
+    "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
+    "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
+}
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the command that ``argv`` names. Raises UserError for one that does not exist."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"python -m unite_fast VERB ...\n\n{__doc__}\n")
+        print("\n".join(f"  {verb:12} {said}" for verb, (_, said) in VERBS.items()))
+        print("\nEach explains itself: python -m unite_fast VERB --help. Training and sampling: train.py, sample.py.")
+        return 0
+    if argv[0] not in VERBS:
+        raise UserError(f"no command '{argv[0]}'; choose one of {', '.join(VERBS)}")
+    return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
