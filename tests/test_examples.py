@@ -1,0 +1,94 @@
+"""The worked examples of docs/DESIGN.md, applied to a copy of the tree and run; the commands under one name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import test_layout
+from support import ROOT, TINY
+
+from unite_fast import __main__ as verbs
+from unite_fast.base.errors import UserError
+
+DESIGN = (ROOT / "docs" / "DESIGN.md").read_text()
+DIFFS = dict(re.findall(r"^### (.+?)\n.*?```diff\n(.*?)```", DESIGN, re.M | re.S))
+ARRAYS = "np.savez('a.npz', images=np.zeros((40, 8, 8, 1), np.uint8), labels=np.arange(40) % 10)"
+RUNS = {  # what is run before, options of a training of two steps, what its last line of metrics must have
+    "A loss term": ("", "objective.edge_weight=0.5", "edge"),
+    "A source": (f"import numpy as np; {ARRAYS}", "data.source=arrays data.path=a.npz", "flow"),
+    "A modality": ("", "model.modality=negatives", "flow"),
+}
+
+
+def house():
+    spec = importlib.util.spec_from_file_location("house", ROOT / "scripts" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_run():
+    assert DIFFS.keys() == RUNS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_an_example_applies_and_trains(name, tmp_path):
+    for part in ("unite_fast", "train.py", "kernels"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", "-"], input=DIFFS[name], text=True, cwd=tmp_path, check=True)
+    before, options, term = RUNS[name]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'kernels'}"}
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    if before:
+        subprocess.run([sys.executable, "-c", before], cwd=tmp_path, check=True)
+    words = ["--config", "tiny.yaml", "train.max_steps=2", "device=cpu", *options.split()]
+    said = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    header = (tmp_path / "runs" / "tiny" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert term in header
+
+
+def test_the_layers_are_those_of_the_layout():
+    table = DESIGN.split("## Layers")[1].split("## Where")[0]
+    rows = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines() if row.startswith("| `")]
+    assert rows == list(map(set, test_layout.LAYERS))
+
+
+def test_files_that_are_named_exist():
+    for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|cpp|yaml))`", DESIGN):
+        places = [ROOT / name, ROOT / "unite_fast" / name, ROOT / "benchmarks" / name, *ROOT.glob(f"**/data/{name}")]
+        assert any(place.exists() for place in places) or list(ROOT.glob(f"unite_fast/*/{name}")), name
+
+
+def test_the_house_does_not_grow_back():
+    module = house()
+    found = module.counts(module.tree())
+    assert found["loose modules"] <= 6
+    assert found["functions that take the whole Config"] <= 73
+    assert found["files that compare an efficiency option"] <= 9
+    for name, files in module.examples(DESIGN).items():
+        assert len(files) <= {"A loss term": 2}.get(name, 3), name
+
+
+def test_every_command_has_a_verb(capsys):
+    """And explains itself."""
+    for verb, (module, _) in verbs.VERBS.items():
+        with pytest.raises(SystemExit) as ended:
+            verbs.main([verb, "--help"])
+        assert ended.value.code == 0, verb
+        assert "usage: " in capsys.readouterr().out
+        assert importlib.util.find_spec(module) is not None
+    assert verbs.main([]) == 0
+    assert "evaluate " in capsys.readouterr().out
+    with pytest.raises(UserError, match="no command 'evalute'; choose one of doctor"):
+        verbs.main(["evalute"])
