@@ -43,15 +43,15 @@ class Modality(Protocol):
 
     embedder_name: str  # of the embedder in checkpoints
 
-    def context_tokens(self, config: ModelConfig) -> int:
+    def context_tokens(self, config: ModelConfig, /) -> int:
         """M, the most there are."""
         ...
 
-    def embedder(self, config: ModelConfig) -> nn.Module:
+    def embedder(self, config: ModelConfig, /) -> nn.Module:
         """(content, sizes) -> context (B, M, D)."""
         ...
 
-    def decoder(self, config: ModelConfig) -> ViT:
+    def decoder(self, config: ModelConfig, /) -> ViT:
         """(latents (B, K, F), sizes) -> a prediction: a tensor, or several by name."""
         ...
 

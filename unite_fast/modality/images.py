@@ -137,7 +137,7 @@ class Images:
     decoder = staticmethod(ImageDecoder)
 
     def content(self, given: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        images = given if isinstance(given, Tensor) else given["images"]
+        images = given["images"] if isinstance(given, Mapping) else given
         return {"images": images if images.is_floating_point() else to_float(images)}
 
     def losses(self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> ImageLosses:
