@@ -5,13 +5,9 @@ Without the package ``jit`` leaves a kernel undecorated; ``backend.resolve`` ref
 
 from __future__ import annotations
 
-import os
-
 from .backend import HAS_TRITON
 
 if HAS_TRITON:
-    # a * b + c as one operation, which Triton 3.9 warns that it will not do by itself.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     import triton.language as tl
 
