@@ -353,7 +353,7 @@ def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple
 def derived_tables(model: UNITE) -> dict[str, Tensor]:
     """The tables that the official state dict holds although sizes determine them."""
     c, encoder = model.config, model.encoder
-    tables = {"decoder.decoder_pos_embed": model.decoder.positions.cpu()}
+    tables = {"decoder.decoder_pos_embed": model.decoder.get_buffer("positions").cpu()}
     names = ["encoder", "denoiser"] if c.separate_denoiser else ["encoder"]
     side = round(c.num_latents**0.5)
     for name in names:
