@@ -74,17 +74,16 @@ def encoder_pass(part: str, model: ModelConfig, images: int, tokens: int, passes
     d, f = e.width, int(2 / 3 * e.mlp_ratio * e.width)
     for t, blocks in ((tokens, e.in_context_start), (tokens + e.in_context_len, e.depth - e.in_context_start)):
         rows, count = images * t, blocks * passes
-        for columns, depth in ((2 * d, d), (d, d), (d, d), (2 * f, d), (d, f)):  # q and k, v, projection, SwiGLU's two
+        for columns, depth in ((3 * d, d), (d, d), (2 * f, d), (d, f)):  # q, k and v, projection, SwiGLU's two
             yield from gemm(part, rows, columns, depth, count)
-        yield copies(part, 4 * BRANCH * rows * d, count)  # gradients of q and k into one tensor
-        yield copies(part, 3 * BRANCH * rows * d, count)  # the input's from q and k, copied and read by v's product
         yield from gemm(part, images, 6 * d, d, count)
         yield from attention(part, images, e.heads, t, d, count)
         mid_or_tail = (2 * RESIDUAL + 2 * BRANCH) * d, (3 * RESIDUAL + 3 * BRANCH) * d
         yield from elementwise(part, rows * mid_or_tail[0], rows * mid_or_tail[1], 2 * count)
-        yield from elementwise(part, 4 * BRANCH * rows * d, 6 * BRANCH * rows * d, count)  # norms and rotation of q, k
+        yield from elementwise(
+            part, 4 * BRANCH * rows * d, 8 * BRANCH * rows * d, count
+        )  # norms and rotation of q, k; v's gradient
         yield from elementwise(part, 3 * BRANCH * rows * f, 5 * BRANCH * rows * f, count)  # SwiGLU
-        yield bias_gradient(part, rows, d, count)  # of the values; the operations above sum all others
     yield from gemm(part, images * model.num_latents, d, model.latent_dim, passes, input_gradient=False)
     yield from gemm(part, images * model.num_latents, model.latent_dim, d, passes)
     yield from gemm(part, images, 2 * d, d, passes)

@@ -61,20 +61,19 @@ def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
 def test_least_bytes_are_the_budgets(monkeypatch):
     """94 KB of elementwise traffic per token and block of the encoder, 37 forward; 0.50 GB per image of LPIPS.
 
-    The budget has no bias gradients: those that no kernel sums on its way are a pass of 2 D bytes, of the values.
+    To the 94 come 4 D bytes of the values' gradient, which the backward of QK-norm takes along: no bias gradient is a
+    pass of its own then, and no gradient is copied.
     """
     step_work = module("step_work", monkeypatch)
     config = yaml_text.load(ROOT / "configs" / "imagenet_b.yaml")
     blocks = 12 * 512 + 8 * 32 + 3 * (12 * 256 + 8 * 32)  # tokens times blocks of an image
     work = [w for w in step_work.step(config, 1) if w.kind == "elementwise" and w.part in ("tokenize", "flow")]
-    assert sum(w.bytes * w.count for w in work) / blocks / 1e3 == pytest.approx(94, abs=0.5)
+    assert sum(w.bytes * w.count for w in work) / blocks / 1e3 == pytest.approx(94 + 4 * 0.768, abs=0.5)
     assert sum(w.bytes * w.count for w in work if not w.backward) / blocks / 1e3 == pytest.approx(37, abs=0.5)
-    sums = [w for w in step_work.step(config, 1) if w.kind == "reduction" and w.part in ("tokenize", "flow")]
-    assert sum(w.bytes * w.count for w in sums) / blocks == pytest.approx(2 * config.model.encoder.width)
+    kinds = {w.kind for w in step_work.step(config, 1) if w.part in ("tokenize", "flow")}
+    assert kinds == {"gemm", "attention", "elementwise"}
     lpips = sum(w.bytes * w.count for w in step_work.step(config, 1) if w.part == "perceptual")
     assert lpips / 1e9 == pytest.approx(0.50, abs=0.005)
-    copies = [w for w in step_work.step(config, 1) if w.kind == "copy" and w.part in ("tokenize", "flow")]
-    assert sum(w.bytes * w.count for w in copies) / blocks == pytest.approx(14 * config.model.encoder.width)
 
 
 def test_roofline_predicts_and_says_so(program, tmp_path):
