@@ -222,9 +222,10 @@ def test_a_trial_reports_what_the_kernel_says():
 def test_the_model_uses_what_was_resolved(tiny):
     settings = from_dict(parse_yaml(TINY, "tiny"))
     model = UNITE(settings.model)
-    assert module.describe(model) == "sdpa"
-    module.use(model, "math")
-    assert module.describe(model) == "math"
+    layers = [layer for layer in model.modules() if hasattr(layer, "attention")]
+    assert {module.describe(layer.attention) for layer in layers} == {"sdpa"}
+    for layer in layers:
+        layer.attention = "math"
     taken = []
     original = module.sdpa_kernel
     with pytest.MonkeyPatch.context() as patch:

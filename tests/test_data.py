@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from photographs import equal
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
@@ -72,8 +73,7 @@ def test_resume_is_one_integer():
     source = open_source(DIGITS, SMALL)
     straight = take(source, 40, global_batch=100)
     resumed = take(source, 22, start=18 * 100, global_batch=100)
-    for a, b in zip(straight[18:], resumed, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert equal(straight[18:], resumed)
 
 
 @pytest.mark.parametrize("options", [{"global_batch": 10, "world_size": 3}, {"start": -1}, {"global_batch": 0}])

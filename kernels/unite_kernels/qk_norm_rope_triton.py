@@ -78,7 +78,7 @@ def _forward_kernel(
         o = o_row[:, None, None] * (PARTS * HEADS * HEAD_DIM) + part * (HEADS * HEAD_DIM) + o_column
         x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, axis=2) / HEAD_DIM + eps)
-        o_row += part * (batch.to(tl.int64) * tokens)  # parts lie apart in what is written
+        o_row += part.to(tl.int64) * batch * tokens  # parts lie apart in what is written
         tl.store(p_rstd + o_row[:, None] * HEADS + o_head[None, :], rstd, mask=m_rows)
         even, odd = _pairs(x * rstd[:, :, None], TOKENS, BLOCK_HEADS, DIM)
         even, odd = even * weight_even, odd * weight_odd
@@ -143,7 +143,7 @@ def _backward_kernel(
             o = o_row[:, None, None] * (PARTS * HEADS * HEAD_DIM) + part * (HEADS * HEAD_DIM) + o_column
             grad = tl.load(p_grad + o_row[:, None, None] * (HEADS * HEAD_DIM) + o_column, mask=m, other=0.0)
             x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
-            o_rstd = (o_row + part * (batch.to(tl.int64) * tokens))[:, None] * HEADS + o_head[None, :]
+            o_rstd = (o_row + part.to(tl.int64) * batch * tokens)[:, None] * HEADS + o_head[None, :]
             rstd = tl.load(p_rstd + o_rstd, mask=m_rows, other=0.0)[:, :, None]
             even, odd = _pairs(x * rstd, TOKENS, BLOCK_HEADS, DIM)
             grad_even, grad_odd = _pairs(grad.to(tl.float32), TOKENS, BLOCK_HEADS, DIM)
