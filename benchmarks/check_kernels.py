@@ -156,8 +156,13 @@ def limits_of(recorded: dict[str, dict[str, dict[str, float]]], version: str) ->
     found: dict[str, dict[str, float]] = {}
     for name in kernels:
         known = [limits[name] for limits in recorded.values() if name in limits]
-        found[name] = {k: (min if more else max)(limit[k] for limit in known) for k, more in HELD.items()}
+        found[name] = worst(known)
     return found
+
+
+def worst(known: list[dict[str, float]]) -> dict[str, float]:
+    """Of several versions' records, or of several kernels that have one name."""
+    return {k: (min if more else max)(limit[k] for limit in known) for k, more in HELD.items()}
 
 
 def shortcomings(name: str, row: dict[str, Any], limit: dict[str, float] | None) -> list[str]:
@@ -219,8 +224,7 @@ def main() -> int:
             print(show(name, row), flush=True)
             worse += [f"{name}: {what}" for what in shortcomings(name, row, limits.get(name))]
             if row["loop"] and "programs" in row:
-                key = name if name not in new else ""
-                new |= {key: held(row)} if key else {}
+                new[name] = worst([held(row), *([new[name]] if name in new else [])])
     if args.record:
         write_limits(LIMITS, {**recorded, VERSION: {**recorded.get(VERSION, {}), **new}})
     print(f"{count} kernels, {len(worse)} shortcomings" + "".join(f"\n  {what}" for what in worse))
