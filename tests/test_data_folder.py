@@ -413,6 +413,31 @@ def test_worker_that_dies_between_batches_is_reported_at_the_next(root, whose):
     assert "unite_fast" not in getattr(signal.getsignal(signal.SIGCHLD), "__module__", "")
 
 
+def test_worker_that_dies_while_it_hands_an_image_over(root, monkeypatch):
+    """The connection breaks before SIGCHLD tells of the death, and the DataLoader raises what the socket says."""
+    from unite_fast.data import loader
+
+    def breaks(iterator):
+        (worker,) = iterator._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(loader._deaths, "wait", breaks)
+    with pytest.raises(WorkerError, match=r"worker \(pid \d+\) died.*out of memory"):
+        list(all_images(open_source(config(root), MODEL), 4, workers=1))
+
+
+def test_a_broken_connection_is_no_dead_worker(root, monkeypatch):
+    from unite_fast.data import loader
+
+    def breaks(iterator):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(loader._deaths, "wait", breaks)
+    with pytest.raises(ConnectionResetError):
+        list(all_images(open_source(config(root), MODEL), 4, workers=1))
+
+
 def test_a_defect_in_a_worker_keeps_its_traceback(root):
     source = open_source(config(root), MODEL)
     source.__class__, source.trouble = Trouble, "raise"  # type: ignore[assignment,attr-defined]

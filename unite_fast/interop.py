@@ -190,6 +190,11 @@ def load_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
     """Loads a state dict of either format into ``model``. Raises UserError that lists what does not fit."""
     state = clean_keys(state)
     check_weights(model, state, where)
+    _copy_weights(model, state)
+
+
+def _copy_weights(model: UNITE, state: dict[str, Tensor]) -> None:
+    """Cleaned and checked ``state`` into ``model``."""
     own = model.state_dict()
     with torch.no_grad():
         for name, value in state.items():
@@ -256,7 +261,7 @@ def load_training(content: dict[str, Any], model: UNITE, optimizer: Optimizer, w
         optimizer.load_state_dict(tensors, steps)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    load_weights(model, weights, where)
+    _copy_weights(model, weights)
     with torch.no_grad():
         for name, value in optimizer.ema.items():
             local(value).copy_(part_of(ema.get(name, optimizer.parameters[name]), value))

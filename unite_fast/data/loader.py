@@ -19,7 +19,9 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -115,7 +117,9 @@ def apply_policy(source: Source, bad: list[tuple[int, str]]) -> None:
             )
 
 
-def _explain(error: RuntimeError, source: Source, progress: Tensor, chunk: int, timeout: float) -> WorkerError | None:
+def _explain(
+    error: Exception, source: Source, progress: Tensor, chunk: int, timeout: float, workers: Sequence[BaseProcess]
+) -> WorkerError | None:
     """The WorkerError for a DataLoader failure, or None when the error is something else."""
     text = str(error).splitlines()[0] if str(error) else ""
     if text.startswith("DataLoader timed out"):
@@ -124,9 +128,15 @@ def _explain(error: RuntimeError, source: Source, progress: Tensor, chunk: int, 
             f"data: no images for {timeout:g} s (data.timeout); a worker is still reading {path}; "
             "check that storage, or raise data.timeout"
         )
-    if not text.startswith("DataLoader worker"):
+    if text.startswith("DataLoader worker"):
+        died = [int(pid) for pid in re.findall(r"\d+", text)]
+    elif isinstance(error, (OSError, EOFError)):  # it died while it handed a tensor over: the connection broke first
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=1)
+        died = [worker.pid or 0 for worker in workers if worker.sentinel in ended]
+    else:
+        died = []
+    if not died:
         return None
-    died = [int(pid) for pid in re.findall(r"\d+", text)]
     reading = [source.name(int(index)) for pid, index in progress.tolist() if pid in died]
     where = f" while reading {', '.join(reading)}" if reading else ""
     return WorkerError(
@@ -240,8 +250,8 @@ def load_batches(
             images, used, bad = _deaths.wait(iterator)
         except StopIteration:
             return None
-        except RuntimeError as error:
-            explained = _explain(error, source, progress, count, timeout)
+        except (RuntimeError, OSError, EOFError) as error:
+            explained = _explain(error, source, progress, count, timeout, getattr(iterator, "_workers", ()))
             if explained is None:
                 raise
             raise explained from None
