@@ -15,7 +15,16 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
-from unite_fast.sampling.generate import Request, generate, is_there, merge, parse_interval, parse_labels, parse_seeds
+from unite_fast.sampling.generate import (
+    Request,
+    check_out,
+    generate,
+    is_there,
+    merge,
+    parse_interval,
+    parse_labels,
+    parse_seeds,
+)
 from unite_fast.sampling.reconstruct import reconstruct_folder
 
 SEEDS, LABELS = "0-49", "equal"
@@ -104,22 +113,24 @@ def main(argv: list[str]) -> int:
     try:
         if ranks.is_main:
             print(describe(located, arguments, wanted and wanted.how))
+        ranks.decide(lambda: check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
         precision.setup(ranks.device)
         model.to(ranks.device)
         model.use_kernels(arguments.kernels)
         replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):
+            compiled = "compiled" if arguments.compile else "as written"
+            network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
+            identity = f"{checkpoint.identity(located)} {network}"
             if wanted is None:
                 t_max = config.objective.tokenizer_t_max
-                said = reconstruct_folder(model, arguments.reconstruct, arguments.out, arguments.batch, ranks, t_max)
+                out, batch = arguments.out, arguments.batch
+                said = reconstruct_folder(model, arguments.reconstruct, out, batch, ranks, t_max, identity)
                 if ranks.is_main:
                     print(said)
                 return 0
-            compiled = "compiled" if arguments.compile else "as written"
             if arguments.compile:
                 sampling.compile_blocks(model)
-            network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
-            identity = f"{checkpoint.identity(located)} {network}"
             if ranks.decide(lambda: is_there(wanted, arguments.out, identity, arguments.overwrite)):
                 if ranks.is_main:
                     print(f"{arguments.out} holds these images already; nothing to do")

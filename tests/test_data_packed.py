@@ -194,7 +194,7 @@ def test_dead_packing_process_is_one_line(folder, tmp_path, monkeypatch):
 
 
 def test_refusals(folder, tmp_path, packs):
-    with pytest.raises(UserError, match="lies inside"):
+    with pytest.raises(UserError, match="lies in"):
         pack(folder, folder / "class_0" / "p", SIZE)
     assert not (folder / "class_0" / "p").exists()
     (tmp_path / "other").mkdir()

@@ -86,7 +86,7 @@ def test_the_card_says_what_the_source_says(folder, reference, tmp_path):
 
     def exported(source: Path, name: str, *options: str) -> tuple[str, dict, dict[str, str]]:
         out = tmp_path / name
-        said = command_of(export.main, source, "--out", out, *options)
+        said = command_of(export.main, source, "--out", out, "--overwrite", *options)
         assert said.returncode == 0, said.stderr
         return (out / "README.md").read_text(), json.loads((out / "config.json").read_text()), facts(out)
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint, data, sampling
-from unite_fast.base import command, files, provenance
+from unite_fast.base import command, files, outputs, provenance
 from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
@@ -96,6 +96,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+is_result = outputs.holds_json("result", "rows")
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What the commands share."""
@@ -118,6 +121,20 @@ class Context:
         if self.located.is_dir():
             return (within.parent if within.name == "checkpoints" else within) / "scores"
         return within / "scores" if name == checkpoint.EXPORTED else Path("scores")
+
+    def check_out(self) -> None:
+        """Raises UserError where results lie in what is read, would replace something else, or cannot be written."""
+        a, folder = self.arguments, self.folder()
+        if a.out:
+            given = ("reference", "protocol", "inception", "lpips", "data")
+            read = [path for name in given if (path := getattr(a, name, None))]
+            if Path(a.out).suffix != ".json":
+                raise UserError(f"--out {a.out}: name a .json file; what else is kept lies beside it")
+            outputs.check_file(Path(a.out), "--out", [*checkpoint.reads(self.located), *read], is_result)
+        else:
+            outputs.check(folder, "the scores' folder")
+        with files.refusals(str(folder), "; choose another place with --out"):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def out(self, protocol: dict[str, Any], what: str = "") -> Path:
         """--out, or a name that no other protocol has. ``what``: the readable part of the difference."""
@@ -370,8 +387,7 @@ def main(argv: list[str]) -> None:
     try:
         precision.setup(ranks.device)
         context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
-        with files.refusals(str(context.folder()), "; choose another place with --out"):
-            context.folder().mkdir(parents=True, exist_ok=True)
+        ranks.decide(context.check_out)
         with torch.no_grad():
             COMMANDS[arguments.command](context)
     finally:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from unite_fast import __version__, checkpoint, interop
-from unite_fast.base import files
+from unite_fast.base import files, outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint.shards import write_tensors
@@ -106,13 +106,26 @@ def sampling_line(options: dict[str, Any]) -> str:
     return f"The search during its training found {guidance} the best.\n\n"
 
 
-def export(source: str, out: Path, weights: str, trust_pickle: bool = False) -> Path:
-    """Writes the three files into ``out``. Raises UserError."""
-    if trust_pickle and Path(source).is_file():
-        state, config, step = load_trusted(Path(source), weights)
-        located = Path(source)
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds what ``export`` writes, perhaps with its scores, and nothing else."""
+    names = {"model.safetensors", "config.json", "README.md", "scores"}
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return "unite_fast" in (file.metadata() or {}) and {p.name for p in folder.iterdir()} <= names
+    except (OSError, SafetensorError):
+        return False
+
+
+def export(source: str, out: Path, weights: str, trust_pickle: bool = False, overwrite: bool = False) -> Path:
+    """Writes the three files into ``out``: a new or empty folder, or with ``overwrite`` an export. Raises UserError."""
+    if not overwrite and is_export(out):
+        raise UserError(f"--out {out} holds an export; choose another folder, or replace it with --overwrite")
+    trusted = trust_pickle and Path(source).is_file()
+    located = Path(source) if trusted else checkpoint.locate(source)
+    outputs.check_folder(out, "--out", checkpoint.reads(located), is_export)
+    if trusted:
+        state, config, step = load_trusted(located, weights)
     else:
-        located = checkpoint.locate(source)
         model, config = checkpoint.load_model(located, weights)
         state, step = dict(model.state_dict()), checkpoint.recorded_step(located)
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
@@ -147,9 +160,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average")
     parser.add_argument("--trust-pickle", action="store_true", help="load a .pt that can execute code; see above")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in FOLDER")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
-    export(arguments.checkpoint, arguments.out, arguments.weights, arguments.trust_pickle)
+    export(arguments.checkpoint, arguments.out, arguments.weights, arguments.trust_pickle, arguments.overwrite)
     print(f"model.safetensors, config.json and README.md in {arguments.out}")
     return 0
 

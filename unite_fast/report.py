@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unite_fast.base import command, files
+from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.run.stats import read_metrics
 
@@ -40,6 +40,10 @@ MONITORED = (
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 52, 10, 28, 24
 MOST_POINTS, MOST_PICTURES = 400, 6
+HEAD = (
+    "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+    "<meta name='viewport' content='width=device-width'><meta name='generator' content='unite-fast'>"
+)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6670; --line: #d8dde3; --paper: #fff; --blue: #1f6fb2; }
 @media (prefers-color-scheme: dark) {
@@ -243,9 +247,14 @@ def page(folder: Path) -> str:
         f"<h2>Scores</h2>{scores(folder)}",
         f"<h2>Configuration</h2><details><summary>config.resolved.yaml</summary><pre>{settings}</pre></details>",
     ]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{name}</title>"
     body = "".join(sections)
-    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>"
+    return f"{HEAD}<title>{name}</title><style>{STYLE}</style></head><body>{body}</body></html>"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page."""
+    with path.open("rb") as file:
+        return file.read(len(HEAD)) == HEAD.encode()
 
 
 def main(argv: list[str]) -> None:
@@ -254,6 +263,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report/index.html")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run / "report" / "index.html"
+    sources = [arguments.run / name for name in ("checkpoints", "logs", "samples", "scores")]
+    outputs.check_file(out, "--out", sources, is_page)
     text = page(arguments.run)
     with files.refusals(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)

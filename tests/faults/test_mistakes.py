@@ -36,7 +36,7 @@ MISTAKES = {
     "checkpoint that is not there": (["resume=no/where"], "no checkpoint at no/where"),
     "text as a checkpoint": (["init_from=CONFIG"], "damaged or not a checkpoint"),
     "nothing to resume": (["resume=must"], "no usable checkpoint"),
-    "run folder below a file": (["run_dir=Makefile/run"], "choose another with run_dir=PATH"),
+    "run folder below a file": (["run_dir=Makefile/run"], "choose another place"),
 }
 
 

@@ -134,6 +134,13 @@ def locate(path: str | Path, quiet: bool = False) -> Path:
     raise UserError(f"no checkpoint at {path}; give a run folder, a step-N folder, an export, or an official .pt file")
 
 
+def reads(located: Path) -> list[Path]:
+    """The files and folders that a checkpoint consists of: where no command may write."""
+    if located.is_file():
+        return [located, located.with_suffix(".json")] if located.suffix != ".safetensors" else [located]
+    return [located.parent if located.parent.name == "checkpoints" else located]
+
+
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return file_sha256(located if located.is_file() else located / "manifest.json")

@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unite_fast.base import files
+from unite_fast.base import files, outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
@@ -177,16 +177,15 @@ def prepare(dest: Path, source_path: Path, plan: Plan) -> list[int]:
     Raises UserError when DEST holds anything else or there is not enough room.
     """
     parts = dest / PARTS
-    if source_path.resolve() in (dest.resolve(), *dest.resolve().parents) and source_path.is_dir():
-        raise UserError(f"{dest} lies inside {source_path}; choose a destination outside the images")
+    outputs.check(dest, "DEST", [source_path])
     text = json.dumps(vars(plan), indent=1)
     if parts.is_dir() and not parts.is_symlink() and (parts / "plan.json").is_file():
         if (parts / "plan.json").read_text() != text:
             raise UserError(f"{dest} holds an unfinished pack of other images or options; remove it, or choose another")
-    elif dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+    elif dest.exists() and (not dest.is_dir() or set(dest.iterdir()) - {parts} or parts.is_symlink()):
         raise UserError(f"{dest} exists and is not an unfinished pack; choose a new or empty folder")
     else:
-        parts.mkdir(parents=True)
+        parts.mkdir(parents=True, exist_ok=True)  # of a start that the disk refused it may be there, without a plan
         files.write(parts / "plan.json", text, sync=True)
     finished = []
     for number in range(plan.shards):

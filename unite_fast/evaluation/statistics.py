@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from unite_fast import data
-from unite_fast.base import command, files
+from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices, yaml_text
@@ -116,6 +116,22 @@ def of_source(
     return accumulator.statistics(), {"extractor": extractor.identity(), "data": said}
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file is one that ``write`` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {"mu", "sigma", "protocol"} <= set(content.files)
+    except Exception:  # a file of any kind
+        return False
+
+
+def check_out(arguments: argparse.Namespace, config: Config) -> None:
+    """Raises UserError where --out lies in what is read, holds something else, or cannot be written."""
+    read = config.data.path if arguments.split == "train" else config.data.heldout_path
+    sources = [path for path in (read, arguments.config, arguments.inception) if path]
+    outputs.check_file(Path(arguments.out), "--out", sources, is_statistics)
+
+
 def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -156,6 +172,7 @@ def main(argv: list[str]) -> None:
     config = yaml_text.load(arguments.config, arguments.overrides)
     ranks = distributed.start(arguments.device)
     try:
+        ranks.decide(lambda: check_out(arguments, config))
         precision.setup(ranks.device)
         extractor = open_extractor(arguments, config, ranks.device)
         found, protocol = of_source(config.data, config.model, arguments.split, extractor, ranks, arguments.features)

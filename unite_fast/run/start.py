@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unite_fast import checkpoint
-from unite_fast.base import files
+from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config
@@ -21,6 +21,9 @@ BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which re
 def check_paths(config: Config) -> None:
     """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
     path = folder(config)
+    # Folders of images become classes: a run within them would be one at the next start.
+    images = [config.data.path, config.data.heldout_path] if config.data.source in ("folder", "dali") else []
+    outputs.check(path, "run_dir", [place for place in images if place])
     if _is_named(config) and not _began_there(config):
         checkpoint.locate(config.resume, quiet=True)
     if config.resume == "must" and not any((path / "checkpoints").glob("step-*")):

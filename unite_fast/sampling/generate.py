@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.base import files
+from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import to_dict
@@ -176,7 +176,26 @@ def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool
     return False
 
 
-def _open(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
+def is_made_here(folder: Path) -> bool:
+    """Whether a folder of images is one of ``open_folder``."""
+    return (folder / PROTOCOL).is_file()
+
+
+def check_out(out: str, sources: list[Path], reconstruct: str | None = None) -> None:
+    """Raises UserError where OUT lies in what is read, holds something else, or cannot be written.
+
+    sources: those of the weights. reconstruct: the folder of images that is reconstructed, into a folder.
+    """
+    path = Path(out)
+    if reconstruct:
+        sources = [*sources, Path(reconstruct)]
+    if path.suffix in FILES and not reconstruct:
+        outputs.check_file(path, "--out", sources, lambda path: True)  # what is in it, ``is_there`` compares
+    else:
+        outputs.check_folder(path, "--out", sources, ours=is_made_here)
+
+
+def open_folder(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
     """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
     file = folder / PROTOCOL
     if file.is_file():
@@ -220,7 +239,7 @@ def generate(
 ) -> str:
     """Writes this rank's missing images; returns a line on the speed."""
     folder = _parts(out)
-    _open(folder, request.protocol(identity), ranks)
+    open_folder(folder, request.protocol(identity), ranks)
     pairs = sorted(zip(request.seeds, request.labels, strict=True))
     tiles = sorted({seed // sampling.TILE for seed in request.seeds})[ranks.rank :: ranks.world_size]
     own = set(tiles)

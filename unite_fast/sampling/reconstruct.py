@@ -17,6 +17,7 @@ from unite_fast.modality import pictures
 from unite_fast.modality.images import psnr
 from unite_fast.model.unite import TOKENIZE_SEED, UNITE
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.generate import open_folder
 from unite_kernels import corruption
 
 
@@ -30,10 +31,13 @@ def reconstruct(model: UNITE, images: Tensor, places: Tensor, t_max: float) -> T
 
 
 @torch.no_grad()
-def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float) -> str:
+def reconstruct_folder(
+    model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float, identity: str
+) -> str:
     """Writes OUT/<name>.png (original | reconstruction) for every image of a folder; returns a line with the mean PSNR.
 
-    Images are center-cropped as in training. Raises UserError for a missing or empty folder and unreadable images.
+    identity: of the weights and how they compute, which OUT keeps; that of another network is refused. Images are
+    center-cropped as in training. Raises UserError for a missing or empty folder and unreadable images.
     """
     root = Path(source)
     if not root.is_dir():
@@ -42,8 +46,7 @@ def reconstruct_folder(model: UNITE, source: str, out: str, batch: int, ranks: R
     if not files:
         raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
     folder = Path(out)
-    if folder.suffix:
-        raise UserError(f"--out {out}: reconstructions go to a folder; leave out the suffix {folder.suffix}")
+    open_folder(folder, {"reconstructions of": identity}, ranks)
     stems = Counter(p.with_suffix("") for p in files)
     twins = {p for p in files if stems[p.with_suffix("")] > 1}  # a.jpg beside a.png: both keep their suffix
     mine = files[ranks.rank :: ranks.world_size]

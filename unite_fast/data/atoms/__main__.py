@@ -14,9 +14,11 @@ import logging
 import sys
 from pathlib import Path
 
+from unite_fast.base import outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.data.atoms import PARTS, SOURCES, SPLITS, describe, open_structures
+from unite_fast.data.atoms.structures import is_packed
 
 
 def main(argv: list[str]) -> int:
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     if a.largest < 1 or a.max_heavy_atoms < 0 or a.workers < 0:
         raise UserError("--largest must be positive, --max-heavy-atoms and --workers not negative")
+    if a.out is not None:
+        outputs.check_file(a.out, "--out", [a.path] if a.path else [], is_packed)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     structures = open_structures(a.source, a.path, a.part, a.largest, a.on_error, a.split, a.max_heavy_atoms, a.workers)
     print(describe(structures))

@@ -212,6 +212,17 @@ def _text(names: Names) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is one that ``Structures.save`` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def load(path: Path) -> Structures:
     """What ``Structures.save`` wrote. Raises UserError when the file is missing, damaged or something else."""
     from safetensors import SafetensorError, safe_open

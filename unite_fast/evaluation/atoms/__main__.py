@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unite_fast.base import files
+from unite_fast.base import files, outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.data.atoms import Structures, open_structures
@@ -69,6 +69,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--of compares reconstructions with their truths; --real, --training and --scorer are of samples"
         )
+    if a.out is not None:
+        read = [path for path in (a.samples, a.of, a.real, a.training) if path and path not in PACKAGED]
+        outputs.check_file(a.out, "--out", read, outputs.holds_json("scores"))
     made, unreadable = samples(a.samples, a.workers)
     result: dict[str, Any]
     if a.of:
