@@ -1,8 +1,8 @@
 """A checkpoint of an earlier version, commit 041eeaa, loads and goes on as that version itself went on.
 
     earlier_checkpoint/step-0000005    what it saved of a run of 8 steps; its configuration is in state.json
-    earlier_checkpoint/expected.json   what it computed from there: the log of steps 6 and 8, each a mean over two steps,
-                                       and of each tensor saved at step 8 its norm and its product with cos(0), cos(1), ...
+    earlier_checkpoint/expected.json   what it computed from there: the log of steps 6 and 8, means over two steps,
+                                       and of each tensor at step 8 norm and product with cos(0), cos(1), ...
 
 Learning rates are the same to the bit; the first row of the log, too, on the CPU that they were recorded on. Gradients
 are not: one product makes queries, keys and values since, so their sums are taken in another order.
