@@ -96,6 +96,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     split = config.batch_split(t, ranks.world_size)
     execution.check_device(settings.efficiency, t, settings.objective, ranks.device)
     state = assemble.fresh_state(settings, ranks)
+    state.model.modality.prepare(state.model, source)
     if ranks.is_main:
         print(summary.describe(settings, state, ranks, split, len(source)))
     check_agreement(settings, ranks)
@@ -187,7 +188,7 @@ def loop(
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
-            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, settings, ranks, *shown))
+            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, settings, ranks, shown))
         if scores is not None and not ending:
             with meter.paused():
                 ending = scores(state)

@@ -272,7 +272,7 @@ def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
     """Three steps, with and without pictures after the second."""
     quiet = Run(ranks, "train.strategy=fsdp2").go(3)
     shown = Run(ranks, "train.strategy=fsdp2").go(2)
-    grids.save_pictures(Path(folder), shown.state, shown.config, ranks, *grids.examples(shown.config, ranks.device))
+    grids.save_pictures(Path(folder), shown.state, shown.config, ranks, grids.examples(shown.config, ranks.device))
     return [quiet.tensors(), shown.go(1).tensors()]
 
 
@@ -281,7 +281,7 @@ def test_pictures_of_a_sharded_model(tmp_path):
     for quiet, shown in on_ranks(2, pictured, str(tmp_path)):
         same(quiet, shown)
     alone = Run(ONE).go(2)
-    grids.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, *grids.examples(alone.config, ONE.device))
+    grids.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, grids.examples(alone.config, ONE.device))
     pictures = [
         np.asarray(Image.open(p / "samples" / "step_0000002.png")).astype(int) for p in (tmp_path, tmp_path / "one")
     ]

@@ -554,7 +554,7 @@ def test_weights_by_name(trained, tmp_path):
 
 def test_a_model_in_training_stays_so_when_sampling_fails(model, monkeypatch):
     model = build(model.config).train()
-    monkeypatch.setattr(UNITE, "decode", lambda self, z: 1 / 0)
+    monkeypatch.setattr(UNITE, "decode", lambda self, z, sizes: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sampling.sample(model, torch.arange(2), solver="euler", steps=1)
     assert model.training

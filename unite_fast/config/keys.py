@@ -87,14 +87,29 @@ SIZES: dict[type, dict[str, Any]] = {EncoderConfig: ENCODER_SIZES, DecoderConfig
 
 
 @dataclass(frozen=True)
+class AtomsConfig:
+    """How molecules and crystals become tokens, where model.modality is atoms."""
+
+    # ADiT, whose numbers the paper compares with, has one latent per atom, and 16 numbers for a whole molecule could
+    # not give the paper's 0.039 A; the text does not say it.
+    registers: Literal["per_atom", "fixed"] = option(
+        "per_atom", "latents of a sample: one per atom, or always num_latents, of which the decoder calls some absent"
+    )
+    # ADiT's encoder sees no lattice, which one atom at the origin cannot tell.
+    lattice_input: bool = option(True, "whether the encoder sees a crystal's lengths and angles")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    modality: Literal["images"] = option("images", "what the model is of; the next three keys are those of images")
+    modality: Literal["images", "atoms"] = option(
+        "images", "what the model is of; the next three keys are those of images"
+    )
     image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16)
     patch_size: int = option(16, "pixels of a patch, height and width", above=0)
     channels: int = option(3, "colour channels of the images", above=0)
     num_classes: int = option(1000, "classes that labels can name", above=0)
     latent_dim: int = option(32, "width of a latent", above=0)
-    num_latents: int = option(256, "latent register tokens", above=0)
+    num_latents: int = option(256, "latent register tokens; of atoms the most that a sample has", above=0)
     time_shift: float | Literal["total", "channels", "tokens"] = option(
         0.5, "a of t' = a t / (1 + (a - 1) t); a name takes sqrt(size / 4096) of that size of the latents", above=0
     )
@@ -102,12 +117,37 @@ class ModelConfig:
     patch_positions: Literal["zeros", "learned"] = option(
         "zeros", "positions of the patch tokens; published: frozen zeros"
     )
+    atoms: AtomsConfig = field(default_factory=AtomsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that a sample's content becomes: patches, or atoms."""
+        return self.num_latents if self.modality == "atoms" else (self.image_size // self.patch_size) ** 2
+
+    @property
+    def decoder_tokens(self) -> int:
+        """Tokens in the decoder's layers: its class token, latents, and queries where images need them."""
+        queried = self.modality == "images" and self.num_latents != self.context_tokens
+        return 1 + self.context_tokens + (self.num_latents if queried else 0)
+
+
+@dataclass(frozen=True)
+class AtomLossConfig:
+    """Weights of the reconstruction's terms, where model.modality is atoms: those of ADiT's autoencoder."""
+
+    types: float = option(1.0, "cross entropy of the elements")
+    positions: float = option(10.0, "squared error of a molecule's centred positions, nm^2")
+    fractional: float = option(10.0, "squared error of a crystal's fractional coordinates")
+    lengths: float = option(1.0, "squared error of a cell's lengths over the cube root of its atoms, A^2")
+    angles: float = option(10.0, "squared error of a cell's angles, radians^2")
+    wrapped: bool = option(False, "fractional coordinates: to the nearest periodic image; ADiT: false")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    atoms: AtomLossConfig = field(default_factory=AtomLossConfig)
     pixel_loss: Literal["l1", "l2"] = option("l1", "loss on pixels: mean over images in [0, 1]")
     pixel_weight: float = option(1.0, "weight of the pixel loss")
     perceptual_weight: float = option(1.0, "weight of LPIPS; 0 leaves it out")
@@ -182,10 +222,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class AtomDataConfig:
+    """Of the sources of molecules and crystals."""
+
+    split: Literal["edm", "adit_sizes"] = option("edm", "qm9: EDM's published one, or one of ADiT's sizes")
+    part: Literal["train", "valid", "test", "all"] = option("train", "what is trained on")
+    heldout_part: Literal["valid", "test"] = option("test", "what is held out, where heldout_path is empty")
+    max_heavy_atoms: int = option(0, "leaves out structures with more atoms other than hydrogen; 0: none")
+    # The order is part of what is learned: a register belongs to the atom of its number.
+    order: Literal["file", "random"] = option("file", "atoms as in the file, as ADiT; or another order at each sight")
+    poses: bool = option(True, "random rotations of each sample, and translations of crystals in their cells")
+    joint: tuple[str, ...] = option((), "joint: sources together, the k-th with label k, as [qm9, mp20:FOLDER]")
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    source: Literal["digits", "folder", "tar", "packed", "dali", "synthetic"] = option(
-        "folder", "where images come from"
-    )
+    source: Literal[
+        "digits", "folder", "tar", "packed", "dali", "synthetic", "qm9", "mp20", "crystals", "structures", "joint"
+    ] = option("folder", "where images, molecules or crystals come from")
     path: str = option(
         "", "folder: one sub-folder per class; tar: a folder of .tar; packed: what data.pack wrote", path=True
     )
@@ -201,6 +255,7 @@ class DataConfig:
     on_error: Literal["fail", "skip"] = option(
         "fail", "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them"
     )
+    atoms: AtomDataConfig = field(default_factory=AtomDataConfig)
 
 
 @dataclass(frozen=True)
@@ -213,6 +268,10 @@ class SampleConfig:
     cfg_interval: tuple[float, float] = option((0.0, 1.0), "times at which guidance acts: low < t < high", most=1)
     cfg_order: Literal["norm_first", "cfg_first", "both"] = option(
         "norm_first", "whether the LayerNorm comes before the guidance, after it, or both"
+    )
+    # The velocity's floor leaves about 2 % of the noise in the last state, which pixels do not show and bonds do.
+    last: Literal["state", "prediction"] = option(
+        "state", "what is decoded: the solver's last state, or the latents that the network predicts from it"
     )
 
 

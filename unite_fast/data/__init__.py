@@ -11,6 +11,7 @@
 | dali | folders, tars or jpeg shards, decoded on the GPU | near those of folder; see dali.py | no room to pack |
 | digits | scikit-learn's handwritten digits | | the demo |
 | synthetic | random pixels on the device | | benchmarks |
+| qm9, mp20, crystals, structures, joint | molecules and crystals (``data.atoms``) | | model.modality=atoms |
 
 A new kind of source is one file with an opener ``(DataConfig, ModelConfig, split) -> Source`` and one row of
 ``SOURCES``. Order, sharding and resume are in ``stream.py`` and do not depend on the source.
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.atoms import source as atoms
 from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.dali import open_dali
 from unite_fast.data.digits import open_digits
@@ -55,11 +57,14 @@ SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {
     "packed": open_packed,
     "dali": open_dali,
     "synthetic": open_synthetic,
+    **dict.fromkeys(atoms.NAMES, atoms.open_atoms),
 }
 
 
 def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> Source:
-    """The source that ``data.source`` names, producing images of (model.channels, model.image_size, model.image_size).
+    """The source that ``data.source`` names, producing what ``model`` takes.
+
+    Of images that is (model.channels, model.image_size, model.image_size), of atoms up to ``model.num_latents``.
 
     ``split`` is "train" or "heldout". Everything that can be wrong without decoding an image is raised here, as
     UserError: missing or empty folders, class counts that differ from model.num_classes, unsupported channels.
@@ -68,6 +73,8 @@ def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> S
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
     if data.source not in SOURCES:
         raise UserError(f"data.source {data.source!r} is not known; one of {', '.join(SOURCES)}")
+    if (data.source in atoms.NAMES) != (model.modality == "atoms"):
+        raise UserError(f"data.source {data.source} does not give model.modality {model.modality}; change one of them")
     if data.workers < 0:
         raise UserError(f"data.workers must not be negative, got {data.workers}")
     if data.timeout <= 0:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 CONTENT = "content."  # in front of a content's name in ``Batch.tensors``
+
+
+def slots_taken(sizes: Tensor, slots: int) -> Tensor:
+    """bool (B, slots): which of each sample's registers, or context tokens, are there. sizes int64 (B,)."""
+    return torch.arange(slots, device=sizes.device) < sizes[:, None]
 
 
 class Batch(NamedTuple):

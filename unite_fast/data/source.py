@@ -99,6 +99,10 @@ class Source(ABC):
         except BadImage as error:
             raise UserError(f"{self.name(index)}: {error}") from error
 
+    def few(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (B,) int64, nothing random, on the CPU: for pictures."""
+        return batch_of_images(torch.stack([self.load(i) for i in indices.tolist()]), self.labels[indices], indices)
+
     @abstractmethod
     def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
         """One image (C, H, W), transformed by the uniform numbers ``draw`` (lanes,). Raises BadImage."""

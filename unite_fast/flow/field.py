@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from unite_fast import flow
+from unite_fast.data.batch import slots_taken
 from unite_fast.model.unite import UNITE
 
 WARM_UP = 3  # runs before a capture: libraries choose their kernels and workspaces there
-X0 = Callable[[Tensor, Tensor, Tensor, Tensor | float], Tensor]  # (z, labels, t, scale) -> x0
+# (z, labels, t, scale, sizes) -> x0
+X0 = Callable[[Tensor, Tensor, Tensor, Tensor | float, Tensor | None], Tensor]
 
 
 def _uncached_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -25,7 +27,7 @@ def _uncached_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
 
-def _conditions(z: Tensor, labels: Tensor) -> dict[str, object]:
+def _conditions(z: Tensor, labels: Tensor, sizes: Tensor | None) -> dict[str, object]:
     """What has to be at every replay as it was at the capture."""
     kind = z.device.type
     return {
@@ -34,11 +36,12 @@ def _conditions(z: Tensor, labels: Tensor) -> dict[str, object]:
         "fixed device": (z.device, labels.device),
         "fixed precision": (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         "no gradients": torch.is_grad_enabled(),
+        "sizes or none": sizes is not None,
     }
 
 
 class Replay:
-    """``function(z, labels, t, scale)`` on buffers that stay in place: captured at the first call, then replayed.
+    """``function(z, labels, t, scale, sizes)`` on buffers that stay: captured at the first call, then replayed.
 
     t and scale reach it as 0-d float32 tensors on the device. Preconditions, checked by name at every call: fixed
     shape, dtype, device and precision (autocast), and no gradients. Two that cannot be checked: the weights are changed
@@ -46,13 +49,22 @@ class Replay:
     CPU, or with ``capture`` false, the function runs at each call on the same buffers.
     """
 
-    def __init__(self, function: X0, z: Tensor, labels: Tensor, capture: bool, pool: object = None) -> None:
-        """z (B, K, C) and labels (B,): of the shapes that will come. pool: memory shared with other graphs."""
+    def __init__(
+        self,
+        function: X0,
+        z: Tensor,
+        labels: Tensor,
+        capture: bool,
+        pool: object = None,
+        sizes: Tensor | None = None,
+    ) -> None:
+        """z (B, K, C), labels, sizes (B,): of the shapes that will come. pool: memory shared with other graphs."""
         if torch.is_grad_enabled():
             raise RuntimeError("a replayed evaluation records no gradients: call it under torch.no_grad()")
-        self.conditions = _conditions(z, labels)
+        self.conditions = _conditions(z, labels, sizes)
         self.function = function
         self.z, self.labels = z.clone(), labels.clone()
+        self.sizes = None if sizes is None else sizes.clone()
         self.t, self.scale = torch.zeros(2, device=z.device).unbind()
         self.graph: torch.cuda.CUDAGraph | None = None
         if capture:
@@ -62,7 +74,7 @@ class Replay:
 
     def _run(self) -> Tensor:
         with _uncached_autocast(self.z.device):
-            return self.function(self.z, self.labels, self.t, self.scale)
+            return self.function(self.z, self.labels, self.t, self.scale, self.sizes)
 
     def _capture(self, pool: object) -> None:
         side = torch.cuda.Stream()
@@ -75,15 +87,17 @@ class Replay:
         with torch.cuda.graph(self.graph, pool=pool):  # pyright: ignore[reportArgumentType]
             self.result = self._run()
 
-    def __call__(self, z: Tensor, labels: Tensor, t: float, scale: float) -> Tensor:
+    def __call__(self, z: Tensor, labels: Tensor, t: float, scale: float, sizes: Tensor | None = None) -> Tensor:
         """x0 (B, K, C), a tensor of its own. Raises RuntimeError naming a precondition that does not hold."""
-        for name, now in _conditions(z, labels).items():
+        for name, now in _conditions(z, labels, sizes).items():
             if now != self.conditions[name]:
                 raise RuntimeError(
                     f"replayed evaluation: {name} is required; it had {self.conditions[name]}, got {now}"
                 )
         self.z.copy_(z)
         self.labels.copy_(labels)
+        if self.sizes is not None and sizes is not None:
+            self.sizes.copy_(sizes)
         self.t.fill_(t)
         self.scale.fill_(scale)
         if self.graph is None:
@@ -105,15 +119,22 @@ class Replays:
         self.pool = torch.cuda.graph_pool_handle() if capture else None
         self.known: dict[tuple[object, ...], Replay] = {}
 
-    def __call__(self, name: str, function: X0, z: Tensor, labels: Tensor, t: float, scale: float) -> Tensor:
+    def __call__(
+        self, name: str, function: X0, z: Tensor, labels: Tensor, t: float, scale: float, sizes: Tensor | None = None
+    ) -> Tensor:
         key = (name, tuple(z.shape))
         if key not in self.known:
-            self.known[key] = Replay(function, z, labels, self.capture, self.pool)
-        return self.known[key](z, labels, t, scale)
+            self.known[key] = Replay(function, z, labels, self.capture, self.pool, sizes)
+        return self.known[key](z, labels, t, scale, sizes)
+
+
+def there(x: Tensor, sizes: Tensor | None) -> Tensor:
+    """Latents (B, K, C), 0 where a sample of ``sizes`` (B,) has no register."""
+    return x if sizes is None else x * slots_taken(sizes, x.shape[1])[:, :, None]
 
 
 class GuidedField:
-    """The guided x0 prediction and the ODE's velocity for given labels.
+    """The guided x0 prediction and the ODE's velocity for given labels, and sizes where samples have some.
 
     Counts ``evaluations`` (NFE) and ``passes``, the forward passes of the network per image: two where guidance acts.
     """
@@ -126,8 +147,9 @@ class GuidedField:
         interval: tuple[float, float],
         order: str,
         replays: Replays | None = None,
+        sizes: Tensor | None = None,
     ) -> None:
-        self.model, self.labels, self.order, self.replays = model, labels, order, replays
+        self.model, self.labels, self.order, self.replays, self.sizes = model, labels, order, replays, sizes
         self.scale, self.interval = scale, interval
         self.evaluations = self.passes = 0
 
@@ -146,16 +168,21 @@ class GuidedField:
         self.passes += 1 + guided
         name, function = (self.order, self._guided) if guided else ("plain", self._plain)
         if self.replays is not None:
-            return self.replays(name, function, z, self.labels, t, self.scale)
-        return function(z, self.labels, torch.full((), t, device=z.device), self.scale)
+            return self.replays(name, function, z, self.labels, t, self.scale, self.sizes)
+        return function(z, self.labels, torch.full((), t, device=z.device), self.scale, self.sizes)
 
-    def _plain(self, z: Tensor, labels: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
-        raw = self.model.denoise_raw(z, t.expand(len(z)), labels)
-        return self.model.normalise(raw.to(z.dtype))
+    def _plain(
+        self, z: Tensor, labels: Tensor, t: Tensor, scale: Tensor | float, sizes: Tensor | None = None
+    ) -> Tensor:
+        raw = self.model.denoise_raw(z, t.expand(len(z)), labels, sizes)
+        return there(self.model.normalise(raw.to(z.dtype)), sizes)
 
-    def _guided(self, z: Tensor, labels: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
+    def _guided(
+        self, z: Tensor, labels: Tensor, t: Tensor, scale: Tensor | float, sizes: Tensor | None = None
+    ) -> Tensor:
         """Both halves pass together. Under bf16 they are combined in the state's precision, not in theirs."""
         both = torch.cat([torch.full_like(labels, self.model.null_class), labels])
-        raw = self.model.denoise_raw(torch.cat([z, z]), t.expand(2 * len(z)), both).to(z.dtype)
+        twice = None if sizes is None else torch.cat([sizes, sizes])
+        raw = self.model.denoise_raw(torch.cat([z, z]), t.expand(2 * len(z)), both, twice).to(z.dtype)
         null, conditional = raw.chunk(2)
-        return flow.combine(null, conditional, scale, self.order, self.model.normalise)
+        return there(flow.combine(null, conditional, scale, self.order, self.model.normalise), sizes)

@@ -247,11 +247,9 @@ def activate(backend: str) -> None:
 def sizes(model: ModelConfig) -> list[tuple[int, int, int]]:
     """(keys, heads, head size) of every attention of a training step, without repetition."""
     e, d = model.encoder, model.decoder
-    patches = (model.image_size // model.patch_size) ** 2
-    lengths = {k + c for k in (model.num_latents, model.num_latents + patches) for c in (0, e.in_context_len)}
-    found = {(n, e.heads, e.width // e.heads) for n in lengths}
-    queries = model.num_latents if model.num_latents != patches else 0
-    return sorted(found | {(patches + 1 + queries, d.heads, d.width // d.heads)})
+    passes = (model.num_latents, model.num_latents + model.context_tokens)
+    found = {(n + c, e.heads, e.width // e.heads) for n in passes for c in (0, e.in_context_len)}
+    return sorted(found | {(model.decoder_tokens, d.heads, d.width // d.heads)})
 
 
 def resolve(choice: str, model: ModelConfig, device: torch.device, half: bool) -> Plan:

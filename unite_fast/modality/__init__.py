@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
+from unite_fast.data import Source
 from unite_fast.data.batch import Batch
 from unite_fast.layers.vit import ViT
+from unite_fast.modality.atoms import Atoms
 from unite_fast.modality.images import Images
 
 Content = Tensor | Mapping[str, Tensor]  # a batch's content, or the one tensor that says it all
@@ -43,10 +45,6 @@ class Modality(Protocol):
 
     embedder_name: str  # of the embedder in checkpoints
 
-    def context_tokens(self, config: ModelConfig, /) -> int:
-        """M, the most there are."""
-        ...
-
     def embedder(self, config: ModelConfig, /) -> nn.Module:
         """(content, sizes) -> context (B, M, D)."""
         ...
@@ -59,16 +57,32 @@ class Modality(Protocol):
         """As the embedder and the losses take it, from what a source or a user gives."""
         ...
 
-    def losses(self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> Losses:
-        """Opens the files that they need. Raises UserError."""
+    def losses(
+        self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig, files: bool = True
+    ) -> Losses:
+        """Opens the files that they need. Raises UserError. files: false for whoever counts sizes, which any weights
+        have."""
+        ...
+
+    def prepare(self, model: Any, source: Source) -> None:
+        """Puts into a new ``UNITE`` what it has to know of its training set, where that is more than weights. Raises
+        UserError for a source of something else."""
         ...
 
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         """A batch of the largest samples there are, for whoever counts sizes: its values mean nothing."""
         ...
 
-    def finished(self, prediction: Any) -> Any:
-        """A prediction as users get it."""
+    def draw_sizes(self, model: Any, seeds: Tensor, labels: Tensor, /) -> Tensor | None:
+        """The sizes of samples, int64 (B,), a function of each one's seed and label alone; None: they have no sizes."""
+        ...
+
+    def finished(self, model: Any, prediction: Any, labels: Tensor, sizes: Tensor | None = None) -> Any:
+        """A prediction as users get it: a tensor or several by name, the samples in the first dimension."""
+        ...
+
+    def original(self, content: Mapping[str, Tensor], /) -> Any:
+        """A content in the form of a finished prediction."""
         ...
 
     def show(self, path: Path, rows: list[Any]) -> None:
@@ -76,7 +90,7 @@ class Modality(Protocol):
         ...
 
 
-MODALITIES: dict[str, Modality] = {"images": Images()}
+MODALITIES: dict[str, Modality] = {"images": Images(), "atoms": Atoms()}
 
 
 def of(config: ModelConfig) -> Modality:

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
+from unite_fast.data import Source
 from unite_fast.data.batch import Batch
 from unite_fast.layers import Linear, adamw_parameter, sincos_2d
 from unite_fast.layers.vit import ViT
@@ -36,10 +37,6 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     return -10 * torch.log10(error)
 
 
-def patches(config: ModelConfig) -> int:
-    return (config.image_size // config.patch_size) ** 2
-
-
 class Projection(nn.Module):
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -52,7 +49,7 @@ class ImagePatches(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.encoder.width
-        table = torch.zeros(1, patches(config) + 1, width)
+        table = torch.zeros(1, config.context_tokens + 1, width)
         learned = config.patch_positions == "learned"
         if learned:
             nn.init.normal_(table, std=0.5)
@@ -132,7 +129,6 @@ class Images:
     """The modality of images; see ``Modality``."""
 
     embedder_name = "patch_embed"
-    context_tokens = staticmethod(patches)
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)
 
@@ -140,16 +136,29 @@ class Images:
         images = given["images"] if isinstance(given, Mapping) else given
         return {"images": images if images.is_floating_point() else to_float(images)}
 
-    def losses(self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> ImageLosses:
-        return ImageLosses(objective, load_perceptual(objective, model.channels, efficiency.kernels))
+    def losses(
+        self, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig, files: bool = True
+    ) -> ImageLosses:
+        if files or not objective.perceptual_weight:
+            return ImageLosses(objective, load_perceptual(objective, model.channels, efficiency.kernels))
+        return ImageLosses(objective, Perceptual(None, objective.perceptual_range, backend=efficiency.kernels))
+
+    def prepare(self, model: Any, source: Source) -> None:
+        pass
 
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         images = torch.empty(batch, model.channels, model.image_size, model.image_size, device=device)
         samples = torch.arange(batch, device=device)
         return Batch({"images": images}, samples % model.num_classes, samples)
 
-    def finished(self, prediction: Tensor) -> Tensor:
+    def draw_sizes(self, model: Any, seeds: Tensor, labels: Tensor) -> None:
+        return None
+
+    def finished(self, model: Any, prediction: Tensor, labels: Tensor, sizes: Tensor | None = None) -> Tensor:
         return prediction.float().clamp(0, 1)
+
+    def original(self, content: Mapping[str, Tensor]) -> Tensor:
+        return content["images"]
 
     def show(self, path: Path, rows: list[Tensor]) -> None:
         pictures.save_grid(path, rows)

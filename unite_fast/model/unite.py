@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unite_fast import modality
 from unite_fast.base.errors import UserError
 from unite_fast.config import ModelConfig
+from unite_fast.data.batch import slots_taken
 from unite_fast.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_fast.modality import Content
 from unite_fast.model.encoder import GenerativeEncoder
@@ -23,11 +24,6 @@ from unite_kernels.backend import obstacle
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
 FORWARDS = ("tokenize", "denoise_raw", "denoise", "normalise", "decode")  # what callers use in place of forward()
-
-
-def slots_taken(sizes: Tensor, slots: int) -> Tensor:
-    """bool (B, slots): which of each sample's registers, or context tokens, are there. sizes int64 (B,)."""
-    return torch.arange(slots, device=sizes.device) < sizes[:, None]
 
 
 class UNITE(nn.Module):
@@ -54,7 +50,7 @@ class UNITE(nn.Module):
 
     def _generative_encoder(self) -> GenerativeEncoder:
         c = self.config
-        tokens = c.num_latents + self.modality.context_tokens(c)
+        tokens = c.num_latents + c.context_tokens
         return GenerativeEncoder(c.encoder, c.latent_dim, c.num_classes, tokens)
 
     @property

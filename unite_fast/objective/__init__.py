@@ -21,12 +21,12 @@ from torch import Tensor
 
 from unite_fast import modality
 from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
-from unite_fast.data.batch import Batch, batch_of_images
+from unite_fast.data.batch import Batch, batch_of_images, slots_taken
 from unite_fast.flow.losses import LOSSES
 from unite_fast.modality import Losses
 from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
-from unite_fast.model.unite import UNITE, slots_taken
+from unite_fast.model.unite import UNITE
 from unite_fast.objective.draws import Draws, SeededDraws
 
 __all__ = ["Draws", "FlowPass", "Objective", "SeededDraws", "joint_loss"]

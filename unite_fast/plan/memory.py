@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from unite_fast import modality
 from unite_fast.config import (
     Config,
     EfficiencyConfig,
@@ -26,8 +27,6 @@ from unite_fast.config import (
     batch_split,
 )
 from unite_fast.efficiency import execution, precision
-from unite_fast.modality.images import ImageLosses
-from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Draws, Objective
 from unite_fast.optim.groups import freeze, split_parameters
@@ -62,8 +61,8 @@ def activation_bytes(
 
     Only the larger of them is ever there: each pass's backward follows its forward.
     """
-    perceptual = Perceptual(None, o.perceptual_range, backend=e.kernels) if o.perceptual_weight > 0 else None
-    target = Objective(o, ImageLosses(o, perceptual), e.kernels)
+    losses: Any = modality.of(m).losses(m, o, e, files=False)
+    target = Objective(o, losses, e.kernels)
     sizes: dict[Literal["reconstruction", "flow"], int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,10 +73,11 @@ def activation_bytes(
         draws = Draws.make(model, o, 0, batch.samples)
         count = micro_batch * min(e.flow_mini_batch, max(o.flow_steps, 1))
         zt, t, labels = torch.empty(count, *model.latent_shape), torch.empty(count), torch.arange(count)
-        parameters = list(model.parameters()) + (list(perceptual.parameters()) if perceptual else [])
+        repeated = None if batch.sizes is None else batch.sizes.repeat(count // micro_batch)
+        parameters = [*model.parameters(), *losses.parameters()]
         passes: dict[Literal["reconstruction", "flow"], Callable[[], object]] = {
             "reconstruction": lambda: target.reconstruction(model, batch, draws),
-            "flow": lambda: target.flow_loss(model, zt, zt, t, labels),
+            "flow": lambda: target.flow_loss(model, zt, zt, t, labels, repeated),
         }
         for name, run in passes.items():
             saved = Saved(parameters)

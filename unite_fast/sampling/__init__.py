@@ -1,4 +1,4 @@
-"""Images from noise: the probability-flow ODE from t = 0 to 1, with classifier-free guidance.
+"""Samples from noise: the probability-flow ODE from t = 0 to 1, with classifier-free guidance.
 
 Shape letters: B batch, K registers, C latent dim, Q channels, S image size.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from unite_fast import flow
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig, choices
 from unite_fast.efficiency import execution
 from unite_fast.flow import solvers
-from unite_fast.flow.field import GuidedField, Replays
+from unite_fast.flow.field import GuidedField, Replays, there
 from unite_fast.model.unite import UNITE
 from unite_kernels import philox
 
@@ -67,6 +69,11 @@ def _solve(field: GuidedField, state: Tensor, how: SampleConfig, time_shift: flo
     return solvers.solve(how.solver, field.at, state, times, None if how.cfg_scale == 1 else how.cfg_interval)
 
 
+def _finish(field: GuidedField, z: Tensor, how: SampleConfig) -> Tensor:
+    """What is decoded of the latents (B, K, C) at t = 1 (``sample.last``)."""
+    return field.at(1.0, z, guided=False) if how.last == "prediction" else z
+
+
 def check(how: SampleConfig) -> None:
     """Raises UserError when sampling options make no sense."""
     if how.solver not in SOLVERS:
@@ -92,6 +99,7 @@ def sample(
     *,
     noise: Tensor | None = None,
     seeds: Sequence[int] | Tensor | None = None,
+    sizes: Tensor | None = None,
     return_latents: bool = False,
     counts: dict[str, int] | None = None,
     replays: Replays | None = None,
@@ -99,9 +107,12 @@ def sample(
 ) -> Any:
     """Images (B, Q, S, S) float32 in [0, 1] for labels int64 (B,); with ``return_latents`` also the latents (B, K, C).
 
+    Of another modality, what its ``finished`` returns.
+
     how: solver, steps and guidance, by default those of a run that says nothing; ``options`` are its fields by name,
     as in ``sample(model, labels, solver="heun", steps=50, cfg_scale=3.4)``, and count above it.
     noise: initial state (B, K, C); else it is drawn from ``seeds``, one integer per image (0, 1, ... by default).
+    sizes: int64 (B,), of samples of variable size; drawn by the modality from ``seeds`` by default.
     steps: intervals of the time grid of a fixed-step solver (heun: two evaluations each, the others one); for dopri5
     the number of grid points, which does not change the result. dopri5 (torchdiffeq, rtol 1e-3, atol 1e-6) chooses
     its steps for the batch as a whole, so an image depends slightly on its batch mates; with the other solvers it
@@ -118,12 +129,17 @@ def sample(
         noise = initial_noise(model, range(len(labels)) if seeds is None else seeds, device)
     if noise.shape != (len(labels), *model.latent_shape):
         raise UserError(f"noise has shape {tuple(noise.shape)}, expected {(len(labels), *model.latent_shape)}")
-    field = GuidedField(model, labels, how.cfg_scale, how.cfg_interval, how.cfg_order, replays)
+    if sizes is None:
+        drawn_from = torch.arange(len(labels)) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+        sizes = model.modality.draw_sizes(model, drawn_from, labels)
+    sizes = None if sizes is None else sizes.to(device)
+    field = GuidedField(model, labels, how.cfg_scale, how.cfg_interval, how.cfg_order, replays, sizes)
     training = model.training
     model.eval()
     try:
-        latents = _solve(field, noise.to(device), how, model.time_shift)
-        images = model.modality.finished(model.decode(latents))
+        latents = _solve(field, there(noise.to(device), sizes), how, model.time_shift)
+        latents = _finish(field, latents, how)
+        images = model.modality.finished(model, model.decode(latents, sizes), labels, sizes)
     finally:
         model.train(training)
     if counts is not None:
@@ -134,8 +150,8 @@ def sample(
 
 def sample_tiles(
     model: UNITE, seeds: Sequence[int], labels: Sequence[int], how: SampleConfig | None = None, **options: Any
-) -> Tensor:
-    """Images (B, Q, S, S) for ``seeds`` with ``labels``; equal bits for a seed whatever it is asked together with.
+) -> Any:
+    """What ``sample`` returns for ``seeds`` with ``labels``; equal bits for a seed whatever it is asked together with.
 
     The network always runs at one batch shape, TILE, and a seed always has the same place in it, seed modulo TILE:
     the same kernels then do the same sums. Seeds of one tile, k TILE to (k + 1) TILE - 1, share a pass; a tile that
@@ -145,11 +161,11 @@ def sample_tiles(
     members: dict[int, dict[int, int]] = {}
     for place, seed in enumerate(seeds):
         members.setdefault(seed // TILE, {})[seed] = place
-    result: list[Tensor | None] = [None] * len(seeds)
+    result: list[Any] = [None] * len(seeds)
     for tile, wanted in members.items():
         own = range(tile * TILE, (tile + 1) * TILE)
         classes = [labels[wanted[s]] if s in wanted else s % model.config.num_classes for s in own]
         images = sample(model, torch.tensor(classes), how, seeds=own, **options)
         for seed, place in wanted.items():
-            result[place] = images[seed % TILE]
-    return torch.stack([image for image in result if image is not None])
+            result[place] = tree_map(operator.itemgetter(seed % TILE), images)
+    return tree_map(lambda *several: torch.stack(several), *result)

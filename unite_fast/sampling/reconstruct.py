@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from unite_fast.data.encoded import decode
 from unite_fast.data.folder import read_file
 from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
-from unite_fast.modality import pictures
+from unite_fast.modality import Content, pictures
 from unite_fast.modality.images import psnr
 from unite_fast.model.unite import TOKENIZE_SEED, UNITE
 from unite_fast.parallel.distributed import Ranks
@@ -21,13 +22,23 @@ from unite_fast.sampling.generate import open_folder
 from unite_kernels import corruption
 
 
-def reconstruct(model: UNITE, images: Tensor, places: Tensor, t_max: float) -> Tensor:
-    """What the tokenizer and decoder make of images (B, Q, S, S), clamped to [0, 1], float32.
+def reconstruct(
+    model: UNITE,
+    content: Content,
+    places: Tensor,
+    t_max: float,
+    labels: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> Any:
+    """What the tokenizer and decoder make of a content, finished: of images (B, Q, S, S) clamped to [0, 1], float32.
 
-    places: int64 (B,), which noise and time each image gets; t_max: ``objective.tokenizer_t_max`` of the training.
+    places: int64 (B,), which noise and time each sample gets; t_max: ``objective.tokenizer_t_max`` of the training.
+    labels, sizes: int64 (B,), where the modality has use for them.
     """
-    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places.to(images.device), model.latent_shape, t_max)
-    return model.decode(model.tokenize(images, noise, t)).float().clamp(0, 1)
+    places = places.to(model.latent_tokens.device)
+    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places, model.latent_shape, t_max)
+    prediction = model.decode(model.tokenize(content, noise, t, sizes), sizes)
+    return model.modality.finished(model, prediction, torch.zeros_like(places) if labels is None else labels, sizes)
 
 
 @torch.no_grad()

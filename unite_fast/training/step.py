@@ -12,8 +12,8 @@ from unite_fast.base import faults
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config
 from unite_fast.data import Batch
+from unite_fast.data.batch import slots_taken
 from unite_fast.efficiency import graph, precision
-from unite_fast.model.unite import slots_taken
 from unite_fast.objective import FlowPass, Objective
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.parallel.distributed import Ranks

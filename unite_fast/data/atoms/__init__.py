@@ -17,6 +17,7 @@ named and counted (checks.py); writers.py writes structures to files again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,44 +72,47 @@ def open_structures(
             f"data.path is empty; data.source={source} needs a {'file' if source == 'packed' else 'folder'}"
         )
     where = f"data.source {source}" + (f", {path}" if str(path) else "")
+
+    def accepted(read: Read, policy: str = on_error) -> Structures:
+        found = read.structures
+        if max_heavy_atoms:
+            found = found.select((found.heavy_atoms() <= max_heavy_atoms).nonzero()[:, 0])
+        return admit(Read(found, read.bad), where, largest, policy)
+
     if source == "packed":
         if part not in ("train", "all"):
             raise UserError(f"{where} is one part; name another file for the held-out structures")
-        structures = admit(Read(load(root)), where, largest, on_error)
+        structures = accepted(Read(load(root)))
     elif source == "qm9":
-        structures = _qm9(root if str(path) else None, where, part, largest, on_error, split)
+        structures = _qm9(root if str(path) else None, where, part, accepted, split)
     elif source == "mp20":
         names = ("train", "valid", "test") if part == "all" else (part,)
         parts = [crystals.read_csv(root, name, workers) for name in names]
         bad = [one for read in parts for one in read.bad]
-        together = join([read.structures for read in parts]).labelled(0)
-        structures = admit(Read(together, bad), where, largest, on_error)
+        structures = accepted(Read(join([read.structures for read in parts]).labelled(0), bad))
     elif source == "crystals":
         read = crystals.read_packages(root if str(path) else crystals.AVOGADRO, workers)
         # A few of them have atoms on top of each other: the packages' flaws, not the user's to mend.
-        structures = _tenth(admit(read, where, largest, "skip"), part)
+        structures = _tenth(accepted(read, "skip"), part)
     else:
-        structures = _tenth(admit(files.read_path(root, largest, workers), where, largest, on_error), part)
-    if max_heavy_atoms:
-        structures = structures.select((structures.heavy_atoms() <= max_heavy_atoms).nonzero()[:, 0])
+        structures = _tenth(accepted(files.read_path(root, largest, workers)), part)
     if not len(structures):
         raise UserError(f"{where}: nothing is left of its part {part}")
     return structures
 
 
-def _qm9(root: Path | None, where: str, part: str, largest: int, on_error: str, split: str) -> Structures:
+def _qm9(root: Path | None, where: str, part: str, accepted: Callable[[Read], Structures], split: str) -> Structures:
     if root is not None and (root / "train.npz").is_file():
         names = qm9.NPZ_PARTS if part == "all" else (part,)
-        parts = [admit(Read(qm9.read_npz(root, name)), where, largest, on_error) for name in names]
-        return join(parts).labelled(0)
+        return join([accepted(Read(qm9.read_npz(root, name))) for name in names]).labelled(0)
     read = Read(qm9.read_package()) if root is None else qm9.read_sdf(root)
     if part == "all":
-        return admit(read, where, largest, on_error)
+        return accepted(read)
     chosen = SPLITS[split](len(read.structures) + len(read.bad))[part]
     if read.bad:
         raise UserError(f"{where}: {len(read.bad):,} records cannot be read, so the split is not the published one; "
                         f"the first is {read.bad[0][0]}; download it again")  # fmt: skip
-    return admit(Read(read.structures.select(chosen)), where, largest, on_error)
+    return accepted(Read(read.structures.select(chosen)))
 
 
 def _tenth(structures: Structures, part: str) -> Structures:

@@ -36,6 +36,17 @@ def turned(vectors: Tensor, rotation: Tensor) -> Tensor:
     return (vectors[:, :, None, :] * rotation[:, None, :, :]).sum(-1)
 
 
+def reordered(batch: Padded, uniforms: Tensor) -> Padded:
+    """``batch`` with each sample's atoms in the order of its numbers (B, M) in [0, 1); padding stays behind."""
+    order = torch.where(batch.mask, uniforms, 2.0).argsort(dim=1, stable=True)
+    places = order[..., None].expand(-1, -1, 3)
+    return batch._replace(
+        species=batch.species.gather(1, order),
+        positions=batch.positions.gather(1, places),
+        fractional=batch.fractional.gather(1, places),
+    )
+
+
 def posed(batch: Padded, uniforms: Tensor) -> Padded:
     """``batch`` in random poses given by numbers (B, 6) in [0, 1), on the same device; padding stays zero."""
     rotation = rotations(uniforms[:, :3])

@@ -13,6 +13,7 @@ All leave out the 3,054 of 133,885 molecules whose geometries failed the authors
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
 from pathlib import Path
 from zipfile import BadZipFile
@@ -31,6 +32,7 @@ NPZ_PARTS = ("train", "valid", "test")
 _BRACKETS = str.maketrans("", "", "[]' ")
 
 
+@functools.cache  # a run asks for its training and its held-out molecules, and reading takes seconds
 def read_package() -> Structures:
     """All of qm9pack, in the data set's order, with its SMILES. Raises UserError when it is missing or damaged."""
     try:

@@ -12,28 +12,39 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unite_fast.data.atoms.augment import LANES, posed
-from unite_fast.data.atoms.structures import Structures
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.atoms import open_structures
+from unite_fast.data.atoms.augment import LANES, posed, reordered
+from unite_fast.data.atoms.structures import Padded, Structures, join
 from unite_fast.data.batch import Batch
-from unite_fast.data.source import Request, Source, to_device
+from unite_fast.data.source import Request, Source, check_classes, to_device
+
+NAMES = ("qm9", "mp20", "crystals", "structures", "joint")  # of data.source
 
 
 class AtomSource(Source):
     """``structures``, padded to ``slots`` atoms. ``class_names`` name the labels: data sets, when several are joined.
 
     A batch's content: species (B, M) int64, positions (B, M, 3) in Å, fractional (B, M, 3), lattice (B, 3, 3), as in
-    ``Padded``; its sizes are the numbers of atoms. Raises ValueError for structures larger than ``slots``.
+    ``Padded``; its sizes are the numbers of atoms, or None with ``sizes`` false. ``poses``, ``shuffle``: whether each
+    sample has a pose, and an order of its atoms, of its own. Raises ValueError for structures larger than ``slots``.
     """
 
-    lanes = LANES
-
     def __init__(
-        self, structures: Structures, slots: int, class_names: Sequence[str] = ("atoms",), poses: bool = True
+        self,
+        structures: Structures,
+        slots: int,
+        class_names: Sequence[str] = ("atoms",),
+        poses: bool = True,
+        shuffle: bool = False,
+        sizes: bool = True,
     ) -> None:
         if slots < structures.largest:
             raise ValueError(f"{slots} slots cannot hold structures of up to {structures.largest} atoms")
         super().__init__(structures.labels.cpu(), list(class_names), flip=False)
-        self.slots, self.poses = slots, poses
+        self.slots, self.poses, self.shuffle, self.sizes = slots, poses, shuffle, sizes
+        self.lanes = LANES + (slots if shuffle else 0)
         self._structures = {torch.device("cpu"): structures.to("cpu")}  # one copy per device in use
 
     def on(self, device: torch.device) -> Structures:
@@ -46,7 +57,11 @@ class AtomSource(Source):
         return self.on(torch.device("cpu")).names[index]
 
     def pipeline_id(self, device: str = "cpu") -> str:
-        return f"atoms:{self.slots}:{'posed' if self.poses else 'as read'}:{self.on(torch.device('cpu')).digest()}"
+        how = ("posed" if self.poses else "as read") + (", shuffled" if self.shuffle else "")
+        return f"atoms:{self.slots}:{how}:{self.on(torch.device('cpu')).digest()}"
+
+    def few(self, indices: Tensor) -> Batch:
+        return self._batch(self.on(torch.device("cpu")).gather(indices, self.slots), indices)
 
     def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
         raise TypeError("a structure is more than one tensor; take it from batches")
@@ -58,7 +73,44 @@ class AtomSource(Source):
         resident = self.on(device)
         for indices, positions, augment in plan:
             padded = resident.gather(to_device(indices, device), self.slots)
-            if augment and self.poses:
-                padded = posed(padded, to_device(self.uniforms(seed, positions), device))
-            content = {name: getattr(padded, name) for name in ("species", "positions", "fractional", "lattice")}
-            yield Batch(content, padded.labels, to_device(positions, device), padded.sizes)
+            if augment and (self.poses or self.shuffle):
+                drawn = to_device(self.uniforms(seed, positions), device)
+                padded = reordered(padded, drawn[:, LANES:]) if self.shuffle else padded
+                padded = posed(padded, drawn[:, :LANES]) if self.poses else padded
+            yield self._batch(padded, to_device(positions, device))
+
+    def _batch(self, padded: Padded, positions: Tensor) -> Batch:
+        content = {name: getattr(padded, name) for name in ("species", "positions", "fractional", "lattice")}
+        return Batch(content, padded.labels, positions, padded.sizes if self.sizes else None)
+
+
+def read_structures(data: DataConfig, largest: int, split: str) -> tuple[Structures, list[str]]:
+    """What ``data`` names, of at most ``largest`` atoms, and the data sets' names. Raises UserError."""
+    a, parts = data.atoms, []
+    part = a.part if split == "train" else a.heldout_part
+    if data.source == "joint" and not a.joint:
+        raise UserError("data.source=joint needs data.atoms.joint, as [qm9, mp20:FOLDER]")
+    named = a.joint if data.source == "joint" else (f"{data.source}:{data.path}",)
+    for entry in named:
+        name, _, path = entry.partition(":")
+        if name not in NAMES or name == "joint":
+            raise UserError(f"data.atoms.joint: {name!r} is not known; one of {', '.join(NAMES[:-1])}")
+        kind = name if name != "structures" else "packed" if path.endswith(".safetensors") else "files"
+        wanted = part
+        if split != "train" and data.heldout_path and data.source != "joint":
+            path, wanted = data.heldout_path, "all"
+        elif kind == "packed" and split != "train":
+            raise UserError("data.heldout_path is empty: a packed file is one part, so name another for the held-out")
+        options = {"split": a.split, "max_heavy_atoms": a.max_heavy_atoms, "workers": data.workers}
+        parts.append(open_structures(kind, path, wanted, largest, data.on_error, **options))
+    return (parts[0] if data.source != "joint" else join(parts)), [entry.partition(":")[0] for entry in named]
+
+
+def open_atoms(data: DataConfig, model: ModelConfig, split: str) -> AtomSource:
+    """Molecules or crystals of at most ``model.num_latents`` atoms. Raises UserError."""
+    structures, names = read_structures(data, model.num_latents, split)
+    check_classes(len(names), model.num_classes, f"data.source {data.source}")
+    a = data.atoms
+    return AtomSource(
+        structures, model.num_latents, names, a.poses, a.order == "random", model.atoms.registers == "per_atom"
+    )
