@@ -21,8 +21,8 @@ from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
-from unite_fast.run import assemble, dry_run, grids, health, monitor, start, stats, summary
-from unite_fast.run.session import Session, check_agreement, folder
+from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, start, stats, summary
+from unite_fast.run.session import Session, folder
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import TrainStep
@@ -99,10 +99,10 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
         print(summary.describe(settings, state, ranks, split, len(source)))
-    check_agreement(settings, ranks)
-    with Session(settings, ranks, inputs.started) as session:
+    images = agreement.check(settings, source, ranks)
+    with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
-        choice = ranks.decide(lambda: start.choose(settings))
+        choice = ranks.decide(lambda: start.choose(settings, images))
         sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
         if ranks.is_main:
             start.tidy(settings, choice, state.step)
@@ -203,7 +203,7 @@ def loop(
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:
     """--fast-dev-run: what was saved loads again, equal."""
     again = assemble.fresh_state(settings, ranks)
-    choice = ranks.decide(lambda: start.choose(dataclasses.replace(settings, resume="must")))
+    choice = ranks.decide(lambda: start.choose(dataclasses.replace(settings, resume="must"), {}))
     assert choice.path is not None
     checkpoint.resume(choice.path, again, settings)
     before, after = state.model.state_dict(), again.model.state_dict()

@@ -215,9 +215,9 @@ def test_the_run_is_locked_before_a_checkpoint_is_chosen(tiny, tmp_path, monkeyp
     """Else an earlier start, which still saves, would have its last checkpoint put aside."""
     path, choose = tmp_path / "run", start.choose
 
-    def locked(config):
+    def locked(config, images):
         assert (path / "run.lock").read_text().startswith(f"pid {os.getpid()} on ")
-        return choose(config)
+        return choose(config, images)
 
     monkeypatch.setattr(start, "choose", locked)
     train(tiny, path, "train.max_steps=1")

@@ -29,6 +29,7 @@ from unite_fast.base import launcher
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.checkpoint import shards
+from unite_fast.checkpoint.compare import changed_settings, check_same_model
 from unite_fast.checkpoint.shards import Stored
 from unite_fast.config import Config, ModelConfig
 from unite_fast.config.checks import validate
@@ -189,6 +190,15 @@ def read(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     return shards.read(stored(path), names)
 
 
+def saved_images(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder keeps of the images that the run saw (``Source.identity``); empty in older ones."""
+    try:
+        found = json.loads((path / "state.json").read_text()).get("data")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
 def _saved_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "state.json").read_text())["config"]
@@ -213,39 +223,13 @@ def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
     return from_dict(values)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
-    found = []
-    for key in old.keys() & new.keys():
-        if isinstance(old[key], dict) and isinstance(new[key], dict):
-            found += _differences(old[key], new[key], f"{path}{key}.")
-        elif old[key] != new[key]:
-            found.append((path + key, old[key], new[key]))
-    return sorted(found)
-
-
-def check_same_model(saved: dict[str, Any], config: Config, where: str) -> None:
-    """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
-    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(config)["model"]})
-    if changed:
-        listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
-        raise UserError(f"{where} holds another model: {listed}")
-
-
 def changes(path: Path, config: Config) -> list[str]:
     """A line for each setting that a run changes by resuming from ``path``. Raises UserError for another model."""
     if path.is_file():  # an official .pt says nothing of its run
         return []
     saved = _saved_config(path)
     check_same_model(saved, config, str(path))
-    sections = ("objective", "optim", "data", "efficiency")
-    old, new = ({k: c.get(k, {}) for k in (*sections, "seed")} for c in (saved, to_dict(config)))
-    watched = _differences(old, new)
-    batch = [c.get("train", {}).get("global_batch") for c in (saved, to_dict(config))]
-    if batch[0] != batch[1]:
-        watched.append(("train.global_batch", *batch))
-    quiet = ("data.workers", "data.timeout", "data.path", "objective.perceptual_trunk")
-    return [f"changed since {path.name}: {key} {old} -> {new}" for key, old, new in watched if key not in quiet]
+    return changed_settings(saved, config, path.name)
 
 
 def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iterable[str]) -> list[str]:

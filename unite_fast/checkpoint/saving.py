@@ -172,10 +172,10 @@ def clean(folder: Path) -> None:
 class Writer:
     """Saves in the background. ``failures`` counts the saves in a row that the disk refused, the same on all ranks."""
 
-    def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
-        """All ranks together."""
+    def __init__(self, folder: Path, config: Config, ranks: Ranks, images: Mapping[str, Any] | None = None) -> None:
+        """All ranks together. images: what checkpoints keep of the images (``Source.identity``)."""
         importlib.import_module("unite_fast.checkpoint.dcp")  # before training, since it takes most of a second
-        self.folder, self.config, self.ranks = folder, config, ranks
+        self.folder, self.config, self.ranks, self.images = folder, config, ranks, dict(images or {})
         self.group: Any = None  # of the writing threads
         if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.train_timeout))
@@ -194,6 +194,7 @@ class Writer:
         mine = share(tensors, self.ranks.rank, self.ranks.world_size)
         copies = self.snapshot.take(mine | {STEPS: steps})
         content = checkpoint.counters_of(state) | {"means": means, "config": to_dict(self.config)}
+        content["data"] = self.images
         held = time.perf_counter() - started
         self.held.append(held)
         arguments = (state.step, mine, copies, content, held)

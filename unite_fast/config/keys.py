@@ -252,6 +252,9 @@ class DataConfig:
     flip: bool = option(True, "mirror half of the images")
     workers: int = option(8, "decoding processes per rank; threads for packed and dali")
     timeout: float = option(120.0, "seconds to wait for a batch before the run stops with an error", above=0)
+    on_change: Literal["fail", "accept"] = option(
+        "fail", "what other labels or class names than those of the checkpoint do to a run that resumes"
+    )
     on_error: Literal["fail", "skip"] = option(
         "fail", "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them"
     )

@@ -27,4 +27,4 @@ def open_container(root: Path, field: str, data: DataConfig, model: ModelConfig)
         return Tar(*list_tars(tars, field), data, model)
     if tables := files_of(root, ".parquet"):
         return Parquet(*list_parquet(tables, field), data, model)
-    return Folder(*list_folder(root, field), data, model)
+    return Folder(root, *list_folder(root, field), data, model)

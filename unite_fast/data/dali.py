@@ -217,6 +217,9 @@ class Dali(Source):
         self._reading: dict[int, int] = {}  # thread -> sample
         self._single: Runner | None = None
 
+    def names_sha256(self) -> str:
+        return self.inner.names_sha256()
+
     def name(self, index: int) -> str:
         return self.inner.name(index)
 

@@ -8,6 +8,7 @@ scaled), and EXIF orientation is not applied.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -80,6 +81,14 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def sha256(self, skipped: int = 0) -> str:
+        """Of all names, each without its first ``skipped`` bytes."""
+        kept = np.ones(len(self._bytes), dtype=bool)
+        for offset in range(skipped):
+            kept[self._ends[:-1] + offset] = False
+        lengths = np.diff(self._ends) - skipped
+        return hashlib.sha256(lengths.tobytes() + self._bytes[kept].tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())

@@ -30,9 +30,14 @@ def read_file(path: str) -> bytes:
 class Folder(EncodedSource):
     """The images of an image folder."""
 
-    def __init__(self, paths: list[str], labels: list[int], names: list[str], data: DataConfig, model: ModelConfig):
+    def __init__(
+        self, root: Path, paths: list[str], labels: list[int], names: list[str], data: DataConfig, model: ModelConfig
+    ) -> None:
         super().__init__(labels_of(labels), names, data, model)
-        self._paths = Names(paths)
+        self._paths, self._root = Names(paths), len(os.fsencode(root))
+
+    def names_sha256(self) -> str:
+        return self._paths.sha256(self._root)
 
     def name(self, index: int) -> str:
         return self._paths[index]
@@ -105,4 +110,4 @@ def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
         if trained != names:
             odd = sorted(set(trained) ^ set(names))[0]
             raise UserError(f"{field} {root}: its class folders differ from those of data.path, first at '{odd}'")
-    return Folder(paths, labels, names, data, model)
+    return Folder(root, paths, labels, names, data, model)

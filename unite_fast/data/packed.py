@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig
@@ -150,6 +151,11 @@ def read_extents(root: Path, index: Index) -> np.ndarray:
     return extents
 
 
+def shards_sha256(index: Index) -> str:
+    """Of the content of a pack, from the hashes in its index."""
+    return files.digest([shard.sha256 for shard in index.shards])
+
+
 class Shards:
     """The memory-mapped files of a pack; each process maps a file when it first needs it."""
 
@@ -194,6 +200,9 @@ class Packed(Source):
     def name(self, index: int) -> str:
         number, place_in = (int(x) for x in self.shards.locate(torch.tensor([index])))
         return f"{self.root / shard_name(number)}, image {place_in}"
+
+    def names_sha256(self) -> str:
+        return shards_sha256(self.index)
 
     def pipeline_id(self, device: str = "cpu") -> str:
         return f"packed-uint8:{self.index.crop}"
@@ -251,6 +260,9 @@ class PackedEncoded(EncodedSource):
     def name(self, index: int) -> str:
         number, place_in = (int(x) for x in self.shards.locate(torch.tensor([index])))
         return f"{self.root / shard_name(number)}, image {place_in}"
+
+    def names_sha256(self) -> str:
+        return shards_sha256(self.index)
 
     def pipeline_id(self, device: str = "cpu") -> str:
         return f"packed-{self.index.format}:{self.index.crop}:{super().pipeline_id(device)}"

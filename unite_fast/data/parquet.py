@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource, check_bytes
@@ -79,6 +80,9 @@ class Parquet(EncodedSource):
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_held": (-1, None)}
+
+    def names_sha256(self) -> str:
+        return files.digest([[table.name for table in self.tables], self._groups])
 
     def _place(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._ends, index, side="right"))

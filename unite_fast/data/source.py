@@ -6,9 +6,11 @@ memory and gathers whole batches on the device. Both follow a plan: an iterator 
 
 from __future__ import annotations
 
+import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +81,20 @@ class Source(ABC):
         Two runs whose identifiers are equal saw the same images; libraries and their versions are part of it.
         """
         return type(self).__name__.lower()
+
+    def identity(self, device: str = "cpu") -> dict[str, Any]:
+        """Which images these are, plain values: compared over ranks and, in checkpoints, over starts of a run.
+
+        Not their bytes: their number, their order by name, their labels, what becomes of them on ``device``.
+        """
+        labels = hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
+        classes = [unicodedata.normalize("NFC", name) for name in self.class_names]
+        found = {"images": len(self), "class names": classes, "labels": labels}
+        return found | {"names of images": self.names_sha256()[:16], "pipeline": self.pipeline_id(device)}
+
+    def names_sha256(self) -> str:
+        """Of the images' names in order, below the folder that holds them; empty where they have none of their own."""
+        return ""
 
     def uniforms(self, seed: int, positions: Tensor) -> Tensor:
         """The random numbers of samples at ``positions`` (B,) int64: float32 (B, lanes) in [0, 1), on the CPU."""

@@ -210,6 +210,10 @@ class Tar(EncodedSource):
     def __getstate__(self) -> dict:
         return vars(self) | {"_files": OrderedDict()}
 
+    def names_sha256(self) -> str:
+        shards = [(tar.name, int(end)) for tar, end in zip(self.tars, self._ends, strict=True)]
+        return files.digest([shards, self._members.sha256()])
+
     def _tar(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 

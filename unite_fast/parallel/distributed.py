@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,34 @@ from unite_fast.base import launcher
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
 
 T = TypeVar("T")
+SIGN_OF_LIFE = 5.0  # seconds; far below any comm.train_timeout that makes sense
+
+
+class _Work:
+    """``function`` in a thread: (problem, value) of it once it has ended."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function, self.found = function, ("", None)
+        self.error: BaseException | None = None  # other than a user's mistake: this rank ends by it
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.found = ("", self.function())
+        except UserError as error:
+            self.found = (str(error), None)
+        except BaseException as error:
+            self.error = error
+
+    def outcome(self, seconds: float) -> tuple[str, Any] | None:
+        """None while it runs, for at most ``seconds``. Raises what ended it, other than UserError."""
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            return None
+        if self.error is not None:
+            raise self.error
+        return self.found
 
 
 @dataclass(frozen=True)
@@ -44,16 +73,19 @@ class Ranks:
         return values
 
     def decide(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, on every rank; its UserError is raised on every rank."""
+        """What ``function`` returns on rank 0, on every rank; its UserError is raised on every rank.
+
+        It may take any time, since rank 0 says every few seconds that it is at work: hashing a large checkpoint on a
+        slow disk is no hang. It runs in a thread of its own there.
+        """
         if self.world_size == 1:
             return function()
-        outcome: list[Any] = [None]
-        if self.is_main:
-            try:
-                outcome = [("", function())]
-            except UserError as error:
-                outcome = [(str(error), None)]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        work = _Work(function) if self.is_main else None
+        while True:
+            outcome: list[Any] = [work.outcome(SIGN_OF_LIFE) if work is not None else None]
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
+            if outcome[0] is not None:
+                break
         problem, value = outcome[0]
         if problem:
             raise CommonError(problem)

@@ -9,25 +9,21 @@ logs/          one file per rank
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from unite_fast import checkpoint
 from unite_fast.base import files
-from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
+from unite_fast.base.errors import RunError, Stopped, UserError, first_line
 from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
 from unite_fast.config import Config
-from unite_fast.config.yaml_text import to_dict
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.garbage import Collector
 from unite_fast.run.rank_log import RankLog, redact
@@ -43,38 +39,6 @@ class Diverged(RunError):
 
 def folder(config: Config) -> Path:
     return Path(config.run_dir or f"runs/{config.name}")
-
-
-# --- ranks that do not run the same thing ----------------------------------------------------------------------------
-
-
-def fingerprint(config: Config) -> dict[str, Any]:
-    """What has to be equal on all ranks: every configuration key, the package's code, and torch."""
-    flat: dict[str, Any] = {}
-
-    def flatten(values: dict[str, Any], path: str) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                flatten(value, f"{path}{key}.")
-            else:
-                flat[path + key] = value
-
-    flatten(to_dict(config), "")
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return flat | {"the code of unite_fast": digest.hexdigest()[:12], "torch": torch.__version__}
-
-
-def check_agreement(config: Config, ranks: Ranks) -> None:
-    """Raises UserError on all ranks when they run different configurations or code, with the differing keys."""
-    everyone = ranks.gather(fingerprint(config))
-    for rank, other in enumerate(everyone):
-        keys = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
-        if keys:
-            shown = "; ".join(f"{k} is {everyone[0][k]!r} on rank 0, {other.get(k)!r} on rank {rank}" for k in keys[:3])
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CommonError(f"the ranks differ: {shown}{more}; start all of them with the same command and code")
 
 
 # --- the lock --------------------------------------------------------------------------------------------------------
@@ -123,15 +87,15 @@ def _is_ending(holder: str) -> bool:
 class Session:
     """A context around the training loop. All ranks enter it; rank 0 owns the folder."""
 
-    def __init__(self, config: Config, ranks: Ranks, started: float) -> None:
-        """started: time.monotonic() at which train.max_minutes began."""
+    def __init__(self, config: Config, ranks: Ranks, started: float, images: Mapping[str, Any] | None = None) -> None:
+        """started: time.monotonic() at which train.max_minutes began. images: ``Source.identity``, for checkpoints."""
         self.config, self.ranks, self.path = config, ranks, folder(config)
         self.stop = Stop(ranks, config.train.max_minutes, started)
         self.step = 0
         self.begun = False
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
         self.collector = Collector()
-        self.writer = Writer(self.path / "checkpoints", config, ranks)
+        self.writer = Writer(self.path / "checkpoints", config, ranks, images)
         self.descriptor: int | None = None
         self.log: RankLog | None = None
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unite_fast import checkpoint
 from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config
+from unite_fast.run.agreement import changed_images
 from unite_fast.run.session import folder
 from unite_fast.training.state import TrainState
 
@@ -59,8 +60,13 @@ def _began_there(config: Config) -> bool:
         return False
 
 
-def choose(config: Config) -> Choice:
-    """Applies ``resume=auto|never|must|PATH``. Raises UserError."""
+def _changes(path: Path, config: Config, images: dict[str, Any]) -> list[str]:
+    """A line for each setting and each property of the images that is not that of a checkpoint. Raises UserError."""
+    return checkpoint.changes(path, config) + changed_images(checkpoint.saved_images(path), images, config, path.name)
+
+
+def choose(config: Config, images: dict[str, Any]) -> Choice:
+    """Applies ``resume=auto|never|must|PATH``. images: ``Source.identity`` of those to train on. Raises UserError."""
     path = folder(config)
     if config.resume == "never":
         if any((path / "checkpoints").glob("step-*")):
@@ -70,17 +76,17 @@ def choose(config: Config) -> Choice:
     why = "the newest that verifies"
     if _is_named(config):
         if found is None or not _began_there(config):
-            return _choose_named(config, Choice(found, "", lines, rejected))
+            return _choose_named(config, images, Choice(found, "", lines, rejected))
         why += f" of the run that began from {config.resume}"
     if found is None:
         if config.resume == "must":
             detail = f" ({lines[0]})" if lines else ""
             raise UserError(f"resume=must, but {path} has no usable checkpoint{detail}")
         return Choice(None, f"no usable checkpoint in {path}", lines, rejected)
-    return Choice(found, why, lines + checkpoint.changes(found, config), rejected, begins=False)
+    return Choice(found, why, lines + _changes(found, config, images), rejected, begins=False)
 
 
-def _choose_named(config: Config, own: Choice) -> Choice:
+def _choose_named(config: Config, images: dict[str, Any], own: Choice) -> Choice:
     """The PATH of ``resume=PATH``: for a run that has no checkpoint, or one of its own, to go back. Raises UserError.
 
     own: the newest checkpoint of the run.
@@ -91,7 +97,7 @@ def _choose_named(config: Config, own: Choice) -> Choice:
             f"resume={config.resume}, but {folder(config)} holds checkpoints of a run that did not begin from there; "
             "choose another name or run_dir, or go on with resume=auto"
         )
-    return Choice(named, "it was named", own.lines + checkpoint.changes(named, config), own.rejected)
+    return Choice(named, "it was named", own.lines + _changes(named, config, images), own.rejected)
 
 
 def tidy(config: Config, choice: Choice, step: int) -> None:

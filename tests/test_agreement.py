@@ -1,0 +1,180 @@
+"""Ranks that do not hold the same code or images, and starts of a run that do not, are told apart and told."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import on_ranks
+from support import TINY, command
+
+from unite_fast import config, data
+from unite_fast.base.errors import CommonError
+from unite_fast.config import Config, DataConfig, ModelConfig, yaml_text
+from unite_fast.parallel import distributed
+from unite_fast.run import agreement
+
+
+def images(root: Path, per_class: int = 8, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            pixels = np.random.default_rng(100 * k + i).integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def opened(root: Path) -> data.Source:
+    return data.open_source(DataConfig(path=str(root), workers=0), ModelConfig(image_size=8, patch_size=2, channels=1,
+                                                                              num_classes=2))  # fmt: skip
+
+
+class Two:
+    """Rank 0 beside a rank that says ``other``."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, other: dict) -> None:
+        self.other = other
+
+    def gather(self, value: dict) -> list[dict]:
+        return [value, self.other]
+
+
+def compared(here: data.Source, other: dict) -> None:
+    agreement.check(Config(), here, Two(other))  # type: ignore[arg-type]
+
+
+def test_other_images_on_a_rank(tmp_path):
+    here = opened(images(tmp_path / "a"))
+    same = agreement.fingerprint(Config(), opened(images(tmp_path / "elsewhere" / "b")).identity())
+    compared(here, same)
+
+    (tmp_path / "elsewhere" / "b" / "dog" / "3.png").unlink()
+    missing = agreement.fingerprint(Config(), opened(tmp_path / "elsewhere" / "b").identity())
+    with pytest.raises(
+        CommonError, match=r"data.path: images is 16 on rank 0, 15 on rank 1.*same command, code and im"
+    ):
+        compared(here, missing)
+
+    renamed = images(tmp_path / "c", classes=("cat", "fox"))
+    with pytest.raises(CommonError, match=r"class names is 'dog' at 1 on rank 0, 'fox' at 1 on rank 1"):
+        compared(here, agreement.fingerprint(Config(), opened(renamed).identity()))
+
+    moved = images(tmp_path / "d")
+    (moved / "dog" / "3.png").rename(moved / "cat" / "9.png")
+    with pytest.raises(CommonError, match=r"labels is '\w+' on rank 0.* names of images"):
+        compared(here, agreement.fingerprint(Config(), opened(moved).identity()))
+
+
+def test_other_kernels_on_a_rank(tmp_path, monkeypatch):
+    here = opened(images(tmp_path / "a"))
+    shutil.copytree(Path(agreement.unite_kernels.__file__).parent, tmp_path / "kernels",
+                    ignore=shutil.ignore_patterns("*.so", "__pycache__"))  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement.unite_kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+        same = agreement.fingerprint(Config(), here.identity())
+        with (tmp_path / "kernels" / "adaln.py").open("a") as file:
+            file.write("# changed")
+        other = agreement.fingerprint(Config(), here.identity())
+    compared(here, same)
+    with pytest.raises(CommonError, match="the code of unite_kernels is"):
+        compared(here, other)
+
+
+def slow_choice(ranks: distributed.Ranks) -> int:
+    distributed.SIGN_OF_LIFE = 0.1
+
+    def choose() -> int:
+        time.sleep(1.5)
+        return 7
+
+    return ranks.decide(choose)
+
+
+def wait_briefly(ranks: distributed.Ranks) -> int:
+    """With a group that gives up after half a second: the choice takes longer, and says that it is at work."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=0.7))
+    return slow_choice(dataclasses.replace(ranks, control=group))
+
+
+def test_a_choice_may_take_longer_than_ranks_wait():
+    assert on_ranks(2, wait_briefly) == [7, 7]
+
+
+# --- starts of a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("begun")
+    source = f"source: folder, path: {images(place / 'train')}, workers: 0"
+    text = TINY.replace("source: digits", source).replace("num_classes: 10", "num_classes: 2")
+    (place / "tiny.yaml").write_text(text.replace("epochs: 1", "epochs: 8"))
+    said = command("train.py", "--config", place / "tiny.yaml", f"run_dir={place / 'run'}", "train.max_steps=2")
+    assert said.returncode == 0, said.stderr
+    return place
+
+
+@pytest.fixture
+def again(begun, tmp_path):
+    """A function that goes on with a copy of the run: its output, and the lines that say what changed."""
+
+    def start(*overrides: object):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(begun / "run", tmp_path / "run")
+        said = command("train.py", "--config", begun / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=3",
+                       *overrides)  # fmt: skip
+        return said, [line for line in said.stdout.splitlines() if line.startswith("changed since")]
+
+    return start
+
+
+def test_what_changes_the_run_is_said(again, begun, tmp_path):
+    assert again("train.log_every=2", "data.timeout=9", "train.max_minutes=5")[1] == []
+    assert again("train.epochs=40")[1] == ["changed since step-0000002: train.epochs 8.0 -> 40.0"]
+    assert again("train.micro_batch=4")[1] == ["changed since step-0000002: train.micro_batch 8 -> 4"]
+    moved = shutil.copytree(begun / "train", tmp_path / "moved")
+    _, changed = again(f"data.path={moved}")
+    assert changed == [f"changed since step-0000002: data.path {begun / 'train'} -> {moved}"]
+    images(moved, 24)
+    said, changed = again(f"data.path={moved}")
+    assert said.returncode == 0, said.stderr
+    assert "changed since step-0000002: images 16 -> 48" in changed
+
+
+def test_labels_with_another_meaning_are_refused_or_accepted(again, begun, tmp_path):
+    for name in ("renamed", "relabelled"):
+        other = shutil.copytree(begun / "train", tmp_path / name)
+        if name == "renamed":
+            (other / "dog").rename(other / "fox")
+            says = "its class names are not those of step-0000002 ('dog' at 1 there, 'fox' at 1 here)"
+        else:
+            (other / "dog" / "3.png").rename(other / "cat" / "9.png")
+            says = "its labels are not those of step-0000002"
+        said, _ = again(f"data.path={other}")
+        assert said.returncode == 2, said
+        assert said.stderr.startswith(f"error: data.path {other}: {says}")
+        assert "data.on_change=accept" in said.stderr
+        assert len(said.stderr.splitlines()) == 1
+        said, changed = again(f"data.path={other}", "data.on_change=accept")
+        assert said.returncode == 0, said.stderr
+        assert len(changed) > 1
+
+
+def test_every_key_is_quiet_or_said():
+    """A new key is said when it changes, unless ``compare.QUIET`` names it; a name there is one of a key."""
+    from unite_fast.checkpoint.compare import QUIET
+
+    keys = agreement._flat(yaml_text.to_dict(config.Config()))
+    assert all(any(key.startswith(quiet) for key in keys) for quiet in QUIET)

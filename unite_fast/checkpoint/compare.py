@@ -1,0 +1,45 @@
+"""A run's configuration beside the one that a checkpoint was saved with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config
+from unite_fast.config.yaml_text import to_dict
+
+# Keys, or their beginnings, whose change does not change what the steps of a run compute.
+QUIET = (
+    "name", "run_dir", "resume", "init_from", "device", "sample.", "evaluation.", "comm.", "data.workers",
+    "data.timeout", "data.heldout_path", "data.on_change", "objective.perceptual_trunk", "train.max_",
+    "train.log_every", "train.image_every", "train.checkpoint_every", "train.keep_", "train.replica_check_every",
+    "train.on_", "train.collapse_std", "train.tensorboard", "train.wandb",
+)  # fmt: skip
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
+    found = []
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            found += _differences(old[key], new[key], f"{path}{key}.")
+        elif old[key] != new[key]:
+            found.append((path + key, old[key], new[key]))
+    return sorted(found)
+
+
+def check_same_model(saved: dict[str, Any], config: Config, where: str) -> None:
+    """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
+    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(config)["model"]})
+    if changed:
+        listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
+        raise UserError(f"{where} holds another model: {listed}")
+
+
+def changed_settings(saved: dict[str, Any], config: Config, where: str) -> list[str]:
+    """A line for each key that changes what the steps compute. saved: the configuration of the checkpoint ``where``."""
+    return [
+        f"changed since {where}: {key} {old} -> {new}"
+        for key, old, new in _differences(saved, to_dict(config))
+        if not key.startswith(QUIET)
+    ]
