@@ -5,7 +5,8 @@
                                        and of each tensor at step 8 norm and product with cos(0), cos(1), ...
 
 Learning rates are the same to the bit; the first row of the log, too, on the CPU that they were recorded on. Gradients
-are not: one product makes queries, keys and values since, so their sums are taken in another order.
+and updates are not, by the order of sums: one product makes queries, keys and values since, and long matrices are
+orthogonalised through their Gram matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from unite_fast.config.yaml_text import to_yaml
 
 FOLDER = Path(__file__).parent / "earlier_checkpoint"
 SAVED, EXPECTED = FOLDER / "step-0000005", json.loads((FOLDER / "expected.json").read_text())
-ROUNDING = 2e-6  # relative to a tensor's norm, after three steps; 5e-8 on the CPU of the recording
+ROUNDING = 1e-5  # relative to a tensor's norm, after three steps: 2.5e-6 on the CPU of the recording
 
 
 def here() -> list[str]:

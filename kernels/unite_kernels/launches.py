@@ -7,19 +7,17 @@ digit (NVIDIA_H200), or of its compute capability (sm_90); a device without eith
 
 multiprocessors is what grids are fitted to where there is no GPU; on one its own number counts. A row has exactly
 
-    op            adaln, adaln_mid, adaln_tail, qk_norm_rope, swiglu, lpips_head, corruption,
-                  symmetric_product_bfloat16, symmetric_product_float32
+    op            adaln, adaln_mid, adaln_tail, qk_norm_rope, swiglu, lpips_head, corruption
     direction     "forward" or "backward"
-    width         D of adaln* and qk_norm_rope, F of swiglu, channels of lpips_head, values per sample of corruption,
-                  rows of symmetric_product. A width without a row takes the next larger one's, or else the largest's.
+    width         D of adaln* and qk_norm_rope, F of swiglu, channels of lpips_head, values per sample of corruption. A
+                  width without a row takes the next larger one's, or else the largest's.
     launch        the numbers below; one that is left out is 0
     measured      the date of the measurement that chose the launch, "2026-12-24", or "not measured"
 
     rows          rows (tokens) of a tile; adaln's backward takes 1
-    columns       columns (swiglu, symmetric_product), heads (qk_norm_rope) or Philox calls (corruption) of a tile
-    depth         columns of X per step of symmetric_product
+    columns       columns (swiglu), heads (qk_norm_rope) or Philox calls (corruption) of a tile
     warps         of a program, 32 threads each
-    stages        of the pipeline that loads ahead in the loops of adaln's backward and symmetric_product
+    stages        of the pipeline that loads ahead in the loops
     programs      that a multiprocessor holds at once, from registers, warps and shared memory: the grid is fitted to
                   it, and `make check-kernels` compares it with the compiled code. 0: the grid follows from the tensors
 
@@ -49,7 +47,6 @@ class Launch:
 
     rows: int = 0
     columns: int = 0
-    depth: int = 0
     warps: int = 0
     stages: int = 0
     programs: int = 0

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from unite_kernels import adaln, conv_relu, copied_linear, corruption, lpips_head, newton_schulz, qk_norm_rope, swiglu
+from unite_kernels import adaln, conv_relu, copied_linear, corruption, lpips_head, qk_norm_rope, swiglu
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ CASES = {
     ),
 }
 
-COMPILED = (*CASES, "corruption", "symmetric_product", "lpips_head", "conv_relu")
+COMPILED = (*CASES, "corruption", "lpips_head", "conv_relu")
 
 
 @contextmanager
@@ -128,12 +128,6 @@ def launch_model_shape(name: str, width: int) -> None:
         corruption._noise_injection(z, samples, 7, 0.5, 0.7, 1.0, "triton")
         for uniform in (False, True):
             corruption._flow_corruption(z, samples, samples, 7, 3, 0, uniform, 0.0, 1.0, 0.5, 0.1, 1000, "triton")
-        return
-    if name == "symmetric_product":
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.zeros(1, 768, 2048, dtype=dtype)
-            newton_schulz._symmetric_product(x, None, 1.0, 0.0)
-            newton_schulz._symmetric_product(x[..., :768].contiguous(), x[..., :768].contiguous(), 1.0, 1.0)
         return
     if name == "lpips_head":
         for channels in (64, 512):

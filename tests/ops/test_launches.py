@@ -36,7 +36,7 @@ def test_a_measured_row_survives(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"launch": {"warp": 4}}, "launch has no warp; it has columns, depth, programs, rows, stages, warps"),
+        ({"launch": {"warp": 4}}, "launch has no warp; it has columns, programs, rows, stages, warps"),
         ({"launch": {"warps": "4"}}, "width and launch must be whole numbers"),
         ({"measured": "today"}, "measured must be a date"),
         ({"direction": "both"}, "neither forward nor backward"),
