@@ -37,7 +37,7 @@ MODELS = {
 }  # fmt: skip
 # Eager is eager: what the configurations switch on is taken off first.
 PLAIN = {"kernels": "eager", "compile": "none", "cuda_graph": "none", "recompute": "none", "flow_mini_batch": "1"}
-FIXED = ("data.source=synthetic", "data.flip=false", "optim.schedule=constant", "optim.warmup_epochs=1")
+FIXED = ("data.source=synthetic", "data.flip=false", "optim.warmup_epochs=1", "optim.flat_epochs=1e9")
 TINY = (
     "model.image_size=32", "model.patch_size=8", "model.num_latents=16", "model.latent_dim=8", "model.num_classes=10",
     "model.encoder={depth: 3, width: 64, heads: 4, in_context_start: 1, in_context_len: 4}",

@@ -30,7 +30,7 @@ model:
   encoder: {depth: 3, width: 32, heads: 2, in_context_start: 1, in_context_len: 2}
   decoder: {depth: 1, width: 32, heads: 2, mlp_hidden: 64, in_features: 32}
 objective: {perceptual_weight: 0, pixel_loss: l2, pixel_weight: 4, flow_weight: 0.03, flow_steps: 2}
-optim: {lr: 2e-3, schedule: cosine, warmup_epochs: 0.1, decay_epochs: 0}
+optim: {lr: 2e-3, warmup_epochs: 0.1, flat_epochs: 0, decay_epochs: 0, final_lr: 1e-5}
 data: {source: digits, flip: false}
 sample: {solver: euler, steps: 2}
 evaluation: {precision: fp32}

@@ -37,7 +37,7 @@ model:
   encoder: {{depth: 3, width: 32, heads: 2, in_context_start: 1, in_context_len: 2}}
   decoder: {{depth: 1, width: 32, heads: 2, mlp_hidden: 64, in_features: 32}}
 objective: {{perceptual_weight: 0, flow_weight: 0.03, flow_steps: 2}}
-optim: {{lr: 2e-3, schedule: constant, warmup_epochs: 0.1}}
+optim: {{lr: 2e-3, warmup_epochs: 0.1, flat_epochs: 1e9}}
 sample: {{solver: heun, steps: 2, last: prediction}}
 evaluation: {{precision: fp32}}
 train: {{global_batch: 8, micro_batch: 4, epochs: 4, log_every: 1, image_every: 0, checkpoint_every: 1000}}

@@ -199,26 +199,6 @@ def single(tmp_path) -> Path:
     return step(tmp_path)
 
 
-def test_format_1_is_read(single):
-    state = made(False)
-    checkpoint.resume(rewrite(single, format=1), state, CONFIG)
-    expected = tensors_of(made(True))
-    assert all(torch.equal(t, expected[n]) for n, t in tensors_of(state).items())
-
-
-def test_options_that_are_gone_are_read_as_what_took_their_place(single):
-    saved = json.loads((single / "state.json").read_text())["config"]
-    saved["efficiency"]["compile_decoder"] = True
-    path = rewrite(single, config=saved)
-    assert checkpoint.load_model(path)[1] == CONFIG
-    assert checkpoint.changes(path, CONFIG) == []
-    checkpoint.resume(path, made(False), CONFIG)
-    del saved["efficiency"]["compile"], saved["efficiency"]["recompute"]
-    path = rewrite(single, config=saved | {"efficiency": saved["efficiency"] | {"checkpoint_blocks": False}})
-    assert checkpoint.load_model(path)[1].efficiency.compile == "decoder"
-    assert checkpoint.changes(path, CONFIG) == ["changed since step-0000007: efficiency.compile decoder -> none"]
-
-
 def refuses(path: Path, words: str) -> None:
     before, state = tensors_of(made(False)), made(False)
     with pytest.raises(UserError, match=words) as caught:

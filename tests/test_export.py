@@ -128,10 +128,9 @@ def rewritten(folder: Path, out: Path, tensors: dict | None = None, **facts: str
 def test_an_export_of_an_earlier_version(folder, tmp_path):
     with safe_open(folder / "ema" / "model.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
-    del config["efficiency"]["compile"]
-    config["efficiency"]["compile_decoder"] = True
+    config["optim"] |= {"schedule": "constant", "mid_lr": 5e-5, "epoch_unit": "images"}
     path = rewritten(folder, tmp_path / "old.safetensors", config=json.dumps(config))
-    assert checkpoint.load_model(path)[1].efficiency.compile == "decoder"
+    assert checkpoint.load_model(path)[1].optim.flat_epochs == 1e9
 
 
 def test_what_is_no_export_is_one_line(folder, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from support import ROOT
 from torch import nn
 
-from unite_fast.config import OptimConfig, yaml_text
+from unite_fast.config import OptimConfig, UserError, earlier, yaml_text
 from unite_fast.layers import adamw_parameter, use_adamw
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
@@ -98,58 +98,94 @@ def test_state_names_what_is_wrong():
         optimizer.load_state_dict(state, 1)
 
 
-def rate(o: OptimConfig, epoch: float, batch: int = 384, total: float = 600, accumulation: int = 1) -> float:
-    return learning_rate(o, round(epoch * 1000), 1000, batch, total, accumulation)
+PUBLISHED = {
+    13: "0x1.6b819fef65c5ap-14",
+    45: "0x1.179ec9cbd821ep-12",
+    77: "0x1.c41184760de8ap-13",
+    450: "0x1.179ec9cbd821ep-13",
+}
+PAPER = {
+    10: "0x1.a36e2eb1c432dp-15",
+    50: "0x1.90ab1a613ac5cp-14",
+    130: "0x1.a79fec99f1ae3p-15",
+    239: "0x1.0dca4b89dfd45p-20",
+}
+DIGITS = {
+    0.5: "0x1.88f40d7a6ca7ap-9",
+    3: "0x1.861bed3244e37p-8",
+    18: "0x1.a11dfd150f6e2p-9",
+    36: "0x1.a36e2eb1c432dp-14",
+}
 
 
-def test_two_stage_schedule():
-    o = OptimConfig()
-    assert rate(o, 0) == 0
-    assert rate(o, 10) == pytest.approx(5e-5)
-    assert rate(o, 20) == rate(o, 29.9) == pytest.approx(1e-4)
-    assert rate(o, 40) == pytest.approx(7.5e-5)
-    assert rate(o, 50) == rate(o, 599) == pytest.approx(5e-5)  # the published second decay never starts
-    early = OptimConfig(second_flat_epochs=100, second_decay_epochs=200)
-    assert rate(early, 150) == pytest.approx(3e-5)
-    assert rate(early, 300) == pytest.approx(1e-5)
+def rate(o: OptimConfig, epoch: float, batch: int = 384, total: float = 600) -> float:
+    return learning_rate(o, round(epoch * 1000), 1000, batch, total)
 
 
-def test_cosine_schedule_of_the_paper():
-    o = OptimConfig(schedule="cosine", decay_epochs=0, final_lr=1e-6)
-    assert rate(o, 20, total=240) == pytest.approx(1e-4)
-    assert rate(o, 130, total=240) == pytest.approx((1e-4 + 1e-6) / 2)
-    assert rate(o, 240, total=240) == pytest.approx(1e-6)
+def official(epoch: float, total: float = 600, accumulation: int = 2) -> float:
+    """The official schedule of the published run, 8 GPUs x 64 x 2, whose second decay never starts: 3000 -> 380."""
+    epoch /= accumulation
+    if epoch < 20:
+        return 1e-4 * epoch / 20
+    progress = min(1.0, max(0.0, (epoch - 30) / (50 - 30)))
+    return 5e-5 + (1e-4 - 5e-5) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda path: path.stem)
+def test_the_published_recipes_have_the_published_learning_rates(path):
+    """To the bit; what 041eeaa computed for some epochs is written out."""
+    published = yaml_text.load(path).optim
+    for epoch in range(601):
+        assert rate(published, epoch, 1024) == 1024 / 384 * official(epoch), epoch
+    assert {epoch: rate(published, epoch, 1024).hex() for epoch in PUBLISHED} == PUBLISHED
+    paper = ("warmup_epochs=20", "flat_epochs=0", "decay_epochs=0", "final_lr=1e-6")
+    o = yaml_text.load(path, [f"optim.{word}" for word in paper]).optim
+    assert {epoch: rate(o, epoch, total=240).hex() for epoch in PAPER} == PAPER
+
+
+def test_the_digits_have_the_learning_rates_that_they_had():
+    o = yaml_text.load(ROOT / "configs" / "digits.yaml").optim
+    assert {epoch: learning_rate(o, round(epoch * 1497), 1497, 32, 36).hex() for epoch in DIGITS} == DIGITS
 
 
 def test_scaling_by_batch():
     o = OptimConfig()
     assert lr_scale(o, 1024) == pytest.approx(1024 / 384)
     assert lr_scale(o, 64) == 1
-    assert rate(o, 25, batch=1024) == pytest.approx(1e-4 * 1024 / 384)
-    assert rate(OptimConfig(lr_reference_batch=0), 25, batch=1024) == pytest.approx(1e-4)
+    assert rate(o, 50, batch=1024) == pytest.approx(1e-4 * 1024 / 384)
+    assert rate(OptimConfig(lr_reference_batch=0), 50, batch=1024) == pytest.approx(1e-4)
 
 
-def test_official_epochs_last_longer():
-    o = OptimConfig(epoch_unit="micro_batches")
-    assert rate(o, 20, accumulation=2) == pytest.approx(5e-5)
-    assert rate(o, 40, accumulation=2) == pytest.approx(1e-4)
-    assert math.isclose(rate(o, 80, accumulation=2), rate(OptimConfig(), 40))
-    ends = OptimConfig(schedule="cosine", decay_epochs=0, warmup_epochs=10, epoch_unit="micro_batches", final_lr=1e-6)
-    assert rate(ends, 60, total=100, accumulation=2) == pytest.approx((1e-4 + 1e-6) / 2)
-    assert rate(ends, 100, total=100, accumulation=2) == pytest.approx(1e-6)  # the end of training is that of the run
+OLD_KEYS = {"schedule": "two_stage", "warmup_epochs": 20.0, "flat_epochs": 30.0, "decay_epochs": 50.0, "mid_lr": 5e-5}
+OLD_KEYS |= {"second_flat_epochs": 3000.0, "second_decay_epochs": 380.0, "final_lr": 1e-5, "epoch_unit": "images"}
+OLD_TRAIN = {"epochs": 600.0, "global_batch": 1024, "micro_batch": 512}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda path: path.stem)
-def test_configurations_have_the_published_schedule(path):
-    """Of the official code with the published run's accumulation (8 GPUs x 64 x 2), on any number of ranks."""
-    ours, published = yaml_text.load(path).optim, OptimConfig(epoch_unit="micro_batches")
-    for epoch in range(0, 601, 5):
-        expected = rate(published, epoch, 1024, accumulation=2)
-        for accumulation in (1, 2, 16):
-            assert rate(ours, epoch, 1024, accumulation=accumulation) == pytest.approx(expected), epoch
-    paper = ("schedule=cosine", "warmup_epochs=20", "decay_epochs=0", "final_lr=1e-6")
-    o = yaml_text.load(path, [f"optim.{word}" for word in paper]).optim
-    assert [rate(o, epoch, total=240) for epoch in (10, 20, 130, 240)] == pytest.approx([5e-5, 1e-4, 5.05e-5, 1e-6])
+def translated(**changes) -> OptimConfig:
+    saved = {"optim": OLD_KEYS | changes, "train": OLD_TRAIN}
+    return yaml_text.from_dict(earlier.translated(saved, "saved")).optim
+
+
+def test_a_saved_schedule_is_translated():
+    assert translated(epoch_unit="micro_batches") == OptimConfig()
+    assert translated(warmup_epochs=60.0).decay_epochs == 60
+    assert rate(translated(warmup_epochs=60.0), 61) == 5e-5
+    constant, cosine = translated(schedule="constant"), translated(schedule="cosine", decay_epochs=0.0)
+    assert [rate(constant, epoch) for epoch in (10, 20, 599)] == [5e-5, 1e-4, 1e-4]
+    assert [rate(cosine, epoch, total=240) for epoch in (20, 240)] == [1e-4, 1e-5]
+    assert rate(cosine, 130, total=240) == 1e-5 + (1e-4 - 1e-5) * 0.5 * (1 + math.cos(math.pi * 0.5))
+    today = {"optim": {"lr": 1.0}}
+    assert earlier.translated(today, "saved") is today
+    with pytest.raises(UserError, match="saved: its learning rate decays again"):
+        translated(second_flat_epochs=100.0)
+    with pytest.raises(UserError, match="saved: the learning-rate schedule that was saved is malformed"):
+        translated(warmup_epochs="long")
+
+
+@pytest.mark.parametrize("key", sorted(earlier.GONE))
+def test_a_key_that_is_gone_names_what_took_its_place(key):
+    with pytest.raises(UserError, match=rf"config: {key} is no key any more: .*(flat_epochs|final_lr|multiply)"):
+        yaml_text.from_dict({"optim": {key.removeprefix("optim."): OLD_KEYS[key.removeprefix("optim.")]}})
 
 
 # --- several moving averages ---------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_continues_an_official_checkpoint(reference, tmp_path):
         "  encoder: {depth: 6, width: 64, heads: 4, in_context_start: 2, in_context_len: 8}\n"
         "  decoder: {depth: 2, width: 48, heads: 3, mlp_hidden: 96}\n"
         "objective: {perceptual_weight: 0, flow_steps: 1}\n"
-        "optim: {schedule: constant, warmup_epochs: 0}\n"
+        "optim: {warmup_epochs: 0}\n"
         "data: {source: synthetic, flip: false}\n"
         "sample: {solver: euler, steps: 1}\n"
         "train: {global_batch: 1, micro_batch: 1, max_steps: 2, log_every: 1, image_every: 0}\n"

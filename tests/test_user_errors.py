@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from support import TINY, command, command_of, process
 
 from unite_fast import doctor, evaluate, export, weights
 from unite_fast.base.errors import UserError
-from unite_fast.config import EfficiencyConfig, yaml_text
+from unite_fast.config import yaml_text
 from unite_fast.efficiency import execution
 from unite_kernels import backend, extension
 
@@ -96,23 +95,6 @@ def test_overrides(tiny, tmp_path, case):
 
 def test_1e_4_is_a_number(tiny):
     assert "lr: 0.0001" in command("train.py", "--config", tiny, "--print-config", "optim.lr=1e-4").stdout
-
-
-def test_files_of_earlier_versions(tmp_path):
-    def said(efficiency: str, *overrides: str) -> EfficiencyConfig:
-        (tmp_path / "old.yaml").write_text(f"efficiency: {{{efficiency}}}")
-        return yaml_text.load(tmp_path / "old.yaml", overrides).efficiency
-
-    both = "compile_decoder: true, checkpoint_blocks: true"
-    assert said(both) == replace(EfficiencyConfig(), compile="decoder", recompute="blocks")
-    assert said("compile_decoder: false, checkpoint_blocks: false") == EfficiencyConfig()
-    assert said(f"{both}, compile: all, recompute: none").compile == "all"
-    assert said(f"recompute: auto, {both}").recompute == "auto"
-    assert said(both, "efficiency.compile=none").compile == "none"
-    with pytest.raises(UserError, match=r"unknown key 'efficiency\.compile_decoder'"):
-        said("compile_decoder: 3")
-    with pytest.raises(UserError, match=r"unknown key 'efficiency\.compile_decoder'"):
-        said("", "efficiency.compile_decoder=true")
 
 
 @pytest.mark.parametrize("module", [doctor, evaluate, export, weights], ids=lambda module: module.__name__)

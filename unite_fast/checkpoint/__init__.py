@@ -8,7 +8,7 @@
 
 A folder named ``*.incomplete`` is an unfinished save or removal and is never read. Parameter names are the stock ones,
 and any number of ranks, sharded or not, loads what any other number has saved. No file here can execute code when it
-is loaded. Format 1, before files were written by several ranks, is read as well.
+is loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from unite_fast.checkpoint.compare import changed_settings, check_same_model
 from unite_fast.checkpoint.shards import Stored
 from unite_fast.config import Config, ModelConfig
 from unite_fast.config.checks import validate
-from unite_fast.config.yaml_text import current, from_dict, to_dict
+from unite_fast.config.earlier import translated
+from unite_fast.config.yaml_text import from_dict, to_dict
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.optimizer import PARTS
@@ -42,7 +43,6 @@ from unite_fast.training.guards import first_nonfinite
 from unite_fast.training.state import STEPS, TrainState, tensors_of
 
 FORMAT = 2
-READABLE = (1, 2)
 NO_PICKLE = "this program executes nothing while it loads"
 EXPORTED = "model.safetensors"  # what ``export`` writes: one set of weights, the configuration in its metadata
 NAME = re.compile(r"step-(\d{7,})$")
@@ -170,9 +170,9 @@ def _read_counters(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {path} cannot be read: state.json: {error}") from None
-    if not isinstance(state, dict) or state.get("format") not in READABLE:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         state = state if isinstance(state, dict) else {}
-        raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {READABLE}")
+        raise UserError(f"checkpoint {path} has format {state.get('format')}, this program reads {FORMAT}")
     return state
 
 
@@ -204,7 +204,7 @@ def _saved_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / "state.json").read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
-    return current(config) if isinstance(config, dict) else {}
+    return translated(config, str(path)) if isinstance(config, dict) else {}
 
 
 def saved_config(path: Path) -> Config:
@@ -329,7 +329,7 @@ def _exported(path: Path, weights: str) -> tuple[dict[str, Tensor], Config]:
         raise UserError(f"{path} does not say what it holds; python -m unite_fast.export makes files that do") from None
     if weights != held:
         raise UserError(f"{path} holds the weights '{held}' alone, not '{weights}'")
-    config = from_dict(current(values), str(path))
+    config = from_dict(translated(values, str(path)), str(path))
     try:
         validate(config)
     except UserError as error:

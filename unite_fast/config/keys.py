@@ -1,9 +1,8 @@
 """The configuration of a run as frozen dataclasses. ``yaml_text`` reads it from YAML and overrides.
 
 A field's default in this file is the only default, its text is its line of ``--help``, and ``checks`` checks its
-bounds. Unless the text says otherwise, the default is the value of the published configuration of UNITE-B. (Each epoch
-of its schedule was two true ones in the published run: configs/imagenet_b.yaml.) To add an option, add a field; YAML
-keys, ``section.key=value`` overrides, types, ``--help`` and error messages follow from it.
+bounds. Unless the text says otherwise, the default is the value of the published run of UNITE-B. To add an option, add
+a field; YAML keys, ``section.key=value`` overrides, types, ``--help`` and error messages follow from it.
 """
 
 from __future__ import annotations
@@ -202,23 +201,11 @@ class OptimConfig:
         above=0,
         below=1,
     )
-    schedule: Literal["two_stage", "cosine", "constant"] = option(
-        "two_stage", "two_stage: the official code's; cosine: the paper's; constant: after the warm-up"
-    )
-    warmup_epochs: float = option(20.0, "linear warm-up from 0 until here; published run: 40 true epochs")
-    flat_epochs: float = option(30.0, "two_stage: constant until here; published run: 60 true epochs")
-    decay_epochs: float = option(
-        50.0,
-        "end of the (first) cosine; two_stage in the published run: 100 true epochs; cosine: 0 is the end of training",
-    )
-    mid_lr: float = option(5e-5, "two_stage: rate after the first cosine")
-    second_flat_epochs: float = option(3000.0, "two_stage: mid_lr until here")
-    second_decay_epochs: float = option(380.0, "two_stage: end of the second cosine, at second_flat_epochs or later")
-    final_lr: float = option(1e-5, "rate after the last cosine; the paper: 1e-6")
-    epoch_unit: Literal["images", "micro_batches"] = option(
-        "images",
-        "images: true epochs; micro_batches: the official code's, each as many true ones as are accumulated",
-    )
+    # Published: 40, 60 and 100 true epochs. The paper: 20, 0, 0 and 1e-6, over 240 epochs.
+    warmup_epochs: float = option(40.0, "linear warm-up from 0 until here, in true epochs")
+    flat_epochs: float = option(60.0, "constant until here; at or before the end of the warm-up: no flat part")
+    decay_epochs: float = option(100.0, "cosine from lr to final_lr until here, constant after it; 0: until the end")
+    final_lr: float = option(5e-5, "rate after the decay")
 
 
 @dataclass(frozen=True)

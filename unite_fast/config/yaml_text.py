@@ -17,15 +17,10 @@ from unite_fast.base import files
 from unite_fast.base.errors import CommonError, UserError, first_line
 from unite_fast.config import SIZES, Config
 from unite_fast.config.checks import validate
+from unite_fast.config.earlier import GONE
 
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
-
-# Keys of earlier versions: the key of the same section that took their place, and what their values mean there.
-RETIRED: dict[str, tuple[str, dict[bool, str]]] = {
-    "efficiency.compile_decoder": ("compile", {True: "decoder", False: "none"}),
-    "efficiency.checkpoint_blocks": ("recompute", {True: "blocks", False: "none"}),
-}
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,6 +83,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _unknown(key: str, known: list[str], path: str, where: str) -> UserError:
+    if gone := GONE.get(path + key):
+        return UserError(f"{where}: {path}{key} is no key any more: {gone}")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{path}{close[0]}'?" if close else "known: " + ", ".join(known)
     return UserError(f"{where}: unknown key '{path}{key}'; {hint}")
@@ -178,17 +175,6 @@ def from_dict(values: dict[str, Any], where: str = "config", base: Config | None
     return _merge(base or Config(), values, "", where)
 
 
-def current(values: Any) -> Any:
-    """What a file of an earlier version says, in today's keys. Of two keys for the same thing today's counts."""
-    for old, (new, meaning) in RETIRED.items():
-        section, key = old.split(".")
-        found = values.get(section) if isinstance(values, dict) else None
-        if isinstance(found, dict) and isinstance(found.get(key), bool):
-            kept = {k: v for k, v in found.items() if k != key}
-            values = values | {section: {new: meaning[found[key]]} | kept}
-    return values
-
-
 def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises CommonError."""
     try:
@@ -207,7 +193,7 @@ def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
         except UnicodeDecodeError:
             raise UserError(f"--config {path}: not a text file") from None
         values = parse_yaml(text, str(path))
-        config = from_dict({} if values is None else current(values), str(path))
+        config = from_dict({} if values is None else values, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

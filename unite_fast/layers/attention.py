@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import ModelConfig
+from unite_fast.config import EfficiencyConfig, ModelConfig, choices
 from unite_kernels import attention as products
 from unite_kernels import backend as kernels
 
-BACKENDS = ("sdpa", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4", "products")
+BACKENDS = tuple(name for name in choices(EfficiencyConfig, "attention") if name != "auto")
 HALF_ONLY = ("flash", "cudnn", "fa2", "fa3", "fa4")  # on CUDA devices
 PACKS_MASKS = ("flash", "fa2", "fa3", "fa4")  # on CUDA devices
 SDPA = {

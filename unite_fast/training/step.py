@@ -41,7 +41,7 @@ class TrainStep:
         """split: (micro-batch, accumulation steps) of ``config.batch_split``."""
         self.state, self.config, self.ranks, self.objective = state, config, ranks, objective
         self.metrics = ("total", *objective.terms, "latent_std", "grad_norm", "lr", SKIPPED)
-        self.micro_batch, self.accumulation = split
+        self.micro_batch, _ = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
         optimizer = state.optimizer
@@ -52,9 +52,7 @@ class TrainStep:
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
-        return learning_rate(
-            self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs, self.accumulation
-        )
+        return learning_rate(self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
