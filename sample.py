@@ -15,16 +15,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
-from unite_fast.sampling.generate import (
-    Request,
-    check_out,
-    generate,
-    is_there,
-    merge,
-    parse_interval,
-    parse_labels,
-    parse_seeds,
-)
+from unite_fast.sampling.generate import Request, check_out, make, parse_interval, parse_labels, parse_seeds
 from unite_fast.sampling.reconstruct import reconstruct_folder
 
 SEEDS, LABELS = "0-49", "equal"
@@ -122,24 +113,16 @@ def main(argv: list[str]) -> int:
             compiled = "compiled" if arguments.compile else "as written"
             network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
             identity = f"{checkpoint.identity(located)} {network}"
+            out, batch = arguments.out, arguments.batch
             if wanted is None:
                 t_max = config.objective.tokenizer_t_max
-                out, batch = arguments.out, arguments.batch
                 said = reconstruct_folder(model, arguments.reconstruct, out, batch, ranks, t_max, identity)
-                if ranks.is_main:
-                    print(said)
-                return 0
-            if arguments.compile:
-                sampling.compile_blocks(model)
-            if ranks.decide(lambda: is_there(wanted, arguments.out, identity, arguments.overwrite)):
-                if ranks.is_main:
-                    print(f"{arguments.out} holds these images already; nothing to do")
-                return 0
-            made = generate(model, wanted, arguments.out, ranks, identity, replays)
-        ranks.barrier()
+            else:
+                if arguments.compile:
+                    sampling.compile_blocks(model)
+                said = make(model, wanted, out, ranks, identity, arguments.overwrite, replays)
         if ranks.is_main:
-            merge(wanted, arguments.out, identity)
-            print(f"{made}; {len(wanted.seeds)} images in {arguments.out}")
+            print(said)
     finally:
         distributed.stop()
     return 0

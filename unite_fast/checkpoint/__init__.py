@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop
-from unite_fast.base import launcher
+from unite_fast.base import files, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.checkpoint import shards
@@ -62,20 +63,37 @@ def step_of(path: Path) -> int | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    found = [(step, p) for p in folder.glob("step-*") if (step := step_of(p)) is not None and p.is_dir()]
-    return [p for _, p in sorted(found, reverse=True)]
+    """The checkpoints of a folder, those included that cannot be looked at. Raises UserError for such a folder."""
+    with files.refusals(str(folder), "; make it readable: what is in it decides where a run goes on"):
+        names = os.listdir(folder) if folder.is_dir() else []
+    found = [(step, folder / name) for name in names if name.startswith("step-") and (step := step_of(Path(name)))]
+    return [path for _, path in sorted(found, reverse=True) if _may_be_folder(path)]
+
+
+def _may_be_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def verify(path: Path, content: bool = True) -> str:
     """An empty string for a whole checkpoint, else what is wrong with it. Without ``content``, sizes alone count."""
     try:
+        return _problem(path, content)
+    except OSError as error:  # of a disk or a server: other checkpoints may be whole
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror or error}"
+
+
+def _problem(path: Path, content: bool) -> str:
+    try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        recorded = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         if (path / ".metadata").exists():
             return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
         return "it has no readable manifest.json"
-    for name, size, sha256 in files:
+    for name, size, sha256 in recorded:
         file = path / Path(name).name
         if not file.is_file():
             return f"{name} is missing"
@@ -112,7 +130,11 @@ def locate(path: str | Path, quiet: bool = False) -> Path:
     Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
     UserError.
     """
-    path = Path(path)
+    with files.refusals(f"checkpoint {path}", "; make it readable, or choose another one"):
+        return _located(Path(path), quiet)
+
+
+def _located(path: Path, quiet: bool) -> Path:
     if path.is_file():
         return path
     if (path / "manifest.json").is_file() or NAME.search(path.name):
