@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,9 +199,10 @@ def check_out(out: str, sources: list[Path], reconstruct: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def _alone(out: str, ranks: Ranks) -> Iterator[None]:
-    """For one job at a time that makes the grid, npz or tar OUT; folders may be filled by several. Raises UserError."""
-    folder, held = _parts(out), []
+def alone(out: str, folder: Path, ranks: Ranks) -> Iterator[None]:
+    """For one job at a time that makes the file OUT of parts in ``folder``; where OUT is that folder itself, it may be
+    filled by several. Raises UserError."""
+    held: list[Any] = []
 
     def take() -> None:
         with files.refusals(f"--out {out}"):
@@ -308,7 +310,7 @@ def make(
     model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, overwrite: bool, replays: Replays | None
 ) -> str:
     """The images in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
-    with _alone(out, ranks):
+    with alone(out, _parts(out), ranks):
         if ranks.decide(lambda: is_there(request, out, identity, overwrite)):
             return f"{out} holds these images already; nothing to do"
         made = generate(model, request, out, ranks, identity, replays)
