@@ -41,7 +41,7 @@ from unite_fast.optim import ema
 from unite_fast.optim.optimizer import PARTS
 from unite_fast.parallel.tensors import local
 from unite_fast.training.guards import first_nonfinite
-from unite_fast.training.state import STEPS, TrainState, tensors_of
+from unite_fast.training.state import STEPS, TrainState, prefix, tensors_of
 
 FORMAT = 2
 NO_PICKLE = "this program executes nothing while it loads"
@@ -254,8 +254,32 @@ def changes(path: Path, config: Config) -> list[str]:
     return changed_settings(saved, config, path.name)
 
 
-def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iterable[str]) -> list[str]:
-    """What of a checkpoint does not fit the state that it is to fill. ``averages``: those that the run keeps."""
+def _expected(
+    found: dict[str, Stored], state: TrainState
+) -> tuple[dict[str, Stored], dict[str, Tensor], dict[str, list[str]]]:
+    """What is read of ``found``, what it fills, and the averages of each part that begin anew.
+
+    Left out is what may differ: averages that only one side keeps, and of parameters that are frozen by now what an
+    optimizer kept.
+    """
+    wanted, fresh = tensors_of(state), {}
+    for name, part in state.parts.items():
+        at, optimizer = prefix(name), part.optimizer
+        del wanted[at + STEPS]
+        averages = [a for a in optimizer.averages if a != "ema"]
+        fresh[name] = [a for a in averages if not any(n.startswith(f"{at}{a}.") for n in found)]
+        absent = tuple(f"{at}{a}." for a in fresh[name])
+        wanted = {n: t for n, t in wanted.items() if not n.startswith(absent)}
+        frozen = {n for n, _ in part.module.named_parameters()} - optimizer.parameters.keys()
+        kept = {f"{at}{of}.{n}" for of in (*PARTS, *optimizer.averages) for n in frozen}
+        known = tuple(f"{at}{a}." for a in averages)
+        kept |= {n for n in found if n.startswith(f"{at}ema_") and not n.startswith(known)}
+        found = {n: entry for n, entry in found.items() if n not in kept}
+    return found, wanted, fresh
+
+
+def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
+    """What of a checkpoint does not fit the state that it is to fill."""
     wrong = []
     for name, tensor in wanted.items():
         if name not in found:
@@ -264,27 +288,22 @@ def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iter
             wrong.append(f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}")
         elif found[name].dtype != tensor.dtype:
             wrong.append(f"{name} is {found[name].dtype}, expected {tensor.dtype}".replace("torch.", ""))
-    kept = tuple(f"{average}." for average in averages)
-    return wrong + [
-        f"{name} is unknown to the model"
-        for name in found
-        if name not in wanted and (name.startswith(kept) or not name.startswith("ema_"))
-    ]
+    return wrong + [f"{name} is unknown to the model" for name in found if name not in wanted]
 
 
-def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[str, float]]:
-    """(step, images seen, optimizer steps, running sums) of state.json. Raises UserError."""
-    counts: list[int] = []
-    for name in ("step", "images_seen", "optimizer_steps"):
+def _counters(state: dict[str, Any], path: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
+    """The counts of these names in state.json, and the running sums. Raises UserError."""
+    counts: dict[str, int] = {}
+    for name in names:
         value = state.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
             raise UserError(f"checkpoint {path}: {name} in state.json is missing or malformed")
-        counts.append(value)
+        counts[name] = value
     means = state.get("means")
     numbers = means.values() if isinstance(means, dict) else [None]
     if not all(isinstance(v, (int, float)) for v in numbers):
         raise UserError(f"checkpoint {path}: means in state.json is missing or malformed")
-    return counts[0], counts[1], counts[2], _sums(state["means"], state.get("config"))
+    return counts, _sums(state["means"], state.get("config"))
 
 
 def _sums(means: dict[str, float], config: Any) -> dict[str, float]:
@@ -311,19 +330,12 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         state.best_cfg_scale = interop.best_scale(content)
         return {}
     counters = _read_counters(path)
-    step, images_seen, optimizer_steps, means = _counters(counters, path)
+    counts, means = _counters(counters, path, ("step", "images_seen", *(prefix(part) + STEPS for part in state.parts)))
     best = counters.get("best_cfg_scale", 0.0)
     if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
         raise UserError(f"checkpoint {path}: best_cfg_scale in state.json is malformed")
-    found, wanted = stored(path), tensors_of(state)
-    del wanted[STEPS]
-    fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
-    wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
-    # Of parameters that are frozen by now, the checkpoint may hold what an optimizer kept.
-    frozen = {n for n, _ in state.model.named_parameters()} - state.optimizer.parameters.keys()
-    kept = {f"{part}.{n}" for part in (*PARTS, *state.optimizer.averages) for n in frozen}
-    found = {n: entry for n, entry in found.items() if n not in kept}
-    if wrong := _misfits(found, wanted, state.optimizer.averages):
+    found, wanted, fresh = _expected(stored(path), state)
+    if wrong := _misfits(found, wanted):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")
     from unite_fast.checkpoint import dcp
@@ -334,9 +346,10 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
         raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
-    state.optimizer.restart(fresh)
-    state.optimizer.steps.fill_(optimizer_steps)
-    state.step, state.images_seen, state.best_cfg_scale = step, images_seen, best
+    for name, part in state.parts.items():
+        part.optimizer.restart(fresh[name])
+        part.optimizer.steps.fill_(counts[prefix(name) + STEPS])
+    state.step, state.images_seen, state.best_cfg_scale = counts["step"], counts["images_seen"], best
     return means
 
 
