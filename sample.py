@@ -1,4 +1,4 @@
-"""Samples images from a checkpoint, or reconstructs a folder of images."""
+"""Samples images, molecules or crystals from a checkpoint, or reconstructs those of a user's files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,8 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
-from unite_fast.sampling.generate import (
-    Request,
-    check_out,
-    generate,
-    is_there,
-    merge,
-    parse_interval,
-    parse_labels,
-    parse_seeds,
-)
-from unite_fast.sampling.reconstruct import reconstruct_folder
+from unite_fast.sampling.generate import Request, parse_interval, parse_labels, parse_seeds
+from unite_fast.sampling.makers import MAKERS
 
 SEEDS, LABELS = "0-49", "equal"
 OF_SAMPLES = ("overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "solver", "steps", "compile", "graph")
@@ -36,7 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
     add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
-    add("--out", required=True, metavar="PATH", help="folder, grid.png, file.npz, or file.tar")
+    add("--out", required=True, metavar="PATH", help="folder, grid.png, .npz, .tar; of atoms .sdf, .xyz, .extxyz")
     add("--overwrite", action="store_true", help="replace images made with another checkpoint or other options")
     add("--seeds", help=f"one image each: 0-49999, or 1,5,8-11 (default: {SEEDS})")
     add("--labels", help=f"equal, random, or a list of classes such as 3,7 used in turn (default: {LABELS})")
@@ -63,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile of the network's blocks; changes rounding")
     add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
     add("--device", choices=choices(Config, "device"), default="auto")
-    add("--reconstruct", metavar="FOLDER", help="instead of sampling: originals beside reconstructions, with PSNR")
+    add("--reconstruct", metavar="PATH", help="instead of sampling: a folder of images, a file or folder of structures")
     add("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.batch < 1:
@@ -108,12 +99,12 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
-    wanted = None if arguments.reconstruct else request(arguments, config)
+    wanted, maker = None if arguments.reconstruct else request(arguments, config), MAKERS[model.modality.thing]
     ranks = distributed.start(arguments.device)
     try:
         if ranks.is_main:
             print(describe(located, arguments, wanted and wanted.how))
-        ranks.decide(lambda: check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
+        ranks.decide(lambda: maker.check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
         precision.setup(ranks.device)
         model.to(ranks.device)
         model.use_kernels(arguments.kernels)
@@ -122,24 +113,16 @@ def main(argv: list[str]) -> int:
             compiled = "compiled" if arguments.compile else "as written"
             network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
             identity = f"{checkpoint.identity(located)} {network}"
+            out, batch = arguments.out, arguments.batch
             if wanted is None:
                 t_max = config.objective.tokenizer_t_max
-                out, batch = arguments.out, arguments.batch
-                said = reconstruct_folder(model, arguments.reconstruct, out, batch, ranks, t_max, identity)
-                if ranks.is_main:
-                    print(said)
-                return 0
-            if arguments.compile:
-                sampling.compile_blocks(model)
-            if ranks.decide(lambda: is_there(wanted, arguments.out, identity, arguments.overwrite)):
-                if ranks.is_main:
-                    print(f"{arguments.out} holds these images already; nothing to do")
-                return 0
-            made = generate(model, wanted, arguments.out, ranks, identity, replays)
-        ranks.barrier()
+                said = maker.reconstruct(model, arguments.reconstruct, out, batch, ranks, t_max, identity)
+            else:
+                if arguments.compile:
+                    sampling.compile_blocks(model)
+                said = maker.make(model, wanted, out, ranks, identity, arguments.overwrite, replays)
         if ranks.is_main:
-            merge(wanted, arguments.out, identity)
-            print(f"{made}; {len(wanted.seeds)} images in {arguments.out}")
+            print(said)
     finally:
         distributed.stop()
     return 0

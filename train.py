@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
 
     source: data.Source
     objective: Objective
-    scoring: monitor.Files | None
+    scoring: monitor.Files | monitor.AtomFiles | None
     started: float
 
     @classmethod

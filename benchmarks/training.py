@@ -130,16 +130,11 @@ class OurStep:
 
         With graphs they are zeroed first, which a step does once for all its micro-batches: counted against us.
         """
-        graphs, parameters = self.step.graphs, self.state.optimizer.parameters
-        if graphs is not None:
-            graphs.gradients.begin()
         try:
-            self.losses = self.step.accumulate(self.batch, 1)
+            self.losses = self.step.within_memory(self.batch, 1)
         except RunError as error:  # a run would be told to end; a benchmark takes a smaller batch
             raise (torch.OutOfMemoryError(str(error)) if "out of memory" in str(error) else error) from None
-        if graphs is not None:
-            graphs.gradients.keep()
-        self.gradients = {name: p.grad for name, p in parameters.items()}
+        self.gradients = {name: p.grad for name, p in self.state.optimizer.parameters.items()}
         return self.losses
 
     def fresh_passes(self) -> dict[str, Tensor]:

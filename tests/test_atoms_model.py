@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from support import command
+from atoms_support import SLOTS, config, structures
 
-from unite_fast import checkpoint, data, sampling
-from unite_fast.base.errors import UserError
+from unite_fast import data, sampling
 from unite_fast.config import Config
-from unite_fast.config.yaml_text import from_dict
 from unite_fast.data import Batch, stream
-from unite_fast.data.atoms import Structure, Structures, join, lattice, pack
+from unite_fast.data.atoms import lattice
 from unite_fast.data.atoms.augment import posed, rotations
 from unite_fast.data.atoms.source import AtomSource
 from unite_fast.data.batch import slots_taken
@@ -24,48 +21,6 @@ from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Objective
 from unite_fast.sampling.reconstruct import reconstruct
 from unite_kernels.philox import uniform
-
-SLOTS = 7
-TINY = f"""
-name: tiny
-model:
-  modality: atoms
-  num_classes: 2
-  num_latents: {SLOTS}
-  latent_dim: 4
-  time_shift: 1.0
-  encoder: {{depth: 3, width: 32, heads: 2, in_context_start: 1, in_context_len: 2}}
-  decoder: {{depth: 1, width: 32, heads: 2, mlp_hidden: 64, in_features: 32}}
-objective: {{perceptual_weight: 0, flow_weight: 0.03, flow_steps: 2}}
-optim: {{lr: 2e-3, warmup_epochs: 0.1, flat_epochs: 1e9}}
-sample: {{solver: heun, steps: 2, last: prediction}}
-evaluation: {{precision: fp32}}
-train: {{global_batch: 8, micro_batch: 4, epochs: 4, log_every: 1, image_every: 0, checkpoint_every: 1000}}
-efficiency: {{precision: fp32}}
-"""
-
-
-def structures(count: int = 24) -> Structures:
-    """Molecules of up to 7 atoms, then crystals, as two data sets."""
-    random = np.random.default_rng(0)
-    listed = []
-    for k in range(count):
-        n = 2 + k % 6
-        places = np.stack([np.arange(n), np.arange(n) % 2, np.zeros(n)], 1) * 1.2 + random.normal(0, 0.1, (n, 3))
-        cell = np.diag(random.uniform(3, 6, 3)) + random.normal(0, 0.1, (3, 3)) if k >= count // 2 else None
-        if cell is not None:
-            places = (np.arange(n) / n)[:, None] + random.normal(0, 0.01, (n, 3))
-        listed.append(Structure(random.choice([1, 6, 7, 8, 9], n), places, cell, f"number {k}"))
-    return join([pack(listed[: count // 2]), pack(listed[count // 2 :])])
-
-
-def config(**model: object) -> Config:
-    import yaml
-
-    values = yaml.safe_load(TINY)
-    values["model"] |= model
-    values["optim"]["lr"] = 2e-3
-    return from_dict(values)
 
 
 def woken(settings: Config) -> UNITE:
@@ -264,53 +219,3 @@ def test_flops_are_counted():
         objective.backward(model, batch._replace(content=content), objective.draws(model, 0, batch.samples))
     expected = training_flops(settings.model, 2, False, pruned=True)["total"]
     assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("atoms")
-    structures().select(range(12)).labelled(0).save(folder / "all.safetensors")
-    (folder / "tiny.yaml").write_text(TINY)
-    return folder
-
-
-def run_of(packed, name: str, *overrides: object):
-    return command(
-        "train.py", "--config", packed / "tiny.yaml", f"run_dir={packed / name}", "model.num_classes=1", "device=cpu",
-        "data.source=structures", f"data.path={packed / 'all.safetensors'}",
-        f"data.heldout_path={packed / 'all.safetensors'}", *overrides,
-    )  # fmt: skip
-
-
-def tensors(folder):
-    return checkpoint.read(checkpoint.locate(folder))
-
-
-def test_a_run_resumes_with_the_same_bits(packed):
-    whole = run_of(packed, "whole", "train.max_steps=6", "train.image_every=6")
-    assert whole.returncode == 0, whole.stderr
-    assert (packed / "whole" / "samples" / "step_0000006.png").is_file()
-    for steps in (2, 6):
-        assert run_of(packed, "parts", f"train.max_steps={steps}").returncode == 0
-    a, b = tensors(packed / "whole"), tensors(packed / "parts")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    model, _ = checkpoint.load_model(packed / "whole")
-    assert model.embedder.sizes_seen.tolist() == [[0, 0, 2, 2, 2, 2, 2, 2]]
-
-
-def test_what_does_not_fit_is_one_line(packed):
-    for override, words in (
-        ("model.num_classes=3", "has 1 classes but model.num_classes is 3"),
-        ("model.num_latents=4", "too many atoms"),
-        ("model.modality=images", "does not give model.modality images"),
-        ("data.source=joint", "needs data.atoms.joint"),
-        ("data.source=digits", "does not give model.modality atoms"),
-    ):
-        found = run_of(packed, "bad", "train.max_steps=1", override)
-        assert found.returncode == 2, found.stderr
-        assert words in found.stderr
-        assert len(found.stderr.strip().splitlines()) == 1
-    model = woken(config())
-    with pytest.raises(UserError, match="needs a source of molecules"):
-        model.modality.prepare(model, object())

@@ -27,7 +27,7 @@ from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.tensors import local
-from unite_fast.training.state import STEPS, TrainState, tensors_of
+from unite_fast.training.state import STEPS, Part, TrainState, tensors_of
 
 CONFIG = from_dict(parse_yaml(TINY, "tiny"))
 LAYOUTS = {"one process": 1, "DDP": 2, "FSDP2": 2, "FSDP2 on 3": 3, "HSDP": 4}
@@ -36,7 +36,7 @@ LAYOUTS = {"one process": 1, "DDP": 2, "FSDP2": 2, "FSDP2 on 3": 3, "HSDP": 4}
 def made(filled: bool) -> TrainState:
     """A state of random numbers, the same everywhere, or of zeros."""
     model = build(CONFIG.model)
-    state = TrainState(model, Optimizer(model, CONFIG.optim), 7 if filled else 0, 112 if filled else 0)
+    state = TrainState({"": Part(model, Optimizer(model, CONFIG.optim))}, 7 if filled else 0, 112 if filled else 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in tensors_of(state).values():

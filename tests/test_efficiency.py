@@ -25,7 +25,7 @@ from unite_fast.plan import memory
 from unite_fast.run import assemble
 from unite_fast.run.stats import read_metrics
 from unite_fast.training.means import Means
-from unite_fast.training.state import TrainState
+from unite_fast.training.state import Part, TrainState
 from unite_fast.training.step import TrainStep
 
 COMPARED = ("total", "l2", "flow", "grad_norm")
@@ -127,7 +127,7 @@ def test_a_step_needs_no_values():
     n = config.train.global_batch
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = UNITE(config.model)
-        state = TrainState(model, Optimizer(model, config.optim))
+        state = TrainState({"": Part(model, Optimizer(model, config.optim))})
         target = Objective.open(config.model, config.objective, config.efficiency)
         step = TrainStep(state, config, Ranks(0, 1, torch.device("cpu")), batch_split(config.train, 1), 1000, target)
         batch = batch_of_images(torch.empty(n, 1, 8, 8), torch.arange(n) % 10, torch.arange(n))

@@ -55,7 +55,7 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     first = run(trained, "fid", tmp_path / "a.json", "--pairs", "--kid-subset", 50, "--cfg", 1.5, "--solver", "heun")
     assert first["protocol"]["settings"] | {"steps": 2} == {
         "count": 100, "labels": "equal", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
-        "cfg_order": "norm_first", "precision": "fp32", "kernels": "eager", "compile": False,
+        "cfg_order": "norm_first", "last": "state", "precision": "fp32", "kernels": "eager", "compile": False,
         "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert {"commit", "dirty", "torch", "device"} <= set(first["protocol"]["environment"])
@@ -86,7 +86,7 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
     assert protocol["settings"] == generation.of_run(config).described()
     assert protocol["settings"] == {
         "count": 40, "labels": "equal", "solver": "exp3", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
-        "cfg_order": "norm_first", "precision": "fp32", "kernels": "fused", "compile": False,
+        "cfg_order": "norm_first", "last": "state", "precision": "fp32", "kernels": "fused", "compile": False,
         "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert protocol["checkpoint"]["weights"] == "model"
@@ -364,17 +364,17 @@ class Perfect:
     """A tokenizer that keeps the image."""
 
     def __init__(self, model) -> None:
-        self.latent_shape = model.latent_shape
+        self.latent_shape, self.latent_tokens, self.modality = model.latent_shape, model.latent_tokens, model.modality
         self.used: list = []
 
     def use_kernels(self, kernels):
         self.used.append(kernels)
 
-    def tokenize(self, images, noise, t):
+    def tokenize(self, images, noise, t, sizes=None):
         self.used += [torch.is_autocast_enabled("cpu"), float(t.max())]
         return images
 
-    def decode(self, z):
+    def decode(self, z, sizes=None):
         return z
 
 

@@ -18,7 +18,7 @@ from unite_fast.modality.images import psnr
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.training.state import TrainState
+from unite_fast.training.state import Part, TrainState
 
 TINY = {
     "model": {
@@ -127,7 +127,7 @@ def save_untrained(folder, values):
     config = from_dict(values)
     model = build(config.model)
     writer = saving.Writer(folder / "checkpoints", config, Ranks(0, 1, torch.device("cpu")))
-    writer.save(TrainState(model, Optimizer(model, config.optim)), {})
+    writer.save(TrainState({"": Part(model, Optimizer(model, config.optim))}), {})
     writer.wait()
 
 

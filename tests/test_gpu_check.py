@@ -163,7 +163,7 @@ def test_a_step_that_runs_out_of_memory_says_so_as_torch_does(monkeypatch):
     def accumulate(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step.step, "_accumulate", accumulate)
+    monkeypatch.setattr(step.step, "accumulate", accumulate)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in step 1 with train\.micro_batch=2"):
         step.passes()
 

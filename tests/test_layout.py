@@ -92,6 +92,14 @@ def test_programs_are_short():
         assert len((ROOT / name).read_text().splitlines()) <= limit, name
 
 
+def test_the_step_is_one_block():
+    """From a batch to new weights, on a page and in a row; what is done once or in need stands behind it."""
+    block = (ROOT / "unite_fast" / "training" / "step.py").read_text().split("    # ---")[1]
+    assert len(block.splitlines()) <= 60
+    functions = [words.split("(")[0].split()[-1] for words in block.splitlines() if words.startswith("    def ")]
+    assert functions == ["__call__", "accumulate", "micro_step", "update"]
+
+
 def test_programs_compute_alike():
     """What takes a device also sets the process-wide switches of floating-point arithmetic."""
     programs = [

@@ -338,7 +338,7 @@ def test_padding_changes_nothing(kernels, monkeypatch):
 
 def test_a_step_needs_the_recipe_that_the_model_was_prepared_for():
     step, state, batch = step_of(precision="fp8")
-    state.recipe = precision.Recipe("bf16")
+    state.parts[""].recipe = precision.Recipe("bf16")
     with pytest.raises(ValueError, match="prepared for bf16, not fp8"):
         step(batch)
 

@@ -8,6 +8,7 @@
                                           and, not the paper's, exp3 with 32 steps
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
+    atoms --checkpoint ...                samples and reconstructions of molecules and crystals (evaluation.atoms.runs)
 
 Under torchrun the work is shared out. Results lie in RUN/scores (beside an export; of an official .pt in ./scores)
 unless --out says otherwise. A name holds the step, the weights, the guidance scale and solver, and digits of the whole
@@ -39,6 +40,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
+from unite_fast.evaluation.atoms import runs
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import PLAIN, Options, Settings, of_run, score
@@ -378,6 +380,8 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["atoms"]:
+        return runs.main(argv[1:])
     arguments = parse(argv)
     earlier = read_result(arguments.protocol) if getattr(arguments, "protocol", None) else None
     located = checkpoint.locate(arguments.checkpoint)

@@ -49,6 +49,22 @@ reference statistics by hash, number of samples, labels, solver, steps, guidance
 dtype, rounding to 8 bits, seeds, and the commit.
 """
 
+ATOMS_CARD = """\
+---
+library_name: unite-fast
+tags: [flow-matching, molecule-generation]
+---
+# {name}
+
+A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)) of atoms: one transformer that tokenizes molecules
+or crystals and generates them. {parameters:,} parameters, up to {latents} atoms, a latent of width {width} per atom,
+{classes} data sets. {weights}{step}, written by unite-fast {version}{commit}.
+
+{sampling}No score is claimed here. A score means something only together with its protocol: the rule by which bonds are
+perceived and its version, the held-out structures by hash, number of samples, solver, steps, guidance, weights (EMA or
+raw), seeds, and the commit.
+"""
+
 
 def scrub(values: dict[str, Any]) -> dict[str, Any]:
     """The configuration without paths: what a path was becomes its last part, and what looks like a folder goes."""
@@ -135,7 +151,7 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False, ove
     facts |= {"config": json.dumps(values), "origin": kind, "provenance": json.dumps(provenance)}
     m, options = config.model, sampling_options(config, kind)
     counted = "" if kind == "run" else " by its own count"  # the official code's is of micro-batches
-    card = CARD.format(
+    card = (ATOMS_CARD if m.modality == "atoms" else CARD).format(
         name=values["name"], parameters=sum(v.numel() for v in state.values()), size=m.image_size,
         classes=m.num_classes, latents=m.num_latents, width=m.latent_dim,
         weights={"ema": "EMA weights", "model": "Raw weights"}.get(weights, f"Weights {weights}"),

@@ -12,7 +12,7 @@ from unite_fast import checkpoint
 from unite_fast.checkpoint import saving
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.stats import read_metrics
-from unite_fast.training.state import STEPS, TrainState, tensors_of
+from unite_fast.training.state import STEPS, Part, TrainState, tensors_of
 
 fault = pytest.mark.fault
 
@@ -117,7 +117,7 @@ def untrained():
 
     config = from_dict(parse_yaml(TINY, "tiny"))
     model = build(config.model)
-    return TrainState(model, Optimizer(model, config.optim)), config
+    return TrainState({"": Part(model, Optimizer(model, config.optim))}), config
 
 
 @fault("F37", "metrics that cannot be written", "one warning; training goes on, to the same end")

@@ -1,17 +1,27 @@
-"""What every command of the project does with errors: one line and exit code 2 for a user's mistake."""
+"""What every command does with errors: one line, and exit code 2 for a user's mistake, 1 for the rest."""
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
 
-from unite_fast.base import files, launcher
+from unite_fast.base import files, launcher, streams
 from unite_fast.base.errors import CommonError, RunError, UserError, first_line
 
 # Raised by a signal handler of torch, anywhere in the program.
 DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? (\d+)[\d, ]*\) (is killed|exited)")
 LOST_CONTACT = re.compile(r"Connection (reset|closed)|Timed out|timed out waiting|Broken pipe|Connection refused", re.I)
+NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.I)
+MENDS = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space, then start the same command again",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "give this user the right to it, or choose another place",
+    (errno.EMFILE, errno.ENFILE): "raise the number of open files, ulimit -n",
+    (errno.EIO, errno.ESTALE): "check that storage, then start the same command again",
+    (errno.ENAMETOOLONG,): "choose a shorter name",
+}
+MEND = "mend that, then start the same command again"
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -20,38 +30,54 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    rank, who = 0, ""
+    with streams.forgiving() as lost:
+        code = _run(main, arguments, debug)
+    return code or int(lost())
+
+
+def _run(main: Callable[[list[str]], int | None], arguments: list[str], debug: bool) -> int:
+    who = ""
     try:
         arguments = [_expanded(argument) for argument in arguments]
         rank = launcher.rank()
         who = f"rank {rank}: " if rank else ""
         return main(arguments) or 0
-    except UserError as error:
-        if debug:
-            raise
-        if not rank or not isinstance(error, CommonError):
-            print(f"error: {who}{error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        if debug:
-            raise
-        print(f"error: {who}{error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130
-    except RuntimeError as error:
+    except Exception as error:
         if debug:
             raise
-        if died := DIED.search(str(error)):
-            print(f"error: {who}data: a decoding worker (pid {died[1]}) died; out of memory? lower data.workers, or "
-                  "free memory and /dev/shm", file=sys.stderr)  # fmt: skip
-            return 1
-        if not LOST_CONTACT.search(str(error)):
+        code, said = _explained(error)
+        if said is None:
             raise
-        print(f"error: {who}another rank is gone or stuck ({first_line(error)}); see logs/ in the run folder",
-              file=sys.stderr)  # fmt: skip
-        return 1
+        if not who or not isinstance(error, CommonError):
+            print(f"error: {who}{said}", file=sys.stderr)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str | None]:
+    """The exit code, and the one line that says what happened; no line for what is a fault of the program."""
+    if isinstance(error, (UserError, RunError)):
+        return 2 if isinstance(error, UserError) else 1, str(error)
+    text = first_line(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        return (
+            1,
+            f"out of memory ({text}); free some, or lower train.micro_batch, --batch or data.workers",
+        )
+    if died := DIED.search(str(error)):
+        return 1, (
+            f"data: a decoding worker (pid {died[1]}) died; out of memory? lower data.workers, or "
+            "free memory and /dev/shm"
+        )
+    if isinstance(error, (RuntimeError, ConnectionError)) and LOST_CONTACT.search(str(error)):
+        return 1, f"another rank is gone or stuck ({text}); see logs/ in the run folder"
+    if isinstance(error, OSError):
+        mend = next((mend for codes, mend in MENDS.items() if error.errno in codes), MEND)
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror or text}; {mend}"
+    return 1, None
 
 
 def _expanded(argument: str) -> str:

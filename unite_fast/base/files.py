@@ -63,6 +63,13 @@ def create(path: Path) -> BinaryIO:
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
+def open_lock(path: Path) -> int:
+    """A descriptor of a file that stays, empty at first; a link in its place is removed. Raises OSError."""
+    if path.is_symlink():
+        path.unlink()
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
 @contextlib.contextmanager
 def replacing(path: Path, writer: str = "", sync: bool = False) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the block ends without an error, and otherwise leaves no trace.
@@ -105,7 +112,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def write(path: Path, content: str | bytes, writer: str = "", sync: bool = False) -> None:
     """Writes a whole file, text as UTF-8. Raises OSError."""
     with replacing(path, writer, sync) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any, writer: str = "") -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast import interop
-from unite_fast.base import launcher
+from unite_fast.base import files, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.checkpoint import shards
@@ -40,7 +41,7 @@ from unite_fast.optim import ema
 from unite_fast.optim.optimizer import PARTS
 from unite_fast.parallel.tensors import local
 from unite_fast.training.guards import first_nonfinite
-from unite_fast.training.state import STEPS, TrainState, tensors_of
+from unite_fast.training.state import STEPS, TrainState, prefix, tensors_of
 
 FORMAT = 2
 NO_PICKLE = "this program executes nothing while it loads"
@@ -62,20 +63,37 @@ def step_of(path: Path) -> int | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    found = [(step, p) for p in folder.glob("step-*") if (step := step_of(p)) is not None and p.is_dir()]
-    return [p for _, p in sorted(found, reverse=True)]
+    """The checkpoints of a folder, those included that cannot be looked at. Raises UserError for such a folder."""
+    with files.refusals(str(folder), "; make it readable: what is in it decides where a run goes on"):
+        names = os.listdir(folder) if folder.is_dir() else []
+    found = [(step, folder / name) for name in names if name.startswith("step-") and (step := step_of(Path(name)))]
+    return [path for _, path in sorted(found, reverse=True) if _may_be_folder(path)]
+
+
+def _may_be_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def verify(path: Path, content: bool = True) -> str:
     """An empty string for a whole checkpoint, else what is wrong with it. Without ``content``, sizes alone count."""
     try:
+        return _problem(path, content)
+    except OSError as error:  # of a disk or a server: other checkpoints may be whole
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror or error}"
+
+
+def _problem(path: Path, content: bool) -> str:
+    try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        recorded = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         if (path / ".metadata").exists():
             return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
         return "it has no readable manifest.json"
-    for name, size, sha256 in files:
+    for name, size, sha256 in recorded:
         file = path / Path(name).name
         if not file.is_file():
             return f"{name} is missing"
@@ -112,7 +130,11 @@ def locate(path: str | Path, quiet: bool = False) -> Path:
     Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
     UserError.
     """
-    path = Path(path)
+    with files.refusals(f"checkpoint {path}", "; make it readable, or choose another one"):
+        return _located(Path(path), quiet)
+
+
+def _located(path: Path, quiet: bool) -> Path:
     if path.is_file():
         return path
     if (path / "manifest.json").is_file() or NAME.search(path.name):
@@ -232,8 +254,32 @@ def changes(path: Path, config: Config) -> list[str]:
     return changed_settings(saved, config, path.name)
 
 
-def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iterable[str]) -> list[str]:
-    """What of a checkpoint does not fit the state that it is to fill. ``averages``: those that the run keeps."""
+def _expected(
+    found: dict[str, Stored], state: TrainState
+) -> tuple[dict[str, Stored], dict[str, Tensor], dict[str, list[str]]]:
+    """What is read of ``found``, what it fills, and the averages of each part that begin anew.
+
+    Left out is what may differ: averages that only one side keeps, and of parameters that are frozen by now what an
+    optimizer kept.
+    """
+    wanted, fresh = tensors_of(state), {}
+    for name, part in state.parts.items():
+        at, optimizer = prefix(name), part.optimizer
+        del wanted[at + STEPS]
+        averages = [a for a in optimizer.averages if a != "ema"]
+        fresh[name] = [a for a in averages if not any(n.startswith(f"{at}{a}.") for n in found)]
+        absent = tuple(f"{at}{a}." for a in fresh[name])
+        wanted = {n: t for n, t in wanted.items() if not n.startswith(absent)}
+        frozen = {n for n, _ in part.module.named_parameters()} - optimizer.parameters.keys()
+        kept = {f"{at}{of}.{n}" for of in (*PARTS, *optimizer.averages) for n in frozen}
+        known = tuple(f"{at}{a}." for a in averages)
+        kept |= {n for n in found if n.startswith(f"{at}ema_") and not n.startswith(known)}
+        found = {n: entry for n, entry in found.items() if n not in kept}
+    return found, wanted, fresh
+
+
+def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor]) -> list[str]:
+    """What of a checkpoint does not fit the state that it is to fill."""
     wrong = []
     for name, tensor in wanted.items():
         if name not in found:
@@ -242,27 +288,22 @@ def _misfits(found: dict[str, Stored], wanted: dict[str, Tensor], averages: Iter
             wrong.append(f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}")
         elif found[name].dtype != tensor.dtype:
             wrong.append(f"{name} is {found[name].dtype}, expected {tensor.dtype}".replace("torch.", ""))
-    kept = tuple(f"{average}." for average in averages)
-    return wrong + [
-        f"{name} is unknown to the model"
-        for name in found
-        if name not in wanted and (name.startswith(kept) or not name.startswith("ema_"))
-    ]
+    return wrong + [f"{name} is unknown to the model" for name in found if name not in wanted]
 
 
-def _counters(state: dict[str, Any], path: Path) -> tuple[int, int, int, dict[str, float]]:
-    """(step, images seen, optimizer steps, running sums) of state.json. Raises UserError."""
-    counts: list[int] = []
-    for name in ("step", "images_seen", "optimizer_steps"):
+def _counters(state: dict[str, Any], path: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
+    """The counts of these names in state.json, and the running sums. Raises UserError."""
+    counts: dict[str, int] = {}
+    for name in names:
         value = state.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
             raise UserError(f"checkpoint {path}: {name} in state.json is missing or malformed")
-        counts.append(value)
+        counts[name] = value
     means = state.get("means")
     numbers = means.values() if isinstance(means, dict) else [None]
     if not all(isinstance(v, (int, float)) for v in numbers):
         raise UserError(f"checkpoint {path}: means in state.json is missing or malformed")
-    return counts[0], counts[1], counts[2], _sums(state["means"], state.get("config"))
+    return counts, _sums(state["means"], state.get("config"))
 
 
 def _sums(means: dict[str, float], config: Any) -> dict[str, float]:
@@ -289,19 +330,12 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         state.best_cfg_scale = interop.best_scale(content)
         return {}
     counters = _read_counters(path)
-    step, images_seen, optimizer_steps, means = _counters(counters, path)
+    counts, means = _counters(counters, path, ("step", "images_seen", *(prefix(part) + STEPS for part in state.parts)))
     best = counters.get("best_cfg_scale", 0.0)
     if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
         raise UserError(f"checkpoint {path}: best_cfg_scale in state.json is malformed")
-    found, wanted = stored(path), tensors_of(state)
-    del wanted[STEPS]
-    fresh = [a for a in state.optimizer.averages if a != "ema" and not any(n.startswith(f"{a}.") for n in found)]
-    wanted = {n: t for n, t in wanted.items() if not n.startswith(tuple(f"{a}." for a in fresh))}
-    # Of parameters that are frozen by now, the checkpoint may hold what an optimizer kept.
-    frozen = {n for n, _ in state.model.named_parameters()} - state.optimizer.parameters.keys()
-    kept = {f"{part}.{n}" for part in (*PARTS, *state.optimizer.averages) for n in frozen}
-    found = {n: entry for n, entry in found.items() if n not in kept}
-    if wrong := _misfits(found, wanted, state.optimizer.averages):
+    found, wanted, fresh = _expected(stored(path), state)
+    if wrong := _misfits(found, wanted):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"checkpoint {path} holds another model: {'; '.join(wrong[:3])}{more}")
     from unite_fast.checkpoint import dcp
@@ -312,9 +346,10 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if bad := first_nonfinite({name: local(tensor) for name, tensor in wanted.items()}):
         raise UserError(f"checkpoint {path}: {bad} is not finite; move the folder away to resume from the one before")
-    state.optimizer.restart(fresh)
-    state.optimizer.steps.fill_(optimizer_steps)
-    state.step, state.images_seen, state.best_cfg_scale = step, images_seen, best
+    for name, part in state.parts.items():
+        part.optimizer.restart(fresh[name])
+        part.optimizer.steps.fill_(counts[prefix(name) + STEPS])
+    state.step, state.images_seen, state.best_cfg_scale = counts["step"], counts["images_seen"], best
     return means
 
 

@@ -190,9 +190,9 @@ class Writer:
         started = time.perf_counter()
         self.wait()
         tensors = tensors_of(state)
-        steps = tensors.pop(STEPS)
+        steps = {name: tensors.pop(name) for name in list(tensors) if name.endswith(STEPS)}
         mine = share(tensors, self.ranks.rank, self.ranks.world_size)
-        copies = self.snapshot.take(mine | {STEPS: steps})
+        copies = self.snapshot.take(mine | steps)
         content = checkpoint.counters_of(state) | {"means": means, "config": to_dict(self.config)}
         content["data"] = self.images
         held = time.perf_counter() - started
@@ -214,7 +214,7 @@ class Writer:
         try:
             copying = self.snapshot.wait()
             self.held.append(copying)
-            content["optimizer_steps"] = int(copies.pop(STEPS))
+            content |= {name: int(copies.pop(name)) for name in list(copies) if name.endswith(STEPS)}
             try:
                 commit(self.folder, step, mine, copies, content, self.group)
             except OSError as error:

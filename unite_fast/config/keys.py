@@ -276,7 +276,11 @@ class EvaluationConfig:
         0.0, "epochs between searches that also try other intervals and cfg_first; 0: none; published: 120"
     )
     rfid_epoch: float = option(0.0, "epochs between reconstructions of the held-out images; 0: none; published: 40")
-    count: int = option(50_000, "generated images per score, a multiple of the classes", above=0)
+    atoms_epoch: float = option(
+        0.0, "epochs between scores of samples and reconstructions of molecules and crystals; 0: none"
+    )
+    scorer: Literal["rdkit", "rdkit_tight"] = option("rdkit", "rule by which bonds of molecules are perceived")
+    count: int = option(50_000, "generated samples per score; of images a multiple of the classes", above=0)
     weights: str = option("ema", "weights that are scored: ema, model, or another average that the run keeps")
     precision: Literal["fp32", "bf16"] = option(
         "bf16", "of the network while scoring; the ODE state is fp32; published: fp32"

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unite_fast.base.errors import UserError
+from unite_fast.base.parent import end_with_parent
 from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.source import BadImage, Request, Source, WorkerError, to_device
 
@@ -86,8 +87,11 @@ class _StartWorker:
 
     def __init__(self, progress: Tensor) -> None:
         self.progress = progress
+        self.lasting = threading.current_thread() is threading.main_thread()  # another thread may end before its work
 
     def __call__(self, worker: int) -> None:
+        if self.lasting:
+            end_with_parent(signal.SIGKILL)  # one that hangs in a read does not look after its parent
         os.setpgid(0, 0)  # torchrun ends a rank by SIGTERM to its group: the rank still trains a step and needs batches
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from unite_fast.base import files, outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
+from unite_fast.base.parent import end_with_parent
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource
@@ -135,6 +137,7 @@ _job: tuple[EncodedSource, Plan, Path, Any] | None = None  # of a packing proces
 def _start(*job: Any) -> None:
     global _job
     _job = job  # type: ignore[assignment]
+    end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
 
 

@@ -52,6 +52,7 @@ class Settings(SampleConfig):
     @classmethod
     def read(cls, values: dict[str, Any]) -> Settings:
         """The inverse of ``described``. Raises UserError for those of a version that makes other images."""
+        values = {"last": SampleConfig.last} | values  # of versions without a choice
         known = {field.name for field in fields(cls)} | FIXED.keys()
         if wrong := values.keys() ^ known or {name for name, value in FIXED.items() if values[name] != value}:
             raise UserError(f"the protocol's settings differ from this version's in {', '.join(sorted(wrong))}")

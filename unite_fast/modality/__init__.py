@@ -44,6 +44,8 @@ class Modality(Protocol):
     """``sizes``, int64 (B,): of samples of variable size, of whose registers and context tokens so many are there."""
 
     embedder_name: str  # of the embedder in checkpoints
+    thing: str  # a sample, in a word; ``sampling.makers`` writes its files
+    embedding: str  # what the embedder makes, in words
 
     def embedder(self, config: ModelConfig, /) -> nn.Module:
         """(content, sizes) -> context (B, M, D)."""
@@ -83,6 +85,10 @@ class Modality(Protocol):
 
     def original(self, content: Mapping[str, Tensor], /) -> Any:
         """A content in the form of a finished prediction."""
+        ...
+
+    def items(self, finished: Any, /) -> list[Any]:
+        """Finished predictions one by one, on the host: images as tensors, molecules and crystals as ``Structure``."""
         ...
 
     def show(self, path: Path, rows: list[Any]) -> None:

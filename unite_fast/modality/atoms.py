@@ -164,7 +164,7 @@ class Atoms:
     in Å, fractional (B, M, 3), lattice (B, 3, 3) in Å, zeros for a molecule.
     """
 
-    embedder_name = "atom_embed"
+    embedder_name, thing, embedding = "atom_embed", "structure", "atom embedding"
     embedder = staticmethod(AtomTokens)
     decoder = staticmethod(AtomDecoder)
 

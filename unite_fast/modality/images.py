@@ -128,7 +128,7 @@ class ImageLosses(nn.Module):
 class Images:
     """The modality of images; see ``Modality``."""
 
-    embedder_name = "patch_embed"
+    embedder_name, thing, embedding = "patch_embed", "image", "patch embedding"
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)
 
@@ -159,6 +159,9 @@ class Images:
 
     def original(self, content: Mapping[str, Tensor]) -> Tensor:
         return content["images"]
+
+    def items(self, finished: Tensor) -> list[Tensor]:
+        return list(finished.cpu())
 
     def show(self, path: Path, rows: list[Tensor]) -> None:
         pictures.save_grid(path, rows)

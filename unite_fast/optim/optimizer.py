@@ -74,6 +74,11 @@ class Optimizer:
             return fastest_dtype(device, max((min(p.shape) for p in self.muon.values()), default=0))
         return torch.float32 if choice == "fp32" else torch.bfloat16
 
+    @property
+    def due(self) -> bool:
+        """Whether a backward has given gradients since the last step."""
+        return any(p.grad is not None for p in self.parameters.values())
+
     @torch.no_grad()
     def step(self, lr: float | Tensor) -> Tensor:
         """Updates parameters, state and EMA from ``.grad`` and clears it; returns the gradient norm before the clip.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from unite_fast.base import launcher
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
+from unite_fast.base.parent import end_with_parent
 
 T = TypeVar("T")
 SIGN_OF_LIFE = 5.0  # seconds; far below any comm.train_timeout that makes sense
@@ -144,6 +146,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)  # torchrun killed by force leaves nobody who would end this rank
     if world > 1:
         launcher.check_meeting_point()
         os.environ.setdefault("RANK", str(rank))

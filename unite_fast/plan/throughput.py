@@ -13,6 +13,7 @@ from unite_fast.data import rate
 from unite_fast.model.flops import peak_of, training_flops
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's training set
+MP20 = 27_136  # crystals of MP20's
 NODE = 8  # GPUs
 PLANNED = "NVIDIA H200"  # the device of projections where there is no GPU
 OFFICIAL_MFU = 0.105  # the official code's UNITE-B with 3 flow steps on 8 H200: 26 minutes per epoch, by its README
@@ -30,16 +31,19 @@ class Projection(NamedTuple):
     mfu: float
     images_per_second: float  # on one GPU
     official: bool = False  # the official code's
+    samples: int = IMAGENET  # of an epoch
+    words: tuple[str, str] = ("images", "ImageNet epoch")
 
     def minutes(self, gpus: int) -> float:
-        """Per epoch of ImageNet."""
-        return IMAGENET / (self.images_per_second * gpus) / 60
+        """Per epoch."""
+        return self.samples / (self.images_per_second * gpus) / 60
 
     def line(self) -> str:
         official = " (the official code)" if self.official else ""
+        things, epoch = self.words
         return (
-            f"MFU {self.mfu:.1%}: {self.images_per_second:,.0f} images/s per GPU, {self.minutes(1):,.0f} minutes per "
-            f"ImageNet epoch, {self.minutes(NODE):,.1f} on {NODE} GPUs{official}"
+            f"MFU {self.mfu:.1%}: {self.images_per_second:,.0f} {things}/s per GPU, {self.minutes(1):,.3g} minutes "
+            f"per {epoch}, {self.minutes(NODE):,.3g} on {NODE} GPUs{official}"
         )
 
 
@@ -55,18 +59,28 @@ def official_is_known(config: Config) -> bool:
     return same and device_name() == PLANNED
 
 
-def project(config: Config, mfu: float | None = None) -> list[Projection]:
+def assumed(modality: str) -> tuple[int, str]:
+    """Samples of an epoch where no path is given yet, and what they are."""
+    return (MP20, "crystals of MP20") if modality == "atoms" else (IMAGENET, "images of ImageNet-1k")
+
+
+def project(config: Config, mfu: float | None = None, samples: int = 0) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
-    Empty where the device's peak is not known, and for images so small that no GPU would be kept busy.
+    samples: of an epoch of molecules or crystals. Empty where the device's peak is not known, and for images and models
+    so small that no GPU would be kept busy.
     """
-    peak = peak_of(device_name()) if config.model.image_size >= 64 else None
+    atoms = config.model.modality == "atoms"
+    large = config.model.encoder.width >= 256 if atoms else config.model.image_size >= 64
+    peak = peak_of(device_name()) if large else None
     o = config.objective
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)["total"]
     if not peak:
         return []
     known = official_is_known(config)
     mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
+    if atoms:
+        return [Projection(m, m * peak / flops, False, samples or MP20, ("structures", "epoch")) for m in mfus]
     return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU) for m in mfus]
 
 

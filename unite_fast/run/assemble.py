@@ -13,7 +13,7 @@ from unite_fast.optim.groups import freeze
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory
-from unite_fast.training.state import TrainState
+from unite_fast.training.state import Part, TrainState
 
 
 def resolve(config: Config, ranks: Ranks) -> Execution:
@@ -40,4 +40,4 @@ def fresh_state(
     recipe = execution.apply(model)
     execution.shard(model, FORWARDS, config.comm.train_timeout)
     optimizer = Optimizer(model, config.optim, execution.efficiency.kernels, execution.muon_group)
-    return TrainState(model, optimizer, recipe=recipe, execution=execution)
+    return TrainState({"": Part(model, optimizer, recipe)}, execution=execution)

@@ -16,6 +16,8 @@ from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory, throughput
 from unite_fast.run import assemble, monitor, start, summary
 
+WITHOUT_PATH = ("digits", "synthetic", "qm9", "crystals", "joint")  # values of data.source
+
 
 def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
     """What the passes keep for their backward, and the sum with what stays on a rank."""
@@ -38,8 +40,9 @@ def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
         missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
     else:
         Objective.open(config.model, o, config.efficiency)
-    if config.data.source not in ("digits", "synthetic") and not config.data.path:
-        return None, [*missing, f"data.path is not given: {throughput.IMAGENET:,} images of ImageNet-1k are assumed"]
+    if config.data.source not in WITHOUT_PATH and not config.data.path:
+        count, words = throughput.assumed(config.model.modality)
+        return None, [*missing, f"data.path is not given: {count:,} {words} are assumed"]
     return data.open_source(config.data, config.model), missing
 
 
@@ -68,9 +71,12 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
         dataclasses.replace(config, init_from=""), alone, model, dataclasses.replace(how, ranks=alone)
     )
     state.execution = how
-    lines = [summary.describe(config, state, planned, split, len(source) if source else throughput.IMAGENET)]
+    samples = len(source) if source else throughput.assumed(config.model.modality)[0]
+    lines = [summary.describe(config, state, planned, split, samples)]
     lines.append(activations_line(config, split[0], world))
-    lines += [f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu)]
+    lines += [
+        f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu, samples)
+    ]
     if source is not None:
         lines.append(
             f"data           {config.data.source}: {throughput.supply(config, source, mfu or throughput.MFUS[-1])}"

@@ -24,8 +24,14 @@ from torch import Tensor
 from unite_fast import data
 from unite_fast.base import faults, files, provenance
 from unite_fast.base.errors import Stopped, UserError
-from unite_fast.config import Config
+from unite_fast.base.files import digest as digest_of
+from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from unite_fast.config.yaml_text import to_dict
+from unite_fast.data.atoms import Structures
+from unite_fast.data.atoms.source import AtomSource
+from unite_fast.efficiency import precision
 from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
+from unite_fast.evaluation.atoms import runs as atoms
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import Options, Settings
@@ -37,22 +43,48 @@ from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import sampling_model
 
-NAMES = {"search": "the guidance search", "sweep": "the guidance sweep", "rfid": "the reconstruction score"}
+NAMES = {
+    "search": "the guidance search", "sweep": "the guidance sweep", "rfid": "the reconstruction score",
+    "atoms": "the score of samples and reconstructions",
+}  # fmt: skip
 
 
 class Files(NamedTuple):
-    """What scores are computed with, opened before the first step."""
+    """What scores of images are computed with, opened before the first step."""
 
     extractor: Extractor
     reference: Statistics | None
     about: dict[str, Any]  # of the reference
 
 
-def open_files(config: Config, world_size: int) -> Files | None:
+class AtomFiles(NamedTuple):
+    """What scores of molecules and crystals are computed with."""
+
+    heldout: AtomSource
+    training: Structures
+
+
+def _check_modality(e: EvaluationConfig, modality: str) -> None:
+    for key in ("fid_epoch", "sweep_epoch", "rfid_epoch") if modality == "atoms" else ("atoms_epoch",):
+        if getattr(e, key):
+            raise UserError(f"evaluation.{key} does not score model.modality={modality}; set it to 0")
+
+
+def _open_atoms(reading: DataConfig, model: ModelConfig, scorer: str) -> AtomFiles:
+    """Raises UserError."""
+    try:
+        atoms.ready(scorer)
+        return AtomFiles(atoms.open_heldout(reading, model), atoms.open_training(reading, model))
+    except UserError as error:
+        raise UserError(f"evaluation while training: {error}") from None
+
+
+def open_files(config: Config, world_size: int) -> Files | AtomFiles | None:
     """None when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
     e = config.evaluation
     generates = e.fid_epoch > 0 or e.sweep_epoch > 0
-    if not generates and not e.rfid_epoch:
+    _check_modality(e, config.model.modality)
+    if not generates and not e.rfid_epoch and not e.atoms_epoch:
         return None
     known = [*ema.names(config.optim), "model"]
     if e.weights not in known:
@@ -63,6 +95,8 @@ def open_files(config: Config, world_size: int) -> Files | None:
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"
         )
+    if e.atoms_epoch:
+        return _open_atoms(config.data, config.model, e.scorer)
     try:
         if generates:
             generation.of_run(config).check(config.model)
@@ -93,7 +127,7 @@ def due(config: Config, images_seen: int, images_per_epoch: int, last: bool = Fa
         return epochs > 0 and images_seen > 0 and reached // period > max(0, images_seen - batch) // period
 
     generated = ["sweep"] if ends(e.sweep_epoch) else ["search"] if ends(e.fid_epoch) else []
-    return generated + (["rfid"] if ends(e.rfid_epoch) else [])
+    return generated + (["rfid"] if ends(e.rfid_epoch) else []) + (["atoms"] if ends(e.atoms_epoch) else [])
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -120,7 +154,7 @@ class Monitor:
         self,
         config: Config,
         session: Session,
-        files: Files,
+        files: Files | AtomFiles,
         state: TrainState,
         images_per_epoch: int,
         last_step: int,
@@ -169,23 +203,42 @@ class Monitor:
         state.model.eval()
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
-                found = self._rfid(state) if kind == "rfid" else self._search(kind, state, path, weights)
+                if isinstance(self.files, AtomFiles):
+                    found = self._atoms(state, self.files)
+                elif kind == "rfid":
+                    found = self._rfid(state, self.files)
+                else:
+                    found = self._search(kind, state, path, weights, self.files)
         finally:
             restore()
             state.model.train()
-        protocol = {"checkpoint": weights, "extractor": self.files.extractor.identity()} | found.pop("protocol")
+        protocol = {"checkpoint": weights} | found.pop("protocol")
         protocol["environment"] = provenance.of(self.ranks.device, self.ranks.world_size)
         epoch = state.images_seen / self.images_per_epoch
         content = {"kind": kind, "step": state.step, "epoch": epoch, "protocol": protocol} | found
         self.ranks.together(functools.partial(self._write, path, content))
-        if kind != "rfid":
+        if "best" in found:
             state.best_cfg_scale = found["best"]["cfg_scale"]
 
-    def _search(self, kind: str, state: TrainState, path: Path, weights: dict[str, Any]) -> dict[str, Any]:
+    def _atoms(self, state: TrainState, files: AtomFiles) -> dict[str, Any]:
+        """Of the weights in ``state``; the chemistry runs in rank 0's processes, as many as there are cores."""
+        c, e = self.config, self.config.evaluation
+        with precision.autocast(e.precision, self.ranks.device):
+            results, _ = atoms.score(
+                state.model, self.ranks, files.heldout, files.training, e.count, c.sample, c.objective.tokenizer_t_max,
+                scorer=e.scorer, workers=0, stopping=self.session.stopping,
+            )  # fmt: skip
+        protocol = {"heldout": files.heldout.pipeline_id(), "sample": to_dict(c.sample), "scorer": e.scorer}
+        protocol |= {"count": e.count, "precision": e.precision}
+        return {"protocol": protocol, "result": atoms.flat(results), "tables": results}
+
+    def _search(
+        self, kind: str, state: TrainState, path: Path, weights: dict[str, Any], files: Files
+    ) -> dict[str, Any]:
         """The published search from the best scale so far; "sweep" also tries other intervals and cfg_first."""
-        extractor, reference, about = self.files
+        extractor, reference, about = files
         progress = path.with_suffix(".jsonl")
-        identity = files.digest([weights, extractor.identity(), about["sha256"]])
+        identity = digest_of([weights, extractor.identity(), about["sha256"]])
         options = Options(progress, stopping=self.session.stopping)
 
         def compute(chosen: Settings) -> dict[str, Any]:
@@ -196,7 +249,8 @@ class Monitor:
         best = guidance_search.search(scored, generation.of_run(self.config, cfg_scale=start))
         overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
         rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
-        protocol = {"reference": about, "seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
+        protocol = {"extractor": extractor.identity(), "reference": about}
+        protocol |= {"seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
         return {
             "protocol": protocol,
             "rows": rows,
@@ -205,7 +259,7 @@ class Monitor:
             "result": scored.row(overall)["result"],
         }
 
-    def _rfid(self, state: TrainState) -> dict[str, Any]:
+    def _rfid(self, state: TrainState, files: Files) -> dict[str, Any]:
         perceptual = self.perceptual
         dropout = perceptual is not None and perceptual.dropout
         if perceptual is not None:  # a quirk of the training loss, which has no place in a score
@@ -215,9 +269,9 @@ class Monitor:
             c = self.config
             settings, source = reconstruction.of_run(c), data.open_source(c.data, c.model, "heldout")
             said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
-            protocol = reconstruction.protocol(settings, self.files.extractor, perceptual, said)
+            protocol = reconstruction.protocol(settings, files.extractor, perceptual, said)
             result = reconstruction.score(
-                state.model, settings, source, c.data, self.files.extractor, self.ranks, perceptual,
+                state.model, settings, source, c.data, files.extractor, self.ranks, perceptual,
                 stopping=self.session.stopping,
             )  # fmt: skip
         finally:
@@ -232,7 +286,8 @@ class Monitor:
         files.write_json(path, content)
         for left in self.folder.glob(f"{path.stem}.jsonl*"):  # of other numbers of ranks, too
             left.unlink(missing_ok=True)
-        shown = {k: v for k, v in content["result"].items() if k in ("fid", "is", "rfid", "psnr", "lpips")}
+        wanted = ("fid", "is", "rfid", "psnr", "lpips")
+        shown = {k: v for k, v in content["result"].items() if k in wanted or content["kind"] == "atoms"}
         scale = f" at w = {content['best_overall']['cfg_scale']:g}" if "best_overall" in content else ""
         said = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
         print(f"{NAMES[content['kind']]} at step {content['step']}{scale}: {said}", flush=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import re
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 SECRET = re.compile(r"(?i)\b([\w-]*(?:key|token|secret|password)[\w-]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;&]+")
 
@@ -22,15 +24,32 @@ class _Format(logging.Formatter):
         return redact(super().format(record))
 
 
+class _File(logging.StreamHandler[TextIO]):
+    """A log file whose refusals cost one warning, and no line of the program."""
+
+    refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.refused:
+            print(f"warning: the log {self.stream.name} cannot be written; training goes on", file=sys.stderr)
+        self.refused = True
+
+
 class RankLog:
     """logs/rank_NNN.log of a run folder. The package's log goes there, its warnings also to stderr."""
 
     def __init__(self, folder: Path, rank: int, hang_seconds: float) -> None:
         """hang_seconds: after this long without ``alive`` the stacks of all threads are written, once."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / f"rank_{rank:03d}.log").open("a")
         self.seconds, self.armed_at = hang_seconds, float("-inf")
-        to_file = logging.StreamHandler(self.file)
+        self.file: TextIO | None = None
+        refusal = ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = folder / f"rank_{rank:03d}.log"
+            self.file = name.open("a", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            refusal = f"{folder} cannot be written ({error.strerror or error}); training goes on without its logs"
+        to_file = _File(self.file) if self.file is not None else logging.NullHandler()
         to_file.setFormatter(_Format(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
         to_terminal = logging.StreamHandler(sys.stderr)
         to_terminal.setLevel(logging.WARNING)
@@ -40,19 +59,24 @@ class RankLog:
         self.logger.setLevel(logging.INFO)
         for handler in self.handlers:
             self.logger.addHandler(handler)
-        faulthandler.enable(self.file)
+        if refusal:
+            self.logger.warning(refusal)
+        if self.file is not None:
+            faulthandler.enable(self.file)
 
     def alive(self) -> None:
         """Puts off the dump of stacks. Cheap: the timer is renewed ten times per ``hang_seconds`` at most."""
         now = time.monotonic()
-        if now - self.armed_at > self.seconds / 10:
+        if self.file is not None and now - self.armed_at > self.seconds / 10:
             faulthandler.dump_traceback_later(self.seconds, file=self.file)
             self.armed_at = now
 
     def close(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        faulthandler.disable()
+        if self.file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.disable()
         for handler in self.handlers:
-            handler.flush()
             self.logger.removeHandler(handler)
-        self.file.close()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # what a full disk still refuses has been said
+                self.file.close()

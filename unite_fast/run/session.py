@@ -8,11 +8,8 @@ logs/          one file per rank
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from unite_fast import checkpoint
-from unite_fast.base import files
+from unite_fast.base import files, locks, streams
 from unite_fast.base.errors import RunError, Stopped, UserError, first_line
 from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
 from unite_fast.config import Config
@@ -30,8 +27,6 @@ from unite_fast.run.rank_log import RankLog, redact
 from unite_fast.run.stop import Stop
 from unite_fast.training.state import TrainState
 
-LOCK_PATIENCE = 10.0  # seconds for the processes of an earlier start, which torchrun or the scheduler is ending
-
 
 class Diverged(RunError):
     """The model or its gradients are not finite any more."""
@@ -39,49 +34,6 @@ class Diverged(RunError):
 
 def folder(config: Config) -> Path:
     return Path(config.run_dir or f"runs/{config.name}")
-
-
-# --- the lock --------------------------------------------------------------------------------------------------------
-
-
-def lock(path: Path) -> int:
-    """Takes the run folder for this process; returns the lock's descriptor. Raises UserError naming who holds it.
-
-    A POSIX lock: the system frees it however the process ends, forked children do not inherit it, and it works on
-    network file systems that support locks.
-    """
-    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
-            if not _is_ending(holder) or time.monotonic() > deadline:
-                os.close(descriptor)
-                raise UserError(f"{path} is in use by {holder}; end it, or choose another name or run_dir") from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            break
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return descriptor
-
-
-def _is_ending(holder: str) -> bool:
-    """Whether the holder is a process of this host that is gone or about to be: its parent has ended."""
-    found = re.match(r"pid (\d+) on (.*)", holder)
-    if not found or found[2] != socket.gethostname():
-        return False
-    try:
-        text = Path(f"/proc/{found[1]}/stat").read_text()
-    except OSError:
-        return True
-    return text.rpartition(")")[2].split()[0] in "ZX"
-
-
-# --- the session -----------------------------------------------------------------------------------------------------
 
 
 class Session:
@@ -96,21 +48,22 @@ class Session:
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
         self.collector = Collector()
         self.writer = Writer(self.path / "checkpoints", config, ranks, images)
-        self.descriptor: int | None = None
+        self.lock: locks.Lock | None = None
         self.log: RankLog | None = None
 
     def __enter__(self) -> Session:
-        self.descriptor = self.ranks.decide(self._prepare)
+        self.ranks.decide(self._prepare)
+        streams.unneeded()  # what is printed stands in metrics.csv, logs/ and status.json
         self.log = RankLog(self.path / "logs", self.ranks.rank, 0.8 * self.config.comm.train_timeout)
         self.log.logger.info("pid %d of %d ranks", os.getpid(), self.ranks.world_size)
         self.stop.install()
         self.log.alive()
         return self
 
-    def _prepare(self) -> int:
+    def _prepare(self) -> None:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            return lock(self.path)
+            self.lock = locks.take(self.path / "run.lock", self.path, "end it, or choose another name or run_dir")
         except OSError as error:
             raise UserError(f"run folder {self.path}: {error.strerror}; choose another with run_dir=PATH") from None
 
@@ -212,8 +165,8 @@ class Session:
         self.stop.remove()
         if self.log is not None:
             self.log.close()
-        if self.descriptor is not None and self.ranks.is_main:
-            os.close(self.descriptor)
+        if self.lock is not None:
+            self.lock.release()
 
     def _is_first_failure(self) -> bool:
         """Whether no rank has yet said why the run ends: what follows on the others is a consequence."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from unite_fast.run.agreement import changed_images
 from unite_fast.run.session import folder
 from unite_fast.training.state import TrainState
 
+log = logging.getLogger("unite_fast.run.start")
 BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which resume=PATH began this run
 
 
@@ -27,7 +30,7 @@ def check_paths(config: Config) -> None:
     outputs.check(path, "run_dir", [place for place in images if place])
     if _is_named(config) and not _began_there(config):
         checkpoint.locate(config.resume, quiet=True)
-    if config.resume == "must" and not any((path / "checkpoints").glob("step-*")):
+    if config.resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
     if config.init_from:
         checkpoint.locate(config.init_from, quiet=True)
@@ -69,7 +72,7 @@ def choose(config: Config, images: dict[str, Any]) -> Choice:
     """Applies ``resume=auto|never|must|PATH``. images: ``Source.identity`` of those to train on. Raises UserError."""
     path = folder(config)
     if config.resume == "never":
-        if any((path / "checkpoints").glob("step-*")):
+        if checkpoint.newest_first(path / "checkpoints"):
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
         return Choice(None, "resume=never", [], [])
     found, lines, rejected = checkpoint.newest(path / "checkpoints")
@@ -121,10 +124,13 @@ def _put_aside(path: Path, why: str) -> None:
     """Renames a checkpoint to step-N.WHY, or step-N.WHY-2 and so on where earlier starts have left some."""
     aside = path.with_name(f"{path.name}.{why}")
     for number in itertools.count(2):
-        if not aside.exists():
+        if not os.path.lexists(aside):
             break
         aside = path.with_name(f"{path.name}.{why}-{number}")
-    path.rename(aside)
+    try:
+        path.rename(aside)
+    except OSError as error:  # what cannot be read can perhaps not be renamed: the next start passes it over again
+        log.warning("%s cannot be renamed to %s (%s)", path, aside.name, error.strerror)
 
 
 def clear_dev_folder(path: Path) -> None:

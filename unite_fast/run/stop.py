@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from unite_fast.parallel.distributed import Ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 1.0  # seconds in which a repeated Ctrl-C is the same one: a terminal and torchrun both deliver it
 NONE, TIME_LIMIT, PREEMPTED, FAILED = range(4)
 STATES = ("running", "time_limit", "preempted", "failed")
@@ -49,9 +49,10 @@ class Stop:
         self.previous: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes over SIGTERM, SIGINT and SIGUSR1 until ``remove``."""
+        """Takes over SIGTERM, SIGINT, SIGUSR1 and SIGHUP until ``remove``; SIGHUP not under nohup, which ignores it."""
         for number in SIGNALS:
-            self.previous[number] = signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._handle)
 
     def remove(self) -> None:
         for number, handler in self.previous.items():

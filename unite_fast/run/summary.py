@@ -26,11 +26,12 @@ def write_description(config: Config, ranks: Ranks, source: data.Source) -> None
 def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:
     """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``."""
     model, t, o, how = state.model, config.train, config.objective, state.execution
+    thing = model.modality.thing
     count = model.trainable_parameters()
     parts = {
         "encoder": model.encoder,
         "decoder": model.decoder,
-        "patch embedding": model.embedder,
+        model.modality.embedding: model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
     flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)
@@ -47,12 +48,12 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"parameters     {count:,} trainable ({sizes}, ...)",
             f"optimizers     Muon {moments} tensors (Newton-Schulz in {orthogonal}), "
             f"AdamW {len(state.optimizer.adamw)} tensors",
-            f"FLOPs/image    {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
-            f"executed       {executed / 1e9:.4g} GFLOP/image: the encoder's last block computes the registers alone",
+            f"{'FLOPs/' + thing:<15}{by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
+            f"executed       {executed / 1e9:.4g} GFLOP/{thing}: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
             f"memory         {memory.amount(sum(stay.values()))} per rank that stay: {kept}",
             f"recompute      {computed['recompute']}",
-            f"length         {images:,} images/epoch, {t.epochs:g} epochs, {total:,} steps",
+            f"length         {images:,} {thing}s/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {computed['device']}",
             f"strategy       {computed['strategy']}",
         )

@@ -7,10 +7,12 @@ is refused, or replaced if that is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 import tarfile
 import time
@@ -18,13 +20,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.base import files, outputs
+from unite_fast.base import files, locks, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import to_dict
@@ -38,7 +41,7 @@ from unite_kernels import philox
 LABEL_STREAM = 1 << 17
 MAX_SEEDS = 10_000_000
 GRID_COLUMNS = 10
-PROTOCOL = "protocol.json"
+PROTOCOL, LOCK = "protocol.json", ".lock"
 FILES = (".png", ".npz", ".tar")
 
 
@@ -195,6 +198,28 @@ def check_out(out: str, sources: list[Path], reconstruct: str | None = None) -> 
         outputs.check_folder(path, "--out", sources, ours=is_made_here)
 
 
+@contextlib.contextmanager
+def alone(out: str, folder: Path, ranks: Ranks) -> Iterator[None]:
+    """For one job at a time that makes the file OUT of parts in ``folder``; where OUT is that folder itself, it may be
+    filled by several. Raises UserError."""
+    held: list[Any] = []
+
+    def take() -> None:
+        with files.refusals(f"--out {out}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.append(locks.take(folder / LOCK, out, "wait for it, or choose another --out"))
+
+    if folder != Path(out):
+        ranks.decide(take)
+    try:
+        yield
+    finally:
+        for lock in held:
+            if folder.is_dir() and not set(os.listdir(folder)) - {LOCK}:
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
 def open_folder(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
     """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
     file = folder / PROTOCOL
@@ -204,7 +229,7 @@ def open_folder(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None
                 f"{folder} holds images of another checkpoint or other options; choose another --out, or replace them "
                 "with --overwrite"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and set(os.listdir(folder)) - {LOCK}:
         raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
     ranks.barrier()
     if ranks.is_main:
@@ -234,6 +259,14 @@ def speed(model: UNITE, images: int, counts: dict[str, int], seconds: float, pro
     )
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether an image is there; an empty file, which a broken disk may leave, is none."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
 def generate(
     model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, replays: Replays | None = None
 ) -> str:
@@ -244,7 +277,7 @@ def generate(
     tiles = sorted({seed // sampling.TILE for seed in request.seeds})[ranks.rank :: ranks.world_size]
     own = set(tiles)
     pairs = [(s, y) for s, y in pairs if s // sampling.TILE in own]
-    missing = [(s, y) for s, y in pairs if not (folder / _name(s, y)).is_file()]
+    missing = [(s, y) for s, y in pairs if not _is_whole(folder / _name(s, y))]
     started = time.perf_counter()
     counts: dict[str, int] = {}
     for chunk in chunks(missing, request.batch):
@@ -271,6 +304,20 @@ def _read(path: Path) -> Tensor:
 
     array = np.asarray(Image.open(path))
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def make(
+    model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, overwrite: bool, replays: Replays | None
+) -> str:
+    """The images in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
+    with alone(out, _parts(out), ranks):
+        if ranks.decide(lambda: is_there(request, out, identity, overwrite)):
+            return f"{out} holds these images already; nothing to do"
+        made = generate(model, request, out, ranks, identity, replays)
+        ranks.barrier()
+        if ranks.is_main:
+            merge(request, out, identity)
+        return f"{made}; {len(request.seeds)} images in {out}"
 
 
 def merge(request: Request, out: str, identity: str) -> None:

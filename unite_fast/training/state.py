@@ -3,39 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from unite_fast.efficiency.execution import Execution
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.optimizer import Optimizer
 
-
-@dataclass
-class TrainState:
-    """What a run carries from step to step. ``images_seen`` fixes the data order, every draw and the schedule."""
-
-    model: UNITE
-    optimizer: Optimizer
-    step: int = 0
-    images_seen: int = 0
-    best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
-    # How a step is computed, which is not saved: as resolved, and its precision on this model.
-    execution: Execution = field(default_factory=Execution)
-    recipe: Recipe = field(default_factory=Recipe)
-
-
 STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
 
 
+@dataclass
+class Part:
+    """A module that is trained, with its own optimizer and averages, and its precision."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    recipe: Recipe = field(default_factory=Recipe)  # not saved
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.module.state_dict().items()}
+        for average, values in self.optimizer.averages.items():
+            tensors |= {f"{average}.{k}": v for k, v in values.items()}
+        return tensors | self.optimizer.state_dict() | {STEPS: self.optimizer.steps}
+
+
+@dataclass
+class TrainState:
+    """What a run carries from step to step. ``images_seen`` fixes the data order, every draw and the schedule.
+
+    ``parts[""]`` is UNITE. Another part, say "discriminator", is updated in every step in which the objective has given
+    it gradients, and a checkpoint holds it as discriminator.model.*, discriminator.ema.*, ...
+    """
+
+    parts: dict[str, Part]
+    step: int = 0
+    images_seen: int = 0
+    best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
+    execution: Execution = field(default_factory=Execution)  # how a step is computed, as resolved; not saved
+
+    @property
+    def model(self) -> UNITE:
+        return cast(UNITE, self.parts[""].module)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """That of ``model``."""
+        return self.parts[""].optimizer
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts[""].recipe
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Of all parts: what is trained, by name."""
+        return {prefix(part) + n: p for part, held in self.parts.items() for n, p in held.optimizer.parameters.items()}
+
+
+def prefix(part: str) -> str:
+    """Of the names of a part's tensors in a checkpoint."""
+    return f"{part}." if part else ""
+
+
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint holds, by its name there, and the optimizer's step count.
+    """Every tensor that a checkpoint holds, by its name there, and the optimizers' step counts.
 
     A tensor that is sharded over ranks is a DTensor; of any other, every rank has the same.
     """
-    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
-    for average, values in state.optimizer.averages.items():
-        tensors |= {f"{average}.{k}": v for k, v in values.items()}
-    tensors |= state.optimizer.state_dict()
-    return tensors | {STEPS: state.optimizer.steps}
+    return {prefix(name) + n: tensor for name, part in state.parts.items() for n, tensor in part.tensors().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -44,15 +45,11 @@ class TrainStep:
         self.micro_batch, _ = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
-        optimizer = state.optimizer
-        self.averager = Averager(
-            list(optimizer.parameters.values()), ranks, state.execution.overlaps, optimizer.sharded
-        )
+        parameters = list(state.parameters.values())
+        self.averager = Averager(parameters, ranks, state.execution.overlaps, state.optimizer.sharded)
         self.graphs = Graphs(self) if state.execution.captures else None
 
-    def lr(self, images_seen: int) -> float:
-        train = self.config.train
-        return learning_rate(self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs)
+    # --- The step: a batch in, new weights. ``Graphs`` may replay what these functions do. ------------------------
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
@@ -60,67 +57,17 @@ class TrainStep:
         A step whose gradient norm is not finite changes nothing, on all ranks; its metrics are 0 and "skipped" is 1.
         """
         state, number = self.state, self.state.step + 1
-        if self.graphs is not None:
-            self.graphs.gradients.begin()
-        losses = self.accumulate(batch, number)
-        if self.graphs is not None:
-            self.graphs.gradients.keep()
+        losses = self.within_memory(batch, number)
         self.averager.finish()
-        lr, position = self.scalars()
         update = self.update if self.graphs is None else self.graphs.update
-        metrics = update(lr, position, losses)
+        metrics = update(*self.scalars(), losses)
         faults.strike("opt", number, list(state.optimizer.parameters.values()))
         faults.strike("ema", number, list(state.optimizer.ema.values()))
-        state.step = number
-        state.images_seen += self.config.train.global_batch
+        state.step, state.images_seen = number, state.images_seen + self.config.train.global_batch
         return metrics
 
-    def scalars(self) -> tuple[Tensor, Tensor]:
-        """The learning rate (float32) and the number of images seen (int64) of this step, 0-d, on the device."""
-        device, seen = self.ranks.device, self.state.images_seen
-        lr = torch.full((), self.lr(seen), device=device)
-        return lr, torch.full((), seen, dtype=torch.int64, device=device)
-
-    def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
-        latents = torch.stack([value for name, value in losses.items() if name.startswith("latent_")])
-        self.ranks.average_([latents])  # over the global batch, however it is split
-        norm = self.state.optimizer.step(lr)
-        skip = self.state.optimizer.skip
-        self.skips.record(skip, position)
-        metrics = {name: value for name, value in losses.items() if name in self.metrics}
-        metrics["latent_std"] = spread(*latents)
-        metrics |= {"grad_norm": norm, "lr": lr}
-        metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
-        return metrics | {SKIPPED: skip.to(norm.dtype)}
-
     def accumulate(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        """Gradients of the share's mean loss; the losses. Out of memory: halves this rank's micro-batch if allowed.
-
-        The gradient does not depend on how the share is cut, so the ranks need not agree on it.
-        """
-        state, wanted = self.state, self.state.execution.efficiency.precision
-        if state.recipe.name != wanted:
-            raise ValueError(f"the model is prepared for {state.recipe.name}, not {wanted}: see execution.prepare")
-        while True:
-            try:
-                # One context for all passes of the step: low-precision copies of the weights are made once in it.
-                with state.recipe.step():
-                    return self._accumulate(batch, number)
-            except torch.OutOfMemoryError:
-                half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
-                where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
-                if self.config.train.on_oom == "fail" or not half:
-                    mend = f"; set train.micro_batch={half}" if half else "; the model needs a larger GPU"
-                    raise RunError(f"{where}{mend} (or efficiency.recompute=blocks)") from None
-            log.warning("%s; going on with %d, the global batch stays", where, half)
-            self.micro_batch = half
-            for parameter in state.optimizer.parameters.values():
-                parameter.grad = None
-            if self.ranks.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _accumulate(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        """Gradients of the share's mean loss, micro-batch by micro-batch; the losses."""
         parts = len(batch.labels) // self.micro_batch
         micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
@@ -128,19 +75,74 @@ class TrainStep:
             self.averager.begin(number, last=i == parts - 1)
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, list(part.content.values()))
-            losses = micro_step(part, 1 / parts)
-            for name, value in losses.items():
+            for name, value in micro_step(part, 1 / parts).items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}
 
     def micro_step(self, batch: Batch, scale: float, flow_pass: FlowPass | None = None) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch: adds the gradients of scale x the mean loss; the losses and moments.
-
-        batch: its content as ``Modality.content`` makes it.
-        """
+        """Forward and backward of a micro-batch: adds the gradients of scale x its mean loss; losses and moments."""
         draws = self.objective.draws(self.state.model, self.config.seed, batch.samples)
         losses = self.objective.backward(self.state.model, batch, draws, scale, flow_pass)
         return losses | moments(losses.pop("latents").double(), batch.sizes)
+
+    def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
+        latents = torch.stack([value for name, value in losses.items() if name.startswith("latent_")])
+        self.ranks.average_([latents])  # over the global batch, however it is split
+        norms = {name: part.optimizer.step(lr) for name, part in self.state.parts.items() if part.optimizer.due}
+        skip = self.state.optimizer.skip
+        self.skips.record(skip, position)
+        metrics = {name: value for name, value in losses.items() if name in self.metrics}
+        metrics |= {"latent_std": spread(*latents), "grad_norm": norms[""], "lr": lr}
+        metrics = {name: torch.where(skip, 0.0, value) for name, value in metrics.items()}
+        return metrics | {SKIPPED: skip.to(lr.dtype)}
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def lr(self, images_seen: int) -> float:
+        train = self.config.train
+        return learning_rate(self.config.optim, images_seen, self.images_per_epoch, train.global_batch, train.epochs)
+
+    def scalars(self) -> tuple[Tensor, Tensor]:
+        """The learning rate (float32) and the number of images seen (int64) of this step, 0-d, on the device."""
+        device, seen = self.ranks.device, self.state.images_seen
+        lr = torch.full((), self.lr(seen), device=device)
+        return lr, torch.full((), seen, dtype=torch.int64, device=device)
+
+    def within_memory(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        """``accumulate`` in the precision of the parts. Out of memory: halves this rank's micro-batch if allowed.
+
+        The gradient does not depend on how the share is cut, so the ranks need not agree on it.
+        """
+        state, wanted = self.state, self.state.execution.efficiency.precision
+        for part in state.parts.values():
+            if part.recipe.name != wanted:
+                raise ValueError(f"the model is prepared for {part.recipe.name}, not {wanted}: see execution.prepare")
+        while True:
+            if self.graphs is not None:
+                self.graphs.gradients.begin()
+            try:
+                # One context for all passes of the step: low-precision copies of the weights are made once in it.
+                with ExitStack() as contexts:
+                    for part in state.parts.values():
+                        contexts.enter_context(part.recipe.step())
+                    losses = self.accumulate(batch, number)
+            except torch.OutOfMemoryError:
+                half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
+                where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
+                if self.config.train.on_oom == "fail" or not half:
+                    mend = f"; set train.micro_batch={half}" if half else "; the model needs a larger GPU"
+                    raise RunError(f"{where}{mend} (or efficiency.recompute=blocks)") from None
+            else:
+                if self.graphs is not None:
+                    self.graphs.gradients.keep()
+                return losses
+            log.warning("%s; going on with %d, the global batch stays", where, half)
+            self.micro_batch = half
+            for parameter in state.parameters.values():
+                parameter.grad = None
+            if self.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def moments(z: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ class Graphs:
 
     def __init__(self, step: TrainStep) -> None:
         self.step, self.execution = step, step.state.execution
-        self.gradients = graph.Gradients(step.state.optimizer.parameters)
+        self.gradients = graph.Gradients(step.state.parameters)
         place = graph.Place.on(step.ranks.device)
         self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
         self.flow = graph.Captured("the flow mini-batch", self._flow, place)

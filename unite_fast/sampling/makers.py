@@ -1,0 +1,30 @@
+"""What ``sample.py`` does, by modality: where it may write, samples to files, reconstructions of a user's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from unite_fast.sampling import generate, reconstruct, structures
+
+
+class Maker(NamedTuple):
+    """The functions of ``generate.py`` and ``reconstruct.py``, and those that stand for them."""
+
+    check_out: Callable[..., None]
+    make: Callable[..., str]
+    reconstruct: Callable[..., str]
+
+
+MAKERS: dict[str, Maker] = {  # by the modality's ``thing``
+    "image": Maker(
+        generate.check_out,
+        generate.make,
+        reconstruct.reconstruct_folder,
+    ),
+    "structure": Maker(
+        structures.check_out,
+        structures.make,
+        structures.reconstruct_files,
+    ),
+}
