@@ -64,19 +64,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def request(arguments: argparse.Namespace, config: Config) -> Request:
-    """What to generate, from options and, where they are silent, from the run's ``sample`` section."""
+def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int) -> Request:
+    """What to generate, from options and, where they are silent, from ``run``, the run's ``sample`` section."""
     asked = {
         "solver": arguments.solver, "steps": arguments.steps, "cfg_scale": arguments.cfg,
         "cfg_interval": None if arguments.cfg_interval is None else parse_interval(arguments.cfg_interval),
         "cfg_order": arguments.cfg_order,
     }  # fmt: skip
-    how = dataclasses.replace(config.sample, **{name: value for name, value in asked.items() if value is not None})
+    how = dataclasses.replace(run, **{name: value for name, value in asked.items() if value is not None})
     sampling.check(how)
     seeds = parse_seeds(arguments.seeds or SEEDS)
     return Request(
         seeds=seeds,
-        labels=parse_labels(arguments.labels or LABELS, seeds, config.model.num_classes),
+        labels=parse_labels(arguments.labels or LABELS, seeds, num_classes),
         how=how,
         batch=arguments.batch,
     )
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
-    wanted, maker = None if arguments.reconstruct else request(arguments, config), MAKERS[model.modality.thing]
+    maker, classes = MAKERS[model.modality.thing], config.model.num_classes
+    wanted = None if arguments.reconstruct else request(arguments, config.sample, classes)
     ranks = distributed.start(arguments.device)
     try:
         if ranks.is_main:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
 from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, start, stats, summary
-from unite_fast.run.session import Session, folder
+from unite_fast.run.session import Session
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import TrainStep
@@ -62,7 +61,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             settings,
             train=train,
             resume="never",
-            run_dir=f"{folder(settings)}-dev",
+            run_dir=f"{settings.folder}-dev",
             sample=dataclasses.replace(settings.sample, solver="heun", steps=2),
         )
     return arguments, settings
@@ -103,10 +102,10 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
         choice = ranks.decide(lambda: start.choose(settings, images))
-        sums = checkpoint.resume(choice.path, state, settings) if choice.path else {}
+        sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
         if ranks.is_main:
-            start.tidy(settings, choice, state.step)
-            summary.write_description(settings, ranks, inputs.source)
+            start.tidy(settings.folder, settings.resume, choice, state.step)
+            summary.write_description(session.path, yaml_text.to_yaml(settings), ranks, inputs.source)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
     return state
@@ -123,11 +122,11 @@ def open_step(state: TrainState, settings: config.Config, ranks: distributed.Ran
 
 
 def open_batches(
-    settings: config.Config, ranks: distributed.Ranks, source: data.Source, images_seen: int
+    d: config.DataConfig, seed: int, batch: int, ranks: distributed.Ranks, source: data.Source, images_seen: int
 ) -> data.Waits:
     """This rank's share of every batch from here on."""
-    d, batch, rank, world = settings.data, settings.train.global_batch, ranks.rank, ranks.world_size
-    stream = data.stream(source, settings.seed, images_seen, batch, rank, world, ranks.device, d.workers, d.timeout)
+    rank, world = ranks.rank, ranks.world_size
+    stream = data.stream(source, seed, images_seen, batch, rank, world, ranks.device, d.workers, d.timeout)
     return data.Waits(stream)
 
 
@@ -148,17 +147,20 @@ def loop(
     sums: dict[str, float],
 ) -> None:
     t, device, source, path = settings.train, ranks.device, inputs.source, session.path
-    total = start.last_step(settings, state, len(source))
-    step, batches = open_step(state, settings, ranks, inputs), open_batches(settings, ranks, source, state.images_seen)
+    total = start.last_step(settings.train, state, len(source))
+    step = open_step(state, settings, ranks, inputs)
+    batches = open_batches(settings.data, settings.seed, t.global_batch, ranks, source, state.images_seen)
     means = Means(step.metrics, ranks)
     means.restore(sums)
     log = None
     if ranks.is_main:
-        log = stats.Log(path, state.step, stats.open_services(path, settings, yaml_text.to_dict(settings)))
+        log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
     alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
-    shown = grids.examples(settings, device) if (everyone or ranks.is_main) and t.image_every else None
-    scores = None
+    shown = (
+        grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None
+    )
+    how, scores = (settings.sample, settings.objective.tokenizer_t_max), None
     if inputs.scoring is not None:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.objective.losses)
     session.begin(state.step)
@@ -184,11 +186,11 @@ def loop(
             row |= stats.peak_memory(device)
             if log is not None:
                 stats.tell(row, total, step.objective.terms, log, alarm)
-            health.check_skips(settings, step.skips, source, ranks)
+            health.check_skips(t, settings.seed, path, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
-            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, settings, ranks, shown))
+            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, *how, ranks, shown))
         if scores is not None and not ending:
             with meter.paused():
                 ending = scores(state)
@@ -205,17 +207,18 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
     again = assemble.fresh_state(settings, ranks)
     choice = ranks.decide(lambda: start.choose(dataclasses.replace(settings, resume="must"), {}))
     assert choice.path is not None
-    checkpoint.resume(choice.path, again, settings)
+    checkpoint.resume(choice.path, again, settings.train.global_batch)
     before, after = state.model.state_dict(), again.model.state_dict()
     if again.step != state.step or any(not torch.equal(local(before[k]), local(after[k])) for k in before):
         raise RuntimeError("the checkpoint does not give back the model that was saved")
     if ranks.is_main:
-        print(f"fast dev run: {state.step} steps, pictures and a checkpoint round trip in {Path(folder(settings))}")
+        print(f"fast dev run: {state.step} steps, pictures and a checkpoint round trip in {settings.folder}")
 
 
 def main(argv: list[str]) -> int:
     arguments, settings = parse(argv)
     if arguments.print_config:
+        execution.check(settings.efficiency, settings.train, launcher.world_size())
         print(yaml_text.to_yaml(settings), end="")
         return 0
     if arguments.dry_run:
@@ -228,7 +231,7 @@ def main(argv: list[str]) -> int:
         precision.setup(ranks.device, training=True)
         faults.arm(ranks.rank)
         if arguments.fast_dev_run:
-            ranks.decide(lambda: start.clear_dev_folder(folder(settings)))
+            ranks.decide(lambda: start.clear_dev_folder(settings.folder))
         state = train(settings, ranks, inputs)
         if arguments.fast_dev_run:
             check_round_trip(settings, state, ranks)

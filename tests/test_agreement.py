@@ -53,11 +53,11 @@ def compared(here: data.Source, other: dict) -> None:
 
 def test_other_images_on_a_rank(tmp_path):
     here = opened(images(tmp_path / "a"))
-    same = agreement.fingerprint(Config(), opened(images(tmp_path / "elsewhere" / "b")).identity())
+    same = agreement.fingerprint(yaml_text.to_dict(Config()), opened(images(tmp_path / "elsewhere" / "b")).identity())
     compared(here, same)
 
     (tmp_path / "elsewhere" / "b" / "dog" / "3.png").unlink()
-    missing = agreement.fingerprint(Config(), opened(tmp_path / "elsewhere" / "b").identity())
+    missing = agreement.fingerprint(yaml_text.to_dict(Config()), opened(tmp_path / "elsewhere" / "b").identity())
     with pytest.raises(
         CommonError, match=r"data.path: images is 16 on rank 0, 15 on rank 1.*same command, code and im"
     ):
@@ -65,12 +65,12 @@ def test_other_images_on_a_rank(tmp_path):
 
     renamed = images(tmp_path / "c", classes=("cat", "fox"))
     with pytest.raises(CommonError, match=r"class names is 'dog' at 1 on rank 0, 'fox' at 1 on rank 1"):
-        compared(here, agreement.fingerprint(Config(), opened(renamed).identity()))
+        compared(here, agreement.fingerprint(yaml_text.to_dict(Config()), opened(renamed).identity()))
 
     moved = images(tmp_path / "d")
     (moved / "dog" / "3.png").rename(moved / "cat" / "9.png")
     with pytest.raises(CommonError, match=r"labels is '\w+' on rank 0.* names of images"):
-        compared(here, agreement.fingerprint(Config(), opened(moved).identity()))
+        compared(here, agreement.fingerprint(yaml_text.to_dict(Config()), opened(moved).identity()))
 
 
 def test_other_kernels_on_a_rank(tmp_path, monkeypatch):
@@ -79,10 +79,10 @@ def test_other_kernels_on_a_rank(tmp_path, monkeypatch):
                     ignore=shutil.ignore_patterns("*.so", "__pycache__"))  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(agreement.unite_kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
-        same = agreement.fingerprint(Config(), here.identity())
+        same = agreement.fingerprint(yaml_text.to_dict(Config()), here.identity())
         with (tmp_path / "kernels" / "adaln.py").open("a") as file:
             file.write("# changed")
-        other = agreement.fingerprint(Config(), here.identity())
+        other = agreement.fingerprint(yaml_text.to_dict(Config()), here.identity())
     compared(here, same)
     with pytest.raises(CommonError, match="the code of unite_kernels is"):
         compared(here, other)

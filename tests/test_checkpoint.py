@@ -106,7 +106,7 @@ def load_as(own: Ranks, folder: Path, layout: str, sources: list[Path]) -> None:
         state.step = state.images_seen = 0
         path, _, _ = checkpoint.newest(source / "checkpoints")
         assert path is not None
-        assert checkpoint.resume(path, state, CONFIG) == {"count": 0.0}
+        assert checkpoint.resume(path, state, CONFIG.train.global_batch) == {"count": 0.0}
         assert (state.step, state.images_seen, int(state.optimizer.steps)) == (7, 112, 5)
         for name, tensor in tensors_of(state).items():
             assert torch.equal(local(tensor), expected[name]), (source, name)
@@ -202,7 +202,7 @@ def single(tmp_path) -> Path:
 def refuses(path: Path, words: str) -> None:
     before, state = tensors_of(made(False)), made(False)
     with pytest.raises(UserError, match=words) as caught:
-        checkpoint.resume(path, state, CONFIG)
+        checkpoint.resume(path, state, CONFIG.train.global_batch)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     if "not finite" not in words:

@@ -233,7 +233,7 @@ def saved(of: Run, folder: str) -> Path:
 def resumed(path: Path, ranks: Ranks, *overrides: str) -> Run:
     """A new run that goes on from a checkpoint."""
     again = Run(ranks, *overrides)
-    checkpoint.resume(path, again.state, again.config)
+    checkpoint.resume(path, again.state, again.config.train.global_batch)
     for _ in range(again.state.step):
         next(again.stream)
     return again
@@ -268,11 +268,17 @@ def test_a_checkpoint_is_whole_whatever_the_strategy(tmp_path):
         same(resumed(tmp_path / "step-0000003", ONE).tensors(), last)
 
 
+def pictures(path: Path, run: Run, ranks: Ranks) -> None:
+    c = run.config
+    shown = grids.examples(c.data, c.model, ranks.device)
+    grids.save_pictures(path, run.state, c.sample, c.objective.tokenizer_t_max, ranks, shown)
+
+
 def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
     """Three steps, with and without pictures after the second."""
     quiet = Run(ranks, "train.strategy=fsdp2").go(3)
     shown = Run(ranks, "train.strategy=fsdp2").go(2)
-    grids.save_pictures(Path(folder), shown.state, shown.config, ranks, grids.examples(shown.config, ranks.device))
+    pictures(Path(folder), shown, ranks)
     return [quiet.tensors(), shown.go(1).tensors()]
 
 
@@ -281,11 +287,11 @@ def test_pictures_of_a_sharded_model(tmp_path):
     for quiet, shown in on_ranks(2, pictured, str(tmp_path)):
         same(quiet, shown)
     alone = Run(ONE).go(2)
-    grids.save_pictures(tmp_path / "one", alone.state, alone.config, ONE, grids.examples(alone.config, ONE.device))
-    pictures = [
+    pictures(tmp_path / "one", alone, ONE)
+    shown = [
         np.asarray(Image.open(p / "samples" / "step_0000002.png")).astype(int) for p in (tmp_path, tmp_path / "one")
     ]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.abs(shown[0] - shown[1]).max() <= 1
 
 
 def poisoned(ranks: Ranks, strategy: str) -> list[dict[str, Tensor]]:

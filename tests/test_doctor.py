@@ -21,6 +21,7 @@ import torch
 from support import ROOT, TINY, command_of
 
 from unite_fast import doctor
+from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.doctor import machine
 from unite_fast.model.unite import build
@@ -125,9 +126,9 @@ def test_cores_and_workers(monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 4.0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     busy = replace(CONFIG, data=replace(CONFIG.data, source="folder", workers=3))
-    assert machine.workers(busy) == ("WARN", "data workers", "3 workers x 2 ranks on 4 cores; set data.workers=2")
-    assert machine.workers(replace(busy, data=replace(busy.data, workers=2))).state == "OK"
-    assert machine.workers(CONFIG).state == "OK"  # digits decode nothing
+    assert machine.workers(busy.data) == ("WARN", "data workers", "3 workers x 2 ranks on 4 cores; set data.workers=2")
+    assert machine.workers(replace(busy.data, workers=2)).state == "OK"
+    assert machine.workers(CONFIG.data).state == "OK"  # digits decode nothing
 
 
 def test_cores_of_a_container(monkeypatch):
@@ -156,10 +157,10 @@ def test_disk_and_shared_memory(monkeypatch, tmp_path, extra):
     tensors += [tensor for average in optimizer.averages.values() for tensor in average.values()]
     assert len(optimizer.averages) == 1 + len(extra)
     size = sum(t.numel() * t.element_size() for t in tensors)
-    assert machine.checkpoint_bytes(config) == size
+    assert machine.checkpoint_bytes(config.model, config.optim) == size
     for factor, state in ((5.01, "OK"), (4.9, "WARN")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, f=factor: Usage(0, 0, f * size))
-        found = machine.disk(config)
+        found = machine.disk(config.folder, size, config.train.keep_last)
         assert found.state == state
         assert state == "OK" or "set run_dir=PATH" in found.detail
     assert machine.disk().state == "WARN"
@@ -177,18 +178,30 @@ def test_pretrained(monkeypatch, tmp_path):
     assert machine.pretrained()[0].state == "FAIL"
 
 
+def found_in(config: Config, what: str) -> machine.Finding:
+    return next(finding for finding in doctor.examine_run(config) if finding.what == what)
+
+
+def test_options_that_do_not_go_together():
+    """As training would refuse them, for whoever asks the doctor, or for the configuration alone."""
+    sharded = replace(CONFIG, train=replace(CONFIG.train, strategy="fsdp2", on_oom="halve"))
+    found = found_in(sharded, "options")
+    assert (found.state, found_in(CONFIG, "options").state) == ("FAIL", "OK")
+    assert "train.strategy=fsdp2 does not work with train.on_oom=halve" in found.detail
+
+
 def test_configuration(tmp_path, tiny):
-    state, what, detail = doctor._data(CONFIG)
+    state, what, detail = found_in(CONFIG, "data digits")
     assert (state, what) == ("OK", "data digits")
     assert detail.startswith("1,497 images in 10 classes; ")
     missing = replace(CONFIG, data=replace(CONFIG.data, source="folder", path=str(tmp_path / "none")))
-    assert doctor._data(missing).state == "FAIL"
-    assert machine.perceptual(CONFIG).state == "OK"
+    assert found_in(missing, "data folder").state == "FAIL"
+    assert machine.perceptual(CONFIG.model, CONFIG.objective).state == "OK"
     path = tmp_path / "trunk.pth"
     path.write_bytes(b"other")
     color = replace(CONFIG, model=replace(CONFIG.model, channels=3))
     asked = replace(color, objective=replace(color.objective, perceptual_weight=1.0, perceptual_trunk=str(path)))
-    found = machine.perceptual(asked)
+    found = machine.perceptual(asked.model, asked.objective)
     assert found.state == "FAIL"
     assert "has sha256" in found.detail
     outcome = command_of(doctor.main, "--json", "--config", tiny, "data.source=folder", "data.path=no/where")
@@ -203,9 +216,9 @@ def test_configuration(tmp_path, tiny):
 
 def test_files_of_scores_while_training(tmp_path):
     config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, rfid_epoch=1.0, extractor="digits"))
-    assert doctor._scores(config).state == "OK"
+    assert found_in(config, "scores while training").state == "OK"
     config = replace(CONFIG, evaluation=replace(config.evaluation, fid_epoch=1.0, count=40))
-    found = doctor._scores(config)
+    found = found_in(config, "scores while training")
     assert found.state == "FAIL"
     assert "evaluation.reference names no statistics" in found.detail
 

@@ -16,7 +16,7 @@ from support import TINY, command, command_of, process
 
 from unite_fast import checkpoint, data, evaluate, export, sampling
 from unite_fast.base.errors import UserError
-from unite_fast.config.yaml_text import from_dict
+from unite_fast.config import EfficiencyConfig, EvaluationConfig, ObjectiveConfig, SampleConfig
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
 from unite_fast.evaluation.generation import Settings
@@ -83,7 +83,7 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
     assert said.returncode == 0, said.stderr
     protocol = json.loads((tmp_path / "fid.json").read_text())["protocol"]
     config = checkpoint.saved_config(checkpoint.locate(tmp_path / "run"))
-    assert protocol["settings"] == generation.of_run(config).described()
+    assert protocol["settings"] == generation.of_run(config.sample, config.evaluation, config.efficiency).described()
     assert protocol["settings"] == {
         "count": 40, "labels": "equal", "solver": "exp3", "steps": 2, "cfg_scale": 1.5, "cfg_interval": [0.0, 1.0],
         "cfg_order": "norm_first", "last": "state", "precision": "fp32", "kernels": "fused", "compile": False,
@@ -94,8 +94,8 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
 
 def test_defaults_stand_once():
     """In config/keys.py: a score's settings are those of a run that says nothing."""
-    assert Settings() == generation.of_run(from_dict({}))
-    assert reconstruction.Settings() == reconstruction.of_run(from_dict({}))
+    assert Settings() == generation.of_run(SampleConfig(), EvaluationConfig(), EfficiencyConfig())
+    assert reconstruction.Settings() == reconstruction.of_run(ObjectiveConfig(), EvaluationConfig(), EfficiencyConfig())
 
 
 def test_an_official_checkpoint_brings_its_guidance(reference, tmp_path):
@@ -136,7 +136,7 @@ def test_the_score_is_that_of_the_images(trained, tmp_path):
     """Against images drawn and scored in one piece."""
     found = run(trained, "fid", tmp_path / "a.json")
     model, config = checkpoint.load_model(trained / "run")
-    extractor = digits_network(config)
+    extractor = digits_network(config.data, config.model)
     labels = torch.arange(100) % 10
     images = sampling.sample(model, labels, seeds=range(100), solver="euler", steps=2)
     features = extractor.compute((images * 255).to(torch.uint8))[0].double().numpy()
@@ -316,7 +316,7 @@ def test_rfid(trained, tmp_path):
     }  # fmt: skip
     model, config = checkpoint.load_model(trained / "run")
     with torch.no_grad():
-        ideal = reconstructed(Perfect(model), config, digits_network(config))
+        ideal = reconstructed(Perfect(model), config, digits_network(config.data, config.model))
     assert ideal["rfid"] == pytest.approx(0, abs=1e-3)
     assert ideal["l1"] < 1e-6
     assert ideal["psnr"] > 100
@@ -348,16 +348,25 @@ def test_reconstructions_are_scored_as_the_run_says(trained, precision, t_max, k
     assert perfect.used[0] == kernels
     assert set(perfect.used[1::2]) == {precision == "bf16"}
     assert 0.5 * t_max < max(perfect.used[2::2]) <= t_max
-    network = digits_network(config)
+    network = digits_network(config.data, config.model)
     perceptual = SimpleNamespace(trunk_sha256="abc", input_range="0_1")
-    protocol = reconstruction.protocol(reconstruction.of_run(config), network, perceptual, {})  # pyright: ignore
+    settings = reconstruction.of_run(config.objective, config.evaluation, config.efficiency)
+    protocol = reconstruction.protocol(settings, network, perceptual, {})  # pyright: ignore
     assert protocol["settings"] == {"tokenizer_t_max": t_max, "precision": precision, "kernels": kernels}
     assert protocol["lpips"] == {"trunk": "abc", "range": "0_1"}
 
 
 def reconstructed(model, config, extractor=None, perceptual=None) -> dict[str, float]:
     source = data.open_source(config.data, config.model, "heldout")
-    return reconstruction.score(model, reconstruction.of_run(config), source, config.data, extractor, ONE, perceptual)
+    return reconstruction.score(
+        model,
+        reconstruction.of_run(config.objective, config.evaluation, config.efficiency),
+        source,
+        config.data,
+        extractor,
+        ONE,
+        perceptual,
+    )
 
 
 class Perfect:
@@ -404,7 +413,7 @@ def test_users_mistakes_are_one_line(trained, tmp_path):
 
 def test_nan_images_stop_the_score(trained):
     model, config = checkpoint.load_model(trained / "run")
-    extractor = digits_network(config)
+    extractor = digits_network(config.data, config.model)
     with torch.no_grad():
         model.decoder.decoder_pred.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="seed 0"):

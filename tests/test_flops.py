@@ -93,7 +93,8 @@ def test_projection_is_the_official_speed():
     """10.5 % of an H200's peak is about 26 minutes per epoch on 8 GPUs, as the official README says."""
     if torch.cuda.is_available() and "H200" not in torch.cuda.get_device_name():
         pytest.skip("projects for the GPU that is here")
-    official, _, goal = throughput.project(yaml_text.load(ROOT / "configs" / "imagenet_b.yaml"))
+    config = yaml_text.load(ROOT / "configs" / "imagenet_b.yaml")
+    official, _, goal = throughput.project(config.model, config.objective)
     assert official.images_per_second == pytest.approx(103, abs=1.5)
     assert official.minutes(8) == pytest.approx(26, abs=0.5)
     assert "26.1 on 8 GPUs (the official code)" in official.line()
@@ -106,7 +107,7 @@ def test_the_official_speed_is_of_one_model_on_one_gpu(monkeypatch):
 
     def known(config: Config, gpu: str = "NVIDIA H200") -> bool:
         monkeypatch.setattr(throughput, "device_name", lambda: gpu)
-        return any("official" in projection.line() for projection in throughput.project(config))
+        return any("official" in projection.line() for projection in throughput.project(config.model, config.objective))
 
     assert known(base)
     for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "NVIDIA GH200 480GB"):
@@ -201,10 +202,7 @@ def test_doctor_times_the_configured_source(tiny, tmp_path):
 
 def test_expected_rate_of_a_source():
     packed = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, source="packed", workers=1))
-    assert throughput.expected_rate(packed) == throughput.PER_CORE["packed", "exact"]
+    assert throughput.expected_rate(packed.data, packed.model.image_size) == throughput.PER_CORE["packed", "exact"]
     small = dataclasses.replace(packed, model=dataclasses.replace(packed.model, image_size=64))
-    assert throughput.expected_rate(small) is None  # the table is of 256 x 256
-    assert (
-        throughput.expected_rate(dataclasses.replace(packed, data=dataclasses.replace(packed.data, source="digits")))
-        is None
-    )
+    assert throughput.expected_rate(small.data, small.model.image_size) is None  # the table is of 256 x 256
+    assert throughput.expected_rate(dataclasses.replace(packed.data, source="digits"), 256) is None

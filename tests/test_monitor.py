@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from support import TINY, command, command_of, process
 from test_evaluation_fid import weights  # noqa: F401  (a fixture)
 
 from unite_fast import checkpoint, evaluate
-from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.config import EvaluationConfig
 from unite_fast.evaluation import statistics
 from unite_fast.run import monitor
 
@@ -69,18 +70,17 @@ def figures(content: dict) -> list:
 
 
 def test_due():
-    config = from_dict(parse_yaml("evaluation: {fid_epoch: 1, sweep_epoch: 3, rfid_epoch: 2}", "test"))
-    config = from_dict({"train": {"global_batch": 30}}, base=config)
-    found = {seen: kinds for seen in range(30, 700, 30) if (kinds := monitor.due(config, seen, 100))}
+    due = functools.partial(monitor.due, EvaluationConfig(fid_epoch=1, sweep_epoch=3, rfid_epoch=2), 30)
+    found = {seen: kinds for seen in range(30, 700, 30) if (kinds := due(seen, 100))}
     assert found == {
         120: ["search"], 210: ["search", "rfid"], 300: ["sweep"], 420: ["search", "rfid"], 510: ["search"],
         600: ["sweep", "rfid"],
     }  # fmt: skip
-    assert monitor.due(config, 0, 100) == []
-    assert monitor.due(config, 90, 100, last=True) == ["search"]  # the next step would end the epoch; there is none
-    assert monitor.due(config, 60, 100, last=True) == []
-    assert monitor.due(config, 120, 100, last=True) == ["search"]
-    assert monitor.due(from_dict({}), 1024, 1024) == []
+    assert due(0, 100) == []
+    assert due(90, 100, last=True) == ["search"]  # the next step would end the epoch; there is none
+    assert due(60, 100, last=True) == []
+    assert due(120, 100, last=True) == ["search"]
+    assert monitor.due(EvaluationConfig(), 1024, 1024, 1024) == []
 
 
 def test_the_run_is_the_same_with_and_without(folder):

@@ -102,7 +102,7 @@ def test_a_run_that_resumes_goes_on_with_every_part(saved, tmp_path):
     with torch.no_grad():
         for tensor in tensors_of(again.state).values():
             tensor.zero_()
-    checkpoint.resume(path, again.state, again.config)
+    checkpoint.resume(path, again.state, again.config.train.global_batch)
     expected, found = tensors_of(step.state), tensors_of(again.state)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     step(batch)
@@ -114,16 +114,16 @@ def test_a_run_that_resumes_goes_on_with_every_part(saved, tmp_path):
 def test_a_part_that_is_missing_or_too_many_is_named(saved, tmp_path):
     alone, batch = trainer()
     with pytest.raises(UserError, match=r"critic\..* is unknown to the model"):
-        checkpoint.resume(saved[2], alone.state, alone.config)
+        checkpoint.resume(saved[2], alone.state, alone.config.train.global_batch)
     alone(batch())
     with pytest.raises(UserError, match=r"critic\.optimizer_steps in state\.json is missing"):
-        checkpoint.resume(save(alone, tmp_path), with_critic()[0].state, alone.config)
+        checkpoint.resume(save(alone, tmp_path), with_critic()[0].state, alone.config.train.global_batch)
 
 
 def test_another_average_of_a_part_begins_anew(saved):
     other, _ = with_critic()
     critic = other.state.parts["critic"].module
     other.state.parts["critic"].optimizer = Optimizer(critic, OptimConfig(ema_extra=(0.8,)))
-    checkpoint.resume(saved[2], other.state, other.config)
+    checkpoint.resume(saved[2], other.state, other.config.train.global_batch)
     averages = other.state.parts["critic"].optimizer.averages
     assert all(torch.equal(averages["ema_0.8"][name], p) for name, p in critic.named_parameters())

@@ -56,7 +56,7 @@ def test_grids_show_classes_that_have_images(held, shown, monkeypatch):
     source = data.open_source(config.data, config.model, "heldout")
     monkeypatch.setattr(source, "labels", torch.tensor(held)[source.labels % len(held)])
     monkeypatch.setattr(data, "open_source", lambda *_: source)
-    batch = grids.examples(config, torch.device("cpu"))
+    batch = grids.examples(config.data, config.model, torch.device("cpu"))
     images, labels = batch.images, batch.labels
     assert labels.tolist() == shown
     assert images.shape == (8, 1, 8, 8)

@@ -93,6 +93,12 @@ def test_overrides(tiny, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_configuration_that_no_run_takes_is_not_printed(tiny):
+    said = command("train.py", "--config", tiny, "--print-config", "train.strategy=fsdp2", "train.on_oom=halve")
+    assert said.returncode == 2
+    assert "does not work with train.on_oom=halve" in said.stderr
+
+
 def test_1e_4_is_a_number(tiny):
     assert "lr: 0.0001" in command("train.py", "--config", tiny, "--print-config", "optim.lr=1e-4").stdout
 

@@ -151,7 +151,10 @@ class Context:
     def settings(self) -> Settings:
         """Those of the run, or the protocol's, with what the options change."""
         a = self.arguments
-        base = Settings.read(self.earlier["protocol"]["settings"]) if self.earlier else of_run(self.config)
+        c = self.config
+        base = of_run(c.sample, c.evaluation, c.efficiency)
+        if self.earlier:
+            base = Settings.read(self.earlier["protocol"]["settings"])
         changes: dict[str, Any] = {
             "count": a.count,
             "cfg_scale": a.cfg,
@@ -217,7 +220,9 @@ class Scorer:
 
     def __init__(self, context: Context) -> None:
         self.context, a = context, context.arguments
-        self.extractor: Extractor = statistics.open_extractor(a, context.config, context.ranks.device)
+        self.extractor: Extractor = statistics.open_extractor(
+            a, context.config.data, context.config.model, context.ranks.device
+        )
         self.reference: Statistics
         self.reference, self.about = statistics.read(a.reference)
         statistics.check_extractor(self.about, len(self.reference.mean), self.extractor, a.reference)
@@ -349,7 +354,10 @@ def rfid_command(context: Context) -> None:
     if a.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
     asked = {"precision": a.precision, "kernels": a.kernels}
-    settings = dataclasses.replace(reconstruction.of_run(config), **{k: v for k, v in asked.items() if v is not None})
+    settings = dataclasses.replace(
+        reconstruction.of_run(config.objective, config.evaluation, config.efficiency),
+        **{k: v for k, v in asked.items() if v is not None},
+    )
     perceptual = None
     if a.lpips:
         objective = dataclasses.replace(
@@ -357,7 +365,7 @@ def rfid_command(context: Context) -> None:
         )
         perceptual = lpips.load_perceptual(objective, config.model.channels, settings.kernels)
     perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
-    extractor = statistics.open_extractor(a, config, context.ranks.device)
+    extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
     source = data.open_source(config.data, config.model, "heldout")
     result = reconstruction.score(context.model, settings, source, config.data, extractor, context.ranks, perceptual)
     said = statistics.described(config.data.source, config.model.image_size, "heldout", source, context.ranks.device)

@@ -105,12 +105,12 @@ def origin(located: Path) -> tuple[str, dict[str, Any]]:
     return kind, found if isinstance(found, dict) else {}
 
 
-def sampling_options(config: Config, kind: str) -> dict[str, Any]:
+def sampling_options(how: SampleConfig, kind: str) -> dict[str, Any]:
     """Those that somebody chose or found: a run's, or the guidance that an official .pt records."""
-    options = to_dict(config)["sample"]
+    options = to_dict(how)
     if kind == "run":
         return options
-    return {k: options[k] for k in ("cfg_scale", "cfg_interval")} if config.sample != SampleConfig() else {}
+    return {k: options[k] for k in ("cfg_scale", "cfg_interval")} if how != SampleConfig() else {}
 
 
 def sampling_line(options: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False, ove
     values, (kind, provenance) = scrub(to_dict(config)), origin(located)
     facts = {"format": "pt", "unite_fast": __version__, "weights": weights, "step": "" if step is None else str(step)}
     facts |= {"config": json.dumps(values), "origin": kind, "provenance": json.dumps(provenance)}
-    m, options = config.model, sampling_options(config, kind)
+    m, options = config.model, sampling_options(config.sample, kind)
     counted = "" if kind == "run" else " by its own count"  # the official code's is of micro-batches
     card = (ATOMS_CARD if m.modality == "atoms" else CARD).format(
         name=values["name"], parameters=sum(v.numel() for v in state.values()), size=m.image_size,

@@ -66,7 +66,11 @@ def newest_first(folder: Path) -> list[Path]:
     """The checkpoints of a folder, those included that cannot be looked at. Raises UserError for such a folder."""
     with files.refusals(str(folder), "; make it readable: what is in it decides where a run goes on"):
         names = os.listdir(folder) if folder.is_dir() else []
-    found = [(step, folder / name) for name in names if name.startswith("step-") and (step := step_of(Path(name)))]
+    found = [
+        (step, folder / name)
+        for name in names
+        if name.startswith("step-") and (step := step_of(Path(name))) is not None
+    ]
     return [path for _, path in sorted(found, reverse=True) if _may_be_folder(path)]
 
 
@@ -250,8 +254,8 @@ def changes(path: Path, config: Config) -> list[str]:
     if path.is_file():  # an official .pt says nothing of its run
         return []
     saved = _saved_config(path)
-    check_same_model(saved, config, str(path))
-    return changed_settings(saved, config, path.name)
+    check_same_model(saved, config.model, str(path))
+    return changed_settings(saved, to_dict(config), path.name)
 
 
 def _expected(
@@ -313,7 +317,7 @@ def _sums(means: dict[str, float], config: Any) -> dict[str, float]:
     return means if kind in means else {kind if name == "l1" else name: value for name, value in means.items()}
 
 
-def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
+def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]:
     """Fills ``state`` from a checkpoint folder or an official .pt; returns the running sums of its log line.
 
     Every rank calls it and reads what it holds. Raises UserError when the checkpoint belongs to another model or is
@@ -326,7 +330,7 @@ def resume(path: Path, state: TrainState, config: Config) -> dict[str, float]:
         interop.load_training(content, state.model, state.optimizer, str(path))
         # The official counter counts micro-batches; the optimizer's counts updates.
         state.step = int(state.optimizer.steps)
-        state.images_seen = state.step * config.train.global_batch
+        state.images_seen = state.step * global_batch
         state.best_cfg_scale = interop.best_scale(content)
         return {}
     counters = _read_counters(path)

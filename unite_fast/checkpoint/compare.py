@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config
+from unite_fast.config import ModelConfig
 from unite_fast.config.yaml_text import to_dict
 
 # Keys, or their beginnings, whose change does not change what the steps of a run compute.
@@ -28,18 +28,18 @@ def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> li
     return sorted(found)
 
 
-def check_same_model(saved: dict[str, Any], config: Config, where: str) -> None:
+def check_same_model(saved: dict[str, Any], model: ModelConfig, where: str) -> None:
     """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
-    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(config)["model"]})
+    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(model)})
     if changed:
         listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
         raise UserError(f"{where} holds another model: {listed}")
 
 
-def changed_settings(saved: dict[str, Any], config: Config, where: str) -> list[str]:
+def changed_settings(saved: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
     """A line for each key that changes what the steps compute. saved: the configuration of the checkpoint ``where``."""
     return [
         f"changed since {where}: {key} {old} -> {new}"
-        for key, old, new in _differences(saved, to_dict(config))
+        for key, old, new in _differences(saved, now)
         if not key.startswith(QUIET)
     ]

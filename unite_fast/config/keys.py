@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from unite_fast.base.errors import UserError
@@ -382,6 +383,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir or f"runs/{self.name}")
 
 
 def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:

@@ -21,9 +21,10 @@ import torch
 from unite_fast import data
 from unite_fast.base import launcher
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import Config, yaml_text
+from unite_fast.config import Config, batch_split, yaml_text
 from unite_fast.doctor import machine
 from unite_fast.doctor.machine import Finding, release
+from unite_fast.efficiency import execution
 from unite_fast.plan import throughput
 from unite_fast.run import monitor
 
@@ -101,40 +102,58 @@ def _guarded(check: Callable[[], Finding], what: str, state: str) -> Finding:
 
 def examine(config: Config | None = None) -> list[Finding]:
     """All findings, in the order in which they are printed."""
+    room = machine.disk()
+    if config:
+        room = machine.disk(config.folder, machine.checkpoint_bytes(config.model, config.optim), config.train.keep_last)
     findings = [_python(), _torch(), _device(), machine.driver()]
     findings += [_guarded(_triton, "triton", "FAIL" if torch.cuda.is_available() else "WARN")]
     findings += [_guarded(machine.collectives, "collectives", "FAIL")]
     findings += machine.libraries()
-    findings += [machine.shared_memory(), machine.open_files(), machine.disk(config)]
+    findings += [machine.shared_memory(), machine.open_files(), room]
     findings += [_guarded(functools.partial(_required, package), package, "FAIL") for package in REQUIRED]
     findings += [_guarded(machine.torchvision_build, "torchvision build", "FAIL")]
     findings += machine.attention_backends()
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
     if config:
-        findings += [machine.workers(config), _data(config), machine.perceptual(config), _scores(config)]
+        findings += examine_run(config)
     return findings
 
 
-def _data(config: Config) -> Finding:
-    """Its images, and their rate, expected and measured, against what training would take."""
-    what = f"data {config.data.source}"
+def _asked(what: str, look: Callable[[], str]) -> Finding:
+    """What a configuration asks for, looked at as training would."""
     try:
-        source = data.open_source(config.data, config.model)
-        rate = throughput.supply(config, source)
+        return Finding("OK", what, look())
     except (UserError, data.WorkerError) as error:
         return Finding("FAIL", what, str(error))
-    return Finding("OK", what, f"{len(source):,} images in {source.num_classes} classes; {rate}")
 
 
-def _scores(config: Config) -> Finding:
-    """What scores while training need, opened as training would."""
-    what = "scores while training"
-    try:
+def examine_run(config: Config) -> list[Finding]:
+    """Whether what a run needs is there and goes together."""
+
+    def options() -> str:
+        world = launcher.world_size()
+        batch_split(config.train, world)
+        execution.check(config.efficiency, config.train, world)
+        return "the batch divides, and efficiency and train.strategy go together"
+
+    def source() -> str:
+        """Its images, and their rate, expected and measured, against what training would take."""
+        opened = data.open_source(config.data, config.model)
+        rate = throughput.supply(config, opened)
+        return f"{len(opened):,} images in {opened.num_classes} classes; {rate}"
+
+    def scores() -> str:
         files = monitor.open_files(config, launcher.world_size())
-    except UserError as error:
-        return Finding("FAIL", what, str(error))
-    return Finding("OK", what, "none are asked for" if files is None else "the extractor and the references fit")
+        return "none are asked for" if files is None else "the extractor and the references fit"
+
+    return [
+        _asked("options", options),
+        machine.workers(config.data),
+        _asked(f"data {config.data.source}", source),
+        machine.perceptual(config.model, config.objective),
+        _asked("scores while training", scores),
+    ]
 
 
 def main(argv: list[str]) -> int:

@@ -20,13 +20,12 @@ import torch.distributed as dist
 
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
-from unite_fast.config import Config
+from unite_fast.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from unite_fast.layers import attention
 from unite_fast.modality.lpips import load_perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
-from unite_fast.run.session import folder
 from unite_fast.weights import KNOWN
 from unite_kernels import extension, probe
 
@@ -162,26 +161,26 @@ def open_files() -> Finding:
     return Finding("WARN", "open files", f"at most {soft}; ulimit -n {OPEN_FILES} (the system allows {hard})")
 
 
-def checkpoint_bytes(config: Config) -> int:
+def checkpoint_bytes(model_config: ModelConfig, optim: OptimConfig) -> int:
     """Of one checkpoint: weights, averages, momentum or two moments, all float32."""
     with torch.device("meta"):
-        model = UNITE(config.model)
-    muon, adamw = split_parameters(model, config.optim.muon)
+        model = UNITE(model_config)
+    muon, adamw = split_parameters(model, optim.muon)
     numbers = sum(t.numel() for t in model.state_dict().values())
     matrices, others = (sum(p.numel() for p in part.values()) for part in (muon, adamw))
-    averages = len(ema.names(config.optim)) * (matrices + others)
+    averages = len(ema.names(optim)) * (matrices + others)
     return 4 * (numbers + averages + matrices + 2 * others)
 
 
-def disk(config: Config | None = None) -> Finding:
-    """Room for the checkpoints that a run keeps, the one being written, and one being removed."""
-    place = folder(config).absolute() if config else Path.cwd()
+def disk(folder: Path | None = None, checkpoint: int = 0, kept: int = 0) -> Finding:
+    """Room for the checkpoints, of so many bytes, that a run keeps, the one being written, and one being removed."""
+    place = (folder or Path.cwd()).absolute()
     while not place.exists():
         place = place.parent
     free, wanted, what = shutil.disk_usage(place).free / GIB, float(FREE_GIB), "a run of UNITE-B"
-    if config:
-        one = checkpoint_bytes(config) / GIB
-        wanted, what = one * (config.train.keep_last + 2), f"{config.train.keep_last + 2} checkpoints of {one:.2g} GiB"
+    if folder:
+        one = checkpoint / GIB
+        wanted, what = one * (kept + 2), f"{kept + 2} checkpoints of {one:.2g} GiB"
     if free >= wanted:
         return Finding("OK", "disk", f"{free:.0f} GiB free")
     return Finding("WARN", "disk", f"{free:.1f} GiB free, {what} want {wanted:.1f}; free some or set run_dir=PATH")
@@ -207,26 +206,26 @@ def pretrained() -> list[Finding]:
 # --- a configuration -------------------------------------------------------------------------------------------------
 
 
-def workers(config: Config) -> Finding:
+def workers(reading: DataConfig) -> Finding:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (
         torch.cuda.device_count() if torch.cuda.is_available() else 1
     )
-    wanted, have = config.data.workers * ranks, cores()
-    said = f"{config.data.workers} workers x {ranks} ranks on {have:g} cores"
-    if wanted <= have or config.data.source in ("digits", "synthetic"):
+    wanted, have = reading.workers * ranks, cores()
+    said = f"{reading.workers} workers x {ranks} ranks on {have:g} cores"
+    if wanted <= have or reading.source in ("digits", "synthetic"):
         return Finding("OK", "data workers", said)
     return Finding("WARN", "data workers", f"{said}; set data.workers={max(1, math.floor(have / ranks))}")
 
 
-def perceptual(config: Config) -> Finding:
+def perceptual(model: ModelConfig, objective: ObjectiveConfig) -> Finding:
     """The trunk's file with its hash, loaded as training would."""
-    if config.objective.perceptual_weight == 0:
+    if objective.perceptual_weight == 0:
         return Finding("OK", "LPIPS trunk", "not needed: objective.perceptual_weight is 0")
     try:
-        load_perceptual(config.objective, config.model.channels)
+        load_perceptual(objective, model.channels)
     except UserError as error:
         return Finding("FAIL", "LPIPS trunk", str(error))
-    return Finding("OK", "LPIPS trunk", f"{config.objective.perceptual_trunk} has the expected sha256 and loads")
+    return Finding("OK", "LPIPS trunk", f"{objective.perceptual_trunk} has the expected sha256 and loads")
 
 
 # --- optional packages: one tiny call each ---------------------------------------------------------------------------

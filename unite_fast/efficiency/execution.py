@@ -289,7 +289,8 @@ def prepare(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device
             f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
         )
     recipe, products = precision.make(model, name, device, copies=not shards)
-    recipe.residual = efficiency.residual
+    if efficiency.residual != "fp32":
+        recipe.beside = f" with a {efficiency.residual} residual"
     use_residual(model, efficiency.residual)
     for module in model.modules():
         if module in products:

@@ -161,7 +161,7 @@ class Recipe:
         self.engines: list[TransformerEngine] = []
         self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16 because of their sizes
         self.slower: list[str] = []  # and because they are faster there
-        self.residual = "fp32"
+        self.beside = ""  # what else is said of it
 
     def follow(self, copy: Tensor, parameter: Tensor, groups: int) -> None:
         """``refresh`` will write the parameter into its copy."""
@@ -192,9 +192,7 @@ class Recipe:
             yield
 
     def __str__(self) -> str:
-        text = self.name
-        if self.residual != "fp32":
-            text += f" with a {self.residual} residual"
+        text = self.name + self.beside
         if self.scaled or self.name in TE_FLOAT8:
             text += f" ({len(self.scaled) or len(self.engines)} layers in float8"
             text += f"; in bfloat16, where float8 is slower: {', '.join(self.slower)}" if self.slower else ""

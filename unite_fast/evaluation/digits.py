@@ -36,7 +36,7 @@ from unite_fast import checkpoint, data, sampling
 from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config, SampleConfig
+from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.efficiency import precision
 from unite_fast.modality import pictures
 from unite_fast.modality.images import to_float
@@ -135,9 +135,9 @@ def latent_std(latents: np.ndarray) -> float:
     return float(flat(latents).std(axis=0).mean())
 
 
-def digits(config: Config, split: str) -> tuple[Tensor, Tensor]:
+def digits(reading: DataConfig, model: ModelConfig, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, Q, S, S) in [0, 1] and labels (N,) of the "train" or "heldout" digits, in their stored order."""
-    source = data.open_source(config.data, config.model, split)
+    source = data.open_source(reading, model, split)
     return torch.stack([to_float(source.load(i)) for i in range(len(source))]), source.labels
 
 
@@ -150,21 +150,25 @@ def draw(model: UNITE, labels: Tensor, how: SampleConfig) -> tuple[Tensor, float
 
 
 @torch.no_grad()
-def measure(model: UNITE, config: Config, count: int = 1000) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def measure(
+    model: UNITE, reading: DataConfig, how: SampleConfig, count: int = 1000
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(figures, pictures) of a model of the digits.
 
     Figures: nested numbers, described at the top of this file; "samples" has an entry for guidance scale 1 and one for
-    ``config.sample``, of ``count`` samples each, the classes in turn. Pictures: "real" and "reconstruction" of the
+    ``how``, of ``count`` samples each, the classes in turn. Pictures: "real" and "reconstruction" of the
     held-out digits, and the samples by scale.
     """
-    (train, train_labels), (held, held_labels) = digits(config, "train"), digits(config, "heldout")
+    (train, train_labels), (held, held_labels) = (
+        digits(reading, model.config, split) for split in ("train", "heldout")
+    )
     real, real_labels = torch.cat([train, held]).numpy(), torch.cat([train_labels, held_labels]).numpy()
     classifier, accuracy = train_classifier(train.numpy(), train_labels.numpy(), held.numpy(), held_labels.numpy())
     latents = model.tokenize(held)
     reconstruction = model.decode(latents).clamp(0, 1)
     labels = torch.arange(count) % 10
-    scales = sorted({1.0, config.sample.cfg_scale})
-    drawn = {scale: draw(model, labels, dataclasses.replace(config.sample, cfg_scale=scale)) for scale in scales}
+    scales = sorted({1.0, how.cfg_scale})
+    drawn = {scale: draw(model, labels, dataclasses.replace(how, cfg_scale=scale)) for scale in scales}
     distances = frechet_to_halves(real, {f"{scale:g}": images.numpy() for scale, (images, _) in drawn.items()})
     real_spread = within_class_spread(real, real_labels)
     figures = {
@@ -190,9 +194,9 @@ def measure(model: UNITE, config: Config, count: int = 1000) -> tuple[dict[str, 
     return figures, {"real": held, "reconstruction": reconstruction} | samples
 
 
-def table(figures: dict[str, Any], config: Config, count: int) -> str:
+def table(figures: dict[str, Any], s: SampleConfig, count: int) -> str:
     """The figures as text."""
-    s, real, accuracy = config.sample, figures["real"], figures["classifier_accuracy"]
+    real, accuracy = figures["real"], figures["classifier_accuracy"]
     lines = [
         f"held-out reconstruction   {figures['held_out_pooled_psnr']:.1f} dB pooled PSNR",
         f"latents                   standard deviation over held-out digits {figures['latent_std']:.2f}",
@@ -242,11 +246,11 @@ def main(argv: list[str]) -> None:
     model, config = checkpoint.load_model(args.run)
     if config.data.source != "digits":
         raise UserError(f"{args.run} was trained on data.source={config.data.source}, not on the digits")
-    figures, images = measure(model, config, args.samples)
+    figures, images = measure(model, config.data, config.sample, args.samples)
     folder = args.run / "report"
-    paths = save_pictures(folder, images, digits(config, "heldout")[1])
+    paths = save_pictures(folder, images, digits(config.data, config.model, "heldout")[1])
     files.write_json(folder / "figures.json", figures)
-    print(table(figures, config, args.samples))
+    print(table(figures, config.sample, args.samples))
     print(f"\nin {folder}: {', '.join(path.name for path in paths)}, figures.json")
 
 

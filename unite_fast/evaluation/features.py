@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unite_fast import data
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config
+from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.modality.images import to_float
 
 # The sha256 of torch-fidelity's weights, whose name has its first digits.
@@ -92,7 +92,7 @@ def inception(
     )
 
 
-def digits_network(config: Config, device: torch.device | str = "cpu") -> Extractor:
+def digits_network(reading: DataConfig, model: ModelConfig, device: torch.device | str = "cpu") -> Extractor:
     """A classifier of the digits with 64 hidden units, fitted from a fixed seed to the real training digits.
 
     Its hidden layer is what FID sees, its outputs what the Inception score sees. The same on every machine up to
@@ -101,7 +101,7 @@ def digits_network(config: Config, device: torch.device | str = "cpu") -> Extrac
     from sklearn.neural_network import MLPClassifier
     from threadpoolctl import threadpool_limits
 
-    source = data.open_source(config.data, config.model, "train")
+    source = data.open_source(reading, model, "train")
     images = torch.stack([to_float(source.load(i)) for i in range(len(source))]).flatten(1).numpy()
     fitted: Any = MLPClassifier((64,), alpha=1e-2, max_iter=60, random_state=0, tol=0.0, n_iter_no_change=60)
     # One thread: the sums of matrix products, and with them the network's hash, depend on how many share the work.
@@ -121,7 +121,8 @@ def digits_network(config: Config, device: torch.device | str = "cpu") -> Extrac
 
 
 def open_extractor(
-    config: Config,
+    reading: DataConfig,
+    model: ModelConfig,
     kind: str,
     weights: str = "",
     sha256: str = INCEPTION,
@@ -130,9 +131,9 @@ def open_extractor(
 ) -> Extractor:
     """The "inception" network with the weights of a file, or the "digits" one. Raises UserError."""
     if kind == "digits":
-        if config.data.source != "digits":
-            raise UserError(f"the digits network is for data.source=digits, this is {config.data.source}")
-        return digits_network(config, device)
+        if reading.source != "digits":
+            raise UserError(f"the digits network is for data.source=digits, this is {reading.source}")
+        return digits_network(reading, model, device)
     if not weights:
         raise UserError(f"FID needs {INCEPTION_FILE}: name it with --inception, or evaluation.inception of a run")
     if len(sha256) < 8:

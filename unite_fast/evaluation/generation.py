@@ -16,7 +16,7 @@ import torch
 from unite_fast import sampling
 from unite_fast.base import files
 from unite_fast.base.errors import Stopped, UserError
-from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
+from unite_fast.config import EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import fid
@@ -76,10 +76,9 @@ class Settings(SampleConfig):
             )
 
 
-def of_run(config: Config, **changes: Any) -> Settings:
+def of_run(how: SampleConfig, e: EvaluationConfig, efficiency: EfficiencyConfig, **changes: Any) -> Settings:
     """What a run is scored with, while it trains and afterwards: its configuration's settings, with ``changes``."""
-    e = config.evaluation
-    taken = vars(config.sample) | {"count": e.count, "precision": e.precision, "kernels": config.efficiency.kernels}
+    taken = vars(how) | {"count": e.count, "precision": e.precision, "kernels": efficiency.kernels}
     return Settings(**(taken | changes))
 
 

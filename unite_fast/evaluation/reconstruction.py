@@ -15,7 +15,7 @@ import torch
 
 from unite_fast import data
 from unite_fast.base.errors import Stopped, UserError
-from unite_fast.config import Config, DataConfig, EfficiencyConfig, EvaluationConfig, ObjectiveConfig
+from unite_fast.config import DataConfig, EfficiencyConfig, EvaluationConfig, ObjectiveConfig
 from unite_fast.data import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import fid
@@ -37,9 +37,9 @@ class Settings:
     kernels: str = EfficiencyConfig.kernels
 
 
-def of_run(config: Config) -> Settings:
+def of_run(objective: ObjectiveConfig, e: EvaluationConfig, efficiency: EfficiencyConfig) -> Settings:
     """What a run's reconstructions are made with, while it trains and afterwards."""
-    return Settings(config.objective.tokenizer_t_max, config.evaluation.precision, config.efficiency.kernels)
+    return Settings(objective.tokenizer_t_max, e.precision, efficiency.kernels)
 
 
 def protocol(

@@ -125,9 +125,9 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
-def check_out(arguments: argparse.Namespace, config: Config) -> None:
+def check_out(arguments: argparse.Namespace, reading: DataConfig) -> None:
     """Raises UserError where --out lies in what is read, holds something else, or cannot be written."""
-    read = config.data.path if arguments.split == "train" else config.data.heldout_path
+    read = reading.path if arguments.split == "train" else reading.heldout_path
     sources = [path for path in (read, arguments.config, arguments.inception) if path]
     outputs.check_file(Path(arguments.out), "--out", sources, is_statistics)
 
@@ -145,13 +145,21 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     add("--layers", default=",".join(features.LAYERS), metavar="FID,IS", help="its layers (default: %(default)s)")
 
 
-def open_extractor(arguments: argparse.Namespace, config: Config, device: torch.device) -> Extractor:
+def open_extractor(
+    arguments: argparse.Namespace, reading: DataConfig, model: ModelConfig, device: torch.device
+) -> Extractor:
     """The extractor that the options of ``add_extractor_options`` ask for. Raises UserError."""
     layers = tuple(arguments.layers.split(","))
     if len(layers) != 2:
         raise UserError(f"--layers {arguments.layers}: write two names such as {','.join(features.LAYERS)}")
     return features.open_extractor(
-        config, arguments.extractor, arguments.inception, arguments.inception_sha256, (layers[0], layers[1]), device
+        reading,
+        model,
+        arguments.extractor,
+        arguments.inception,
+        arguments.inception_sha256,
+        (layers[0], layers[1]),
+        device,
     )
 
 
@@ -172,9 +180,9 @@ def main(argv: list[str]) -> None:
     config = yaml_text.load(arguments.config, arguments.overrides)
     ranks = distributed.start(arguments.device)
     try:
-        ranks.decide(lambda: check_out(arguments, config))
+        ranks.decide(lambda: check_out(arguments, config.data))
         precision.setup(ranks.device)
-        extractor = open_extractor(arguments, config, ranks.device)
+        extractor = open_extractor(arguments, config.data, config.model, ranks.device)
         found, protocol = of_source(config.data, config.model, arguments.split, extractor, ranks, arguments.features)
         if ranks.is_main:
             write(arguments.out, found, protocol)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from unite_fast import data
-from unite_fast.config import Config, ModelConfig
+from unite_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from unite_fast.data import rate
 from unite_fast.model.flops import peak_of, training_flops
 
@@ -52,10 +52,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else PLANNED
 
 
-def official_is_known(config: Config) -> bool:
+def official_is_known(model: ModelConfig, o: ObjectiveConfig) -> bool:
     """Whether OFFICIAL_MFU is of this model and this device."""
-    o = config.objective
-    same = config.model == ModelConfig() and o.flow_steps == 3 and o.perceptual_weight > 0
+    same = model == ModelConfig() and o.flow_steps == 3 and o.perceptual_weight > 0
     return same and device_name() == PLANNED
 
 
@@ -64,31 +63,29 @@ def assumed(modality: str) -> tuple[int, str]:
     return (MP20, "crystals of MP20") if modality == "atoms" else (IMAGENET, "images of ImageNet-1k")
 
 
-def project(config: Config, mfu: float | None = None, samples: int = 0) -> list[Projection]:
+def project(model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, samples: int = 0) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
     samples: of an epoch of molecules or crystals. Empty where the device's peak is not known, and for images and models
     so small that no GPU would be kept busy.
     """
-    atoms = config.model.modality == "atoms"
-    large = config.model.encoder.width >= 256 if atoms else config.model.image_size >= 64
+    atoms = model.modality == "atoms"
+    large = model.encoder.width >= 256 if atoms else model.image_size >= 64
     peak = peak_of(device_name()) if large else None
-    o = config.objective
-    flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    flops = training_flops(model, o.flow_steps, o.perceptual_weight > 0)["total"]
     if not peak:
         return []
-    known = official_is_known(config)
+    known = official_is_known(model, o)
     mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
     if atoms:
         return [Projection(m, m * peak / flops, False, samples or MP20, ("structures", "epoch")) for m in mfus]
     return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU) for m in mfus]
 
 
-def expected_rate(config: Config) -> float | None:
+def expected_rate(d: DataConfig, image_size: int) -> float | None:
     """Images/s that one rank's workers should deliver, from the table and the cores that they can have."""
-    d = config.data
     per_core = PER_CORE.get((d.source, "fast" if d.crop == "fast" else "exact"))
-    if per_core is None or config.model.image_size != 256:
+    if per_core is None or image_size != 256:
         return None
     return per_core * min(max(1, d.workers), len(os.sched_getaffinity(0)))
 
@@ -101,9 +98,9 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     batch = min(128, config.train.micro_batch)
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
-    expected = expected_rate(config)
+    expected = expected_rate(config.data, config.model.image_size)
     said = f"expected {expected:,.0f} images/s, " if expected else ""
-    projections = project(config, mfu)
+    projections = project(config.model, config.objective, mfu)
     demand = projections[0].images_per_second if projections else 0.0
     said += f"measured {found.line(demand)}"
     return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

@@ -10,7 +10,7 @@ import torch
 
 import unite_kernels
 from unite_fast.base.errors import CommonError, UserError
-from unite_fast.config import Config
+from unite_fast.config import Config, DataConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.data import Source
 from unite_fast.parallel.distributed import Ranks
@@ -33,21 +33,21 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def fingerprint(config: Config, images: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(keys: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     """What has to be equal on all ranks: configuration keys, code, torch, and the images of ``Source.identity``."""
     code = {
         "the code of unite_fast": _sha256(Path(__file__).parents[1]),
         "the code of unite_kernels": _sha256(Path(unite_kernels.__file__).parent),
         "torch": torch.__version__,
     }
-    return _flat(to_dict(config)) | code | {f"data.path: {name}": value for name, value in images.items()}
+    return _flat(keys) | code | {f"data.path: {name}": value for name, value in images.items()}
 
 
 def check(config: Config, source: Source, ranks: Ranks) -> dict[str, Any]:
     """The identity of the run's images. Raises UserError on all ranks when they run different configurations, code or
     images, with what differs."""
     images = source.identity(ranks.device.type)
-    everyone = ranks.gather(fingerprint(config, images))
+    everyone = ranks.gather(fingerprint(to_dict(config), images))
     for rank, other in enumerate(everyone):
         keys = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
         if keys:
@@ -73,7 +73,7 @@ def _short(value: Any, other: Any) -> str:
     return repr(value)
 
 
-def changed_images(saved: dict[str, Any], images: dict[str, Any], config: Config, where: str) -> list[str]:
+def changed_images(saved: dict[str, Any], images: dict[str, Any], reading: DataConfig, where: str) -> list[str]:
     """A line for each way in which the images are not those of the checkpoint ``where``, which kept ``saved``.
 
     Raises UserError when labels have another meaning than there, unless data.on_change=accept.
@@ -87,10 +87,10 @@ def changed_images(saved: dict[str, Any], images: dict[str, Any], config: Config
         for name in differs
     ]
     relabelled = "labels" in differs and saved.get("images") == images["images"]
-    if (relabelled or "class names" in differs) and config.data.on_change == "fail":
+    if (relabelled or "class names" in differs) and reading.on_change == "fail":
         what = "class names" if "class names" in differs else "labels"
         raise UserError(
-            f"data.path {config.data.path}: its {what} are not those of {where} "
+            f"data.path {reading.path}: its {what} are not those of {where} "
             f"({_short(saved.get(what), images[what])} there, {_short(images[what], saved.get(what))} here); "
             "give the images of the run so far, or go on with these by data.on_change=accept"
         )

@@ -34,7 +34,7 @@ def fresh_state(
     if config.init_from:
         weights, saved = checkpoint.load_weights(config.init_from, "ema")
         if saved is not None:
-            checkpoint.check_same_model(to_dict(saved), config, config.init_from)
+            checkpoint.check_same_model(to_dict(saved), config.model, config.init_from)
         interop.load_weights(model, weights, config.init_from)
     freeze(model, config.optim.frozen)
     recipe = execution.apply(model)

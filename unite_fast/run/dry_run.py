@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from unite_fast import data
 from unite_fast.base import launcher
-from unite_fast.config import Config, batch_split
+from unite_fast.config import Config, DataConfig, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
 from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
@@ -19,12 +21,10 @@ from unite_fast.run import assemble, monitor, start, summary
 WITHOUT_PATH = ("digits", "synthetic", "qm9", "crystals", "joint")  # values of data.source
 
 
-def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
-    """What the passes keep for their backward, and the sum with what stays on a rank."""
-    kept = memory.activation_bytes(config.model, config.objective, config.efficiency, micro_batch)
+def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int) -> str:
+    """What the passes keep for their backward, and the sum with what stays on a rank; bytes by name."""
     peak = max(kept.values())
     by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
-    stays = memory.persistent_parts(config.model, config.optim, config.efficiency, config.train, world_size)
     total = memory.amount(peak + sum(stays.values()))
     return (
         f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
@@ -32,18 +32,19 @@ def activations_line(config: Config, micro_batch: int, world_size: int) -> str:
     )
 
 
-def open_inputs(config: Config) -> tuple[data.Source | None, list[str]]:
+def open_inputs(
+    reading: DataConfig, model: ModelConfig, o: ObjectiveConfig, efficiency: EfficiencyConfig
+) -> tuple[data.Source | None, list[str]]:
     """The run's source, None where no path is given yet, and what is missing. A path that is wrong is a UserError."""
     missing = []
-    o = config.objective
     if o.perceptual_weight > 0 and not o.perceptual_trunk:
         missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
     else:
-        Objective.open(config.model, o, config.efficiency)
-    if config.data.source not in WITHOUT_PATH and not config.data.path:
-        count, words = throughput.assumed(config.model.modality)
+        Objective.open(model, o, efficiency)
+    if reading.source not in WITHOUT_PATH and not reading.path:
+        count, words = throughput.assumed(model.modality)
         return None, [*missing, f"data.path is not given: {count:,} {words} are assumed"]
-    return data.open_source(config.data, config.model), missing
+    return data.open_source(reading, model), missing
 
 
 def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
@@ -60,7 +61,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     execution.check(e, t, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     execution.check_device(e, t, config.objective, device, planned=True)
-    source, missing = open_inputs(config)
+    source, missing = open_inputs(config.data, config.model, config.objective, e)
     monitor.open_files(config, world)
     planned = Ranks(0, world, device)
     with torch.device("meta"):
@@ -73,9 +74,11 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     state.execution = how
     samples = len(source) if source else throughput.assumed(config.model.modality)[0]
     lines = [summary.describe(config, state, planned, split, samples)]
-    lines.append(activations_line(config, split[0], world))
+    kept = memory.activation_bytes(config.model, config.objective, e, split[0])
+    lines.append(activations_line(kept, memory.persistent_parts(config.model, config.optim, e, t, world), split[0]))
     lines += [
-        f"projection     {throughput.device_name()}, {p.line()}" for p in throughput.project(config, mfu, samples)
+        f"projection     {throughput.device_name()}, {p.line()}"
+        for p in throughput.project(config.model, config.objective, mfu, samples)
     ]
     if source is not None:
         lines.append(

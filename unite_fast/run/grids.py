@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
 
 from unite_fast import data, sampling
 from unite_fast.base import faults
-from unite_fast.config import Config
+from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.data import Batch
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.sampling.reconstruct import reconstruct
@@ -19,15 +18,15 @@ from unite_fast.training.step import sampling_model
 GRID_COLUMNS = 8
 
 
-def examples(config: Config, device: torch.device) -> Batch:
+def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> Batch:
     """The samples of the grids: one of each of the first classes that have any.
 
     Held-out ones where the run has them.
     """
-    packed_alone = config.data.source == "structures" and config.data.path.endswith(".safetensors")
-    held_out = config.data.source == "digits" or config.data.heldout_path
-    held_out = held_out or (config.model.modality == "atoms" and not packed_alone)
-    source = data.open_source(config.data, config.model, "heldout" if held_out else "train")
+    packed_alone = reading.source == "structures" and reading.path.endswith(".safetensors")
+    held_out = reading.source == "digits" or reading.heldout_path
+    held_out = held_out or (model.modality == "atoms" and not packed_alone)
+    source = data.open_source(reading, model, "heldout" if held_out else "train")
     present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)
     labels, occurrence = present[columns % len(present)], columns // len(present)
     indices = []
@@ -39,22 +38,22 @@ def examples(config: Config, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def save_pictures(path: Path, state: TrainState, config: Config, ranks: Ranks, shown: Batch, steps: int = 0) -> None:
+def save_pictures(path: Path, state: TrainState, how: SampleConfig, t_max: float, ranks: Ranks, shown: Batch) -> None:
     """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
 
-    shown: the real ones; the samples have the same labels. A sharded model needs all ranks; rank 0 writes.
+    shown: the real ones; the samples have the same labels. t_max: of the times of tokenization.
+    A sharded model needs all ranks; rank 0 writes.
     """
-    model, s = state.model, config.sample
+    model = state.model
     model.eval()
     faults.strike("eval", state.step)
     labels, content = shown.labels, model.modality.content(shown.content)
-    how, seeds = dataclasses.replace(s, steps=steps or s.steps), range(len(labels))
+    seeds = range(len(labels))
     try:
         raw = sampling.sample(model, labels, how, seeds=seeds)
         restore = sampling_model(state)
         try:
-            places, t_max = torch.arange(len(labels)), config.objective.tokenizer_t_max
-            reconstruction = reconstruct(model, content, places, t_max, labels, shown.sizes)
+            reconstruction = reconstruct(model, content, torch.arange(len(labels)), t_max, labels, shown.sizes)
             averaged = sampling.sample(model, labels, how, seeds=seeds)
         finally:
             restore()

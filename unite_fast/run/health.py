@@ -7,17 +7,17 @@ from pathlib import Path
 from unite_fast import data
 from unite_fast.base import files
 from unite_fast.base.errors import RunError
-from unite_fast.config import Config
+from unite_fast.config import TrainConfig
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.tensors import copies_group, local
-from unite_fast.run.session import Diverged, folder
+from unite_fast.run.session import Diverged
 from unite_fast.training.guards import SkipCounter, first_difference, first_nonfinite
 from unite_fast.training.state import TrainState, tensors_of
 
 
-def bad_batches(config: Config, source: data.Source, positions: list[int], path: Path) -> None:
-    """Writes bad_batches.json: which samples were in the skipped steps that began at ``positions``."""
-    order, n = data.Order(len(source), config.seed), config.train.global_batch
+def bad_batches(path: Path, source: data.Source, positions: list[int], seed: int, n: int) -> None:
+    """Writes bad_batches.json: which samples were in the skipped steps, of ``n``, that began at ``positions``."""
+    order = data.Order(len(source), seed)
     rows = [
         {"step": p // n + 1, "first_position": p, "images": n, "samples": order.indices(p, p + n).tolist()}
         for p in positions
@@ -25,13 +25,12 @@ def bad_batches(config: Config, source: data.Source, positions: list[int], path:
     files.write_json(path / "bad_batches.json", rows)
 
 
-def check_skips(config: Config, skips: SkipCounter, source: data.Source, ranks: Ranks) -> None:
+def check_skips(t: TrainConfig, seed: int, path: Path, skips: SkipCounter, source: data.Source, ranks: Ranks) -> None:
     """With the log line, on all ranks: raises Diverged after train.max_skipped skipped steps in a row."""
-    t = config.train
     longest, positions = skips.drain()
     if longest >= t.max_skipped:
         if ranks.is_main:
-            bad_batches(config, source, positions, folder(config))
+            bad_batches(path, source, positions, seed, t.global_batch)
         raise Diverged(
             f"the gradient was not finite in {longest} steps in a row (train.max_skipped={t.max_skipped}); the batches "
             "are in bad_batches.json, the last checkpoint is from before; lower optim.lr or look at those images"

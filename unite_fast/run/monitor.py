@@ -99,14 +99,14 @@ def open_files(config: Config, world_size: int) -> Files | AtomFiles | None:
         return _open_atoms(config.data, config.model, e.scorer)
     try:
         if generates:
-            generation.of_run(config).check(config.model)
+            generation.of_run(config.sample, e, config.efficiency).check(config.model)
             if not e.reference:
                 raise UserError("evaluation.reference names no statistics of the real images; make them with "
                                 "python -m unite_fast.evaluation.statistics")  # fmt: skip
         if e.rfid_epoch:
             data.open_source(config.data, config.model, "heldout")
         reference, about = statistics.read(e.reference) if generates else (None, {})
-        extractor = features.open_extractor(config, e.extractor, e.inception, e.inception_sha256)
+        extractor = features.open_extractor(config.data, config.model, e.extractor, e.inception, e.inception_sha256)
         if reference is not None:
             statistics.check_extractor(about, len(reference.mean), extractor, e.reference)
     except UserError as error:
@@ -114,12 +114,11 @@ def open_files(config: Config, world_size: int) -> Files | AtomFiles | None:
     return Files(extractor, reference, about)
 
 
-def due(config: Config, images_seen: int, images_per_epoch: int, last: bool = False) -> list[str]:
+def due(e: EvaluationConfig, batch: int, images_seen: int, images_per_epoch: int, last: bool = False) -> list[str]:
     """What has to be scored after the step that reached ``images_seen``: at the end of every so many epochs.
 
     last: no step follows. An epoch of which less than a batch is missing then counts as ended.
     """
-    e, batch = config.evaluation, config.train.global_batch
     reached = images_seen + (batch - 1 if last else 0)
 
     def ends(epochs: float) -> bool:
@@ -177,7 +176,8 @@ class Monitor:
 
     def __call__(self, state: TrainState) -> str:
         """Scores what is due and not done yet; an empty string, or the state in which a stop ends all ranks."""
-        for kind in due(self.config, state.images_seen, self.images_per_epoch, state.step == self.last_step):
+        e, batch = self.config.evaluation, self.config.train.global_batch
+        for kind in due(e, batch, state.images_seen, self.images_per_epoch, state.step == self.last_step):
             path = self.folder / f"step_{state.step:07d}_{kind}.json"
             finished = self.ranks.decide(functools.partial(_finished, path))
             if finished is not None:  # perhaps after the checkpoint was saved, which then has an older scale
@@ -246,7 +246,8 @@ class Monitor:
 
         scored = guidance_search.Scored(progress, identity, compute, self.ranks, discard=True)
         start = state.best_cfg_scale or self.config.sample.cfg_scale
-        best = guidance_search.search(scored, generation.of_run(self.config, cfg_scale=start))
+        c = self.config
+        best = guidance_search.search(scored, generation.of_run(c.sample, c.evaluation, c.efficiency, cfg_scale=start))
         overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
         rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
         protocol = {"extractor": extractor.identity(), "reference": about}
@@ -267,7 +268,8 @@ class Monitor:
             perceptual.train(False)
         try:
             c = self.config
-            settings, source = reconstruction.of_run(c), data.open_source(c.data, c.model, "heldout")
+            settings = reconstruction.of_run(c.objective, c.evaluation, c.efficiency)
+            source = data.open_source(c.data, c.model, "heldout")
             said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
             protocol = reconstruction.protocol(settings, files.extractor, perceptual, said)
             result = reconstruction.score(

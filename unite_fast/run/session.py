@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -32,16 +31,12 @@ class Diverged(RunError):
     """The model or its gradients are not finite any more."""
 
 
-def folder(config: Config) -> Path:
-    return Path(config.run_dir or f"runs/{config.name}")
-
-
 class Session:
     """A context around the training loop. All ranks enter it; rank 0 owns the folder."""
 
     def __init__(self, config: Config, ranks: Ranks, started: float, images: Mapping[str, Any] | None = None) -> None:
         """started: time.monotonic() at which train.max_minutes began. images: ``Source.identity``, for checkpoints."""
-        self.config, self.ranks, self.path = config, ranks, folder(config)
+        self.config, self.ranks, self.path = config, ranks, config.folder
         self.stop = Stop(ranks, config.train.max_minutes, started)
         self.step = 0
         self.begun = False

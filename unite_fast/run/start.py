@@ -13,9 +13,8 @@ from unite_fast import checkpoint
 from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
-from unite_fast.config import Config
+from unite_fast.config import Config, TrainConfig
 from unite_fast.run.agreement import changed_images
-from unite_fast.run.session import folder
 from unite_fast.training.state import TrainState
 
 log = logging.getLogger("unite_fast.run.start")
@@ -24,11 +23,11 @@ BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which re
 
 def check_paths(config: Config) -> None:
     """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
-    path = folder(config)
+    path = config.folder
     # Folders of images become classes: a run within them would be one at the next start.
     images = [config.data.path, config.data.heldout_path] if config.data.source in ("folder", "dali") else []
     outputs.check(path, "run_dir", [place for place in images if place])
-    if _is_named(config) and not _began_there(config):
+    if _is_named(config.resume) and not _began_there(path, config.resume):
         checkpoint.locate(config.resume, quiet=True)
     if config.resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
@@ -51,73 +50,74 @@ class Choice(NamedTuple):
         return "\n".join([*self.lines, chosen])
 
 
-def _is_named(config: Config) -> bool:
-    return config.resume not in ("auto", "must", "never")
+def _is_named(resume: str) -> bool:
+    return resume not in ("auto", "must", "never")
 
 
-def _began_there(config: Config) -> bool:
-    """Whether the run in this folder began from the checkpoint that ``resume=PATH`` names."""
+def _began_there(path: Path, resume: str) -> bool:
+    """Whether the run in the folder ``path`` began from the checkpoint that ``resume=PATH`` names."""
     try:
-        return (folder(config) / BEGAN_FROM).read_text().strip() == str(Path(config.resume).absolute())
+        return (path / BEGAN_FROM).read_text().strip() == str(Path(resume).absolute())
     except OSError:
         return False
 
 
-def _changes(path: Path, config: Config, images: dict[str, Any]) -> list[str]:
-    """A line for each setting and each property of the images that is not that of a checkpoint. Raises UserError."""
-    return checkpoint.changes(path, config) + changed_images(checkpoint.saved_images(path), images, config, path.name)
-
-
 def choose(config: Config, images: dict[str, Any]) -> Choice:
     """Applies ``resume=auto|never|must|PATH``. images: ``Source.identity`` of those to train on. Raises UserError."""
-    path = folder(config)
+    path = config.folder
+
+    def changes(since: Path) -> list[str]:
+        saved = checkpoint.saved_images(since)
+        return checkpoint.changes(since, config) + changed_images(saved, images, config.data, since.name)
+
     if config.resume == "never":
         if checkpoint.newest_first(path / "checkpoints"):
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
         return Choice(None, "resume=never", [], [])
     found, lines, rejected = checkpoint.newest(path / "checkpoints")
     why = "the newest that verifies"
-    if _is_named(config):
-        if found is None or not _began_there(config):
-            return _choose_named(config, images, Choice(found, "", lines, rejected))
+    if _is_named(config.resume):
+        if found is None or not _began_there(path, config.resume):
+            named = _named(config.resume, path, found)
+            return Choice(named, "it was named", lines + changes(named), rejected)
         why += f" of the run that began from {config.resume}"
     if found is None:
         if config.resume == "must":
             detail = f" ({lines[0]})" if lines else ""
             raise UserError(f"resume=must, but {path} has no usable checkpoint{detail}")
         return Choice(None, f"no usable checkpoint in {path}", lines, rejected)
-    return Choice(found, why, lines + _changes(found, config, images), rejected, begins=False)
+    return Choice(found, why, lines + changes(found), rejected, begins=False)
 
 
-def _choose_named(config: Config, images: dict[str, Any], own: Choice) -> Choice:
+def _named(resume: str, folder: Path, own: Path | None) -> Path:
     """The PATH of ``resume=PATH``: for a run that has no checkpoint, or one of its own, to go back. Raises UserError.
 
     own: the newest checkpoint of the run.
     """
-    named = checkpoint.locate(config.resume)
-    if own.path is not None and named.resolve().parent != own.path.resolve().parent:
+    named = checkpoint.locate(resume)
+    if own is not None and named.resolve().parent != own.resolve().parent:
         raise UserError(
-            f"resume={config.resume}, but {folder(config)} holds checkpoints of a run that did not begin from there; "
+            f"resume={resume}, but {folder} holds checkpoints of a run that did not begin from there; "
             "choose another name or run_dir, or go on with resume=auto"
         )
-    return Choice(named, "it was named", own.lines + _changes(named, config, images), own.rejected)
+    return named
 
 
-def tidy(config: Config, choice: Choice, step: int) -> None:
+def tidy(path: Path, resume: str, choice: Choice, step: int) -> None:
     """Removes unfinished saves; renames damaged checkpoints to step-N.damaged and those newer than ``step``, from which
     the run goes on, to step-N.abandoned; notes from where a run begins. For the holder of the lock."""
-    checkpoints = folder(config) / "checkpoints"
+    checkpoints = path / "checkpoints"
     saving.clean(checkpoints)
     newer = [p for p in checkpoint.newest_first(checkpoints) if (checkpoint.step_of(p) or 0) > step]
-    for path in newer:
-        _put_aside(path, "damaged" if path in choice.rejected else "abandoned")
+    for one in newer:
+        _put_aside(one, "damaged" if one in choice.rejected else "abandoned")
     # Last: if this process ends before it, the same start does all of it again.
     if choice.begins:
-        note = folder(config) / BEGAN_FROM
+        note = path / BEGAN_FROM
         with files.refusals(str(note), "; choose another folder with run_dir=PATH"):
             note.unlink(missing_ok=True)
             if choice.path is not None:
-                files.write(note, f"{Path(config.resume).absolute()}\n")
+                files.write(note, f"{Path(resume).absolute()}\n")
 
 
 def _put_aside(path: Path, why: str) -> None:
@@ -140,8 +140,7 @@ def clear_dev_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def last_step(config: Config, state: TrainState, images_per_epoch: int) -> int:
+def last_step(t: TrainConfig, state: TrainState, images_per_epoch: int) -> int:
     """The number of the run's last step: whole batches until ``epochs`` of images are seen, or ``max_steps``."""
-    t = config.train
     total = state.step + max(0, int(t.epochs * images_per_epoch) - state.images_seen) // t.global_batch
     return min(total, t.max_steps or total)

@@ -23,7 +23,7 @@ import torch
 
 from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import Config, TrainConfig
+from unite_fast.config import TrainConfig
 from unite_fast.training.means import SKIPPED
 
 log = logging.getLogger("unite_fast.stats")
@@ -54,14 +54,14 @@ class TensorBoard:
 class WeightsAndBiases:
     """A resumed run goes on under its own id, which wandb_id.txt in the run folder keeps."""
 
-    def __init__(self, folder: Path, config: Config, values: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, t: TrainConfig, values: dict[str, Any]) -> None:
         """values: the configuration as it is shown there."""
         import wandb
 
-        t, file = config.train, folder / "wandb_id.txt"
+        file = folder / "wandb_id.txt"
         known = file.read_text().strip() if file.is_file() else None
         self.run = wandb.init(
-            project=t.wandb_project, name=t.wandb_name or config.name, dir=str(folder), config=values, id=known,
+            project=t.wandb_project, name=t.wandb_name or values["name"], dir=str(folder), config=values, id=known,
             mode="offline" if t.wandb_offline else "online", resume="allow",
         )  # fmt: skip
         files.write(file, self.run.id)
@@ -80,15 +80,15 @@ def check_services(train: TrainConfig) -> None:
             raise UserError(f"train.{package}=true needs {package}; pip install 'unite-fast[log]'")
 
 
-def open_services(folder: Path, config: Config, values: dict[str, Any]) -> list[Service]:
-    """The services that ``config`` asks for and that can be reached; the others cost a warning each."""
+def open_services(folder: Path, t: TrainConfig, values: dict[str, Any]) -> list[Service]:
+    """The services that ``t`` asks for and that can be reached; the others cost a warning each."""
     makers: dict[str, Callable[[], Service]] = {
         "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: WeightsAndBiases(folder, config, values),
+        "wandb": lambda: WeightsAndBiases(folder, t, values),
     }
     services = []
     for name, make in makers.items():
-        if getattr(config.train, name):
+        if getattr(t, name):
             try:
                 services.append(make())
             except Exception as error:  # whatever a service does, the run does not depend on it

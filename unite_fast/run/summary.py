@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from unite_fast import data
 from unite_fast.base import files, provenance
 from unite_fast.config import Config
-from unite_fast.config.yaml_text import to_yaml
 from unite_fast.model.flops import training_flops
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import memory
-from unite_fast.run.session import folder
 from unite_fast.run.start import last_step
 from unite_fast.training.state import TrainState
 
 
-def write_description(config: Config, ranks: Ranks, source: data.Source) -> None:
-    """Writes into the run folder what the run is. Raises UserError when the disk refuses."""
-    path = folder(config)
+def write_description(path: Path, resolved: str, ranks: Ranks, source: data.Source) -> None:
+    """Writes into the run folder what the run is; resolved: its YAML. Raises UserError when the disk refuses."""
     with files.refusals(f"run folder {path}", "; choose another with run_dir=PATH"):
-        files.write(path / "config.resolved.yaml", to_yaml(config))
+        files.write(path / "config.resolved.yaml", resolved)
         described = provenance.of(ranks.device, ranks.world_size) | {"pipeline": source.pipeline_id(ranks.device.type)}
         files.write_json(path / "provenance.json", described)
 
@@ -41,7 +40,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
     orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
     stay = memory.persistent_parts(config.model, config.optim, how.efficiency, t, ranks.world_size)
     kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
-    total = last_step(config, state, images)
+    total = last_step(config.train, state, images)
     computed = how.lines(state.recipe)
     return "\n".join(
         (
