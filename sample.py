@@ -11,7 +11,7 @@ import torch
 
 from unite_fast import checkpoint, sampling
 from unite_fast.base import command
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
@@ -59,8 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
-    if arguments.reconstruct and (idle := [name for name in OF_SAMPLES if getattr(arguments, name)]):
-        raise UserError(f"--{idle[0].replace('_', '-')} does nothing with --reconstruct; leave it out")
+    if arguments.reconstruct and (given := [name for name in OF_SAMPLES if getattr(arguments, name)]):
+        raise idle(f"--{given[0].replace('_', '-')}", "with --reconstruct")
     return arguments
 
 
@@ -73,6 +73,8 @@ def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int) 
     }  # fmt: skip
     how = dataclasses.replace(run, **{name: value for name, value in asked.items() if value is not None})
     sampling.check(how)
+    if how.cfg_scale == 1 and (arguments.cfg_interval or arguments.cfg_order):
+        raise idle("--cfg-interval" if arguments.cfg_interval else "--cfg-order", "without guidance, which --cfg gives")
     seeds = parse_seeds(arguments.seeds or SEEDS)
     return Request(
         seeds=seeds,

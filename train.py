@@ -13,14 +13,13 @@ import torch
 
 from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
-from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
 from unite_fast.efficiency import compiling, execution, precision
 from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
-from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, start, stats, summary
+from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, options, start, stats, summary
 from unite_fast.run.session import Session
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
@@ -48,12 +47,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     settings = yaml_text.load(arguments.config, arguments.overrides)
-    if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
-        raise UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
-    if arguments.ranks is not None and not (arguments.dry_run and arguments.ranks > 0):
-        raise UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
-    if arguments.fast_dev_run < 0:
-        raise UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
+    options.check(arguments)
     if arguments.fast_dev_run:
         n = arguments.fast_dev_run
         train = dataclasses.replace(settings.train, max_steps=n, log_every=1, image_every=n, checkpoint_every=n)
@@ -94,7 +88,8 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     execution.check_device(settings.efficiency, t, settings.objective, ranks.device)
-    state = assemble.fresh_state(settings, ranks)
+    resumes = ranks.decide(lambda: start.goes_on(settings))
+    state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
         print(summary.describe(settings, state, ranks, split, len(source)))

@@ -74,7 +74,7 @@ OVERRIDES = {
     "average that is none": (["optim.ema_extra=[0.99, std0.5]"], ("'std0.5'", "std0.01 to std0.28")),
     "average twice": (["optim.ema_extra=[0.99, 0.99]"], "stands twice"),
     "shards that do not divide": (["train.strategy=hsdp", "train.shard_size=2"], "does not divide 1 ranks"),
-    "depth": (["model.encoder.depth=0"], "error: model.encoder.depth must be above 0, got 0"),
+    "depth": (["model.encoder.depth=0"], "error: model.encoder.depth must be above 0 and at most 1024, got 0"),
     "decay of a moment": (["optim.betas=[0.9, 1]"], "error: optim.betas must be at least 0 and below 1, got 1.0"),
     "probability": (["objective.label_dropout=2"], "error: objective.label_dropout must be at least 0 and at most 1"),
     "average without an end": (["optim.ema_extra=[1.5]"], "error: optim.ema_extra must be above 0 and below 1"),

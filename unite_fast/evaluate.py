@@ -36,7 +36,7 @@ import torch
 
 from unite_fast import checkpoint, data, sampling
 from unite_fast.base import command, files, outputs, provenance
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
@@ -95,7 +95,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--labels", choices=("equal", "random"))
             add("--solver", choices=sampling.SOLVERS)
             add("--steps", type=int)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if (
+        arguments.command != "rfid"
+        and arguments.kid_subset
+        and not arguments.pairs
+        and not getattr(arguments, "protocol", None)
+    ):
+        raise idle("--kid-subset", "without --pairs")
+    return arguments
 
 
 is_result = outputs.holds_json("result", "rows")
@@ -146,7 +154,8 @@ class Context:
         step = checkpoint.recorded_step(self.located) if counted else None
         of = self.located.stem if step is None else f"step_{step:07d}"
         parts = [self.arguments.command, of, self.arguments.weights, what, files.digest(timeless(protocol))[:8]]
-        return self.folder() / f"{'_'.join(filter(None, parts))}.json"
+        path = self.folder() / f"{'_'.join(filter(None, parts))}.json"
+        return self.ranks.decide(lambda: beside_other_commits(path, protocol.get("environment", {})))
 
     def settings(self) -> Settings:
         """Those of the run, or the protocol's, with what the options change."""
@@ -166,6 +175,10 @@ class Context:
         changes |= {name: getattr(a, name, None) for name in ("labels", "solver", "steps", "cfg_order")}
         changed = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
         changed.check(self.model.config)
+        if changed.cfg_scale == 1 and a.command != "search":
+            for option in ("cfg_interval", "cfg_order"):
+                if getattr(a, option, None) is not None:
+                    raise idle(f"--{option.replace('_', '-')}", "without guidance, which --cfg gives")
         return changed
 
     def save(self, path: Path, content: dict[str, Any], finished: bool = True) -> None:
@@ -181,6 +194,18 @@ class Context:
 def timeless(protocol: dict[str, Any]) -> dict[str, Any]:
     """A protocol, as JSON has it, without when and where it was followed."""
     return json.loads(json.dumps({k: v for k, v in protocol.items() if k != "environment"}))
+
+
+def beside_other_commits(path: Path, environment: dict[str, Any]) -> Path:
+    """``path``, or its name with the commit where a score of another commit has it: both are kept."""
+    try:
+        found = json.loads(path.read_text())
+        protocol = found.get("protocol") or found.get("best") or found["rows"][0]["protocol"]
+        before = protocol["environment"]["commit"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return path
+    commit = str(environment.get("commit", before))
+    return path if before == commit else path.with_name(f"{path.stem}_at_{commit[:8] or 'unknown'}.json")
 
 
 def short(settings: Settings) -> str:
@@ -295,19 +320,21 @@ def fid_command(context: Context) -> None:
 
 
 def unfinished(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table that was interrupted; none of one that is finished, which is then measured anew."""
+    """The rows that an interrupted table has kept beside its place."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        return rows if len(rows) < len(TABLE) and all(row["protocol"] and row["result"] for row in rows) else []
+        return rows if all(row["protocol"] and row["result"] for row in rows) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
 def table_command(context: Context) -> None:
+    """A finished table stays until the new one is whole: rows gather in a file of their own."""
     scorer, base, rows = Scorer(context), context.settings(), []
     variants = [(name, dataclasses.replace(base, **changes)) for name, changes in TABLE]
     path = context.out(scorer.protocol(variants[0][1]), f"w{base.cfg_scale:g}")
-    kept = context.ranks.decide(lambda: unfinished(path))
+    gathered = path.with_suffix(".unfinished")
+    kept = context.ranks.decide(lambda: unfinished(gathered))
     for name, settings in variants:
         protocol = scorer.protocol(settings)
         same = [row for row in kept if timeless(row["protocol"]) == timeless(protocol)]
@@ -315,7 +342,7 @@ def table_command(context: Context) -> None:
             rows.append(found[0])
             continue
         rows.append({"name": name, "protocol": protocol, "result": scorer.score(settings, path)})
-        context.save(path, {"rows": rows}, finished=False)
+        context.save(gathered, {"rows": rows}, finished=False)
     if context.ranks.is_main:
         print(f"{'protocol':26}{'NFE':>6}{'passes':>8}{'FID':>10}{'IS':>9}{'images/s':>10}")
         for row in rows:
@@ -324,6 +351,8 @@ def table_command(context: Context) -> None:
             nfe = f"{r['evaluations']:>6.4g}{r['passes']:>8.4g}"
             print(f"{row['name']:26}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
     context.save(path, {"rows": rows})
+    if context.ranks.is_main:
+        gathered.unlink(missing_ok=True)
 
 
 def search_command(context: Context) -> None:
@@ -352,6 +381,8 @@ def search_command(context: Context) -> None:
 def rfid_command(context: Context) -> None:
     a, config = context.arguments, context.config
     if a.data:
+        if config.data.source in ("digits", "synthetic"):
+            raise idle("--data", f"for a run of data.source={config.data.source}")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
     asked = {"precision": a.precision, "kernels": a.kernels}
     settings = dataclasses.replace(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from unite_fast import __version__, checkpoint, interop
 from unite_fast.base import files, outputs
 from unite_fast.base.command import run
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, idle
 from unite_fast.checkpoint.shards import write_tensors
 from unite_fast.config import Config, SampleConfig
 from unite_fast.config.yaml_text import to_dict
@@ -136,6 +136,8 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False, ove
     """Writes the three files into ``out``: a new or empty folder, or with ``overwrite`` an export. Raises UserError."""
     if not overwrite and is_export(out):
         raise UserError(f"--out {out} holds an export; choose another folder, or replace it with --overwrite")
+    if trust_pickle and Path(source).suffix not in (".pt", ".pth"):
+        raise idle("--trust-pickle", f"for {source}, which is no .pt file")
     trusted = trust_pickle and Path(source).is_file()
     located = Path(source) if trusted else checkpoint.locate(source)
     outputs.check_folder(out, "--out", checkpoint.reads(located), is_export)

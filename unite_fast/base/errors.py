@@ -7,6 +7,11 @@ class UserError(Exception):
     """A mistake that the user can mend. Programs print its one line and exit with code 2."""
 
 
+def idle(option: str, beside: str) -> UserError:
+    """The refusal of an option that would change nothing."""
+    return UserError(f"{option} does nothing {beside}; leave it out")
+
+
 class CommonError(UserError):
     """A user's mistake that every rank sees alike, so that rank 0 alone prints it."""
 

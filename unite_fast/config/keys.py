@@ -49,7 +49,7 @@ def choices(section: type, key: str) -> tuple[str, ...]:
 class EncoderConfig:
     """The Generative Encoder. YAML may name a size instead: small, base, medium, large, xl."""
 
-    depth: int = option(12, "transformer blocks", above=0)
+    depth: int = option(12, "transformer blocks", above=0, most=1024)
     width: int = option(768, "width of the residual stream", above=0)
     heads: int = option(12, "attention heads", above=0)
     mlp_ratio: float = option(4.0, "the SwiGLU's hidden width is int(2/3 * mlp_ratio * width)", above=0)
@@ -62,7 +62,7 @@ class EncoderConfig:
 class DecoderConfig:
     """The ViT decoder. YAML may name a size instead: small, base, large."""
 
-    depth: int = option(12, "transformer layers", above=0)
+    depth: int = option(12, "transformer layers", above=0, most=1024)
     width: int = option(768, "width of the residual stream", above=0)
     heads: int = option(12, "attention heads", above=0)
     mlp_hidden: int = option(3072, "hidden width of the MLPs", above=0)

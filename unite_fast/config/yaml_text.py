@@ -15,7 +15,7 @@ import yaml
 
 from unite_fast.base import files
 from unite_fast.base.errors import CommonError, UserError, first_line
-from unite_fast.config import SIZES, Config
+from unite_fast.config import SIZES, Config, idle
 from unite_fast.config.checks import validate
 from unite_fast.config.earlier import GONE
 
@@ -204,6 +204,7 @@ def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
         config = from_dict(nested, f"override {override}", config)
     config = _expand(config)
     validate(config)
+    idle.check(config, [override.partition("=")[0] for override in overrides])
     return config
 
 

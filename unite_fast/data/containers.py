@@ -7,7 +7,8 @@ from pathlib import Path
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource
-from unite_fast.data.folder import Folder, files_of, list_folder
+from unite_fast.data.folder import Folder, list_folder
+from unite_fast.data.listing import files_of
 from unite_fast.data.packed import PackedEncoded, read_index
 from unite_fast.data.parquet import Parquet, list_parquet
 from unite_fast.data.tar import Tar, list_tars

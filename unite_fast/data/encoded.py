@@ -2,8 +2,8 @@
 
 A new kind of container says where the bytes of a sample are (``encoded``) and what to call it (``name``). Decoding,
 the crops, and what becomes of damaged bytes are here, once. Every image becomes what Pillow's ``convert("RGB")``
-makes of it, the same as in the reference pipeline: transparency is dropped, 16-bit gray is clipped at 255 (not
-scaled), and EXIF orientation is not applied.
+makes of it, the same as in the reference pipeline: transparency is dropped, EXIF orientation is not applied. Gray
+beyond 255, of 16 bits, is refused: Pillow would clip it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def decode(data: bytes, mode: str = "RGB") -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with open_image(data) as image:
+            if image.mode.startswith("I") and image.getextrema()[1] > 255:
+                raise BadImage("gray of 16 bits, which 8 would clip; save it with 8")
             rgb = image.convert("RGB")
     return rgb if mode == "RGB" else rgb.convert(mode)
 

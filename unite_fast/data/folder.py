@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
-from unite_fast.data.listing import images_below
+from unite_fast.data.listing import images_below, say_left_out
 from unite_fast.data.source import BadImage, check_channels, check_classes
 
 
@@ -59,7 +61,18 @@ def _class_names(root: Path, field: str) -> list[str]:
         raise UserError(f"{field} {root} holds images but no class folders; move each class into a sub-folder")
     if not entries:
         raise UserError(f"{field} {root} holds no class folders and no images; put one sub-folder per class there")
+    composed = Counter(normal(entry) for entry in entries)
+    if twice := [entry for entry in entries if composed[normal(entry)] > 1]:
+        raise UserError(
+            f"{field} {root}: two class folders are called '{normal(twice[0])}', which Unicode writes in two ways; "
+            "move their images into one"
+        )
     return entries
+
+
+def normal(name: str) -> str:
+    """A name as it is compared: file systems write the same letters in several ways."""
+    return unicodedata.normalize("NFC", name)
 
 
 def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]]:
@@ -68,12 +81,14 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
     paths: list[str] = []
     labels: list[int] = []
     empty = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(names):
-        found = images_below(root / name, [root])
+        found = images_below(root / name, [root], left_out)
         if not found:
             empty.append(name)
         paths += found
         labels += [label] * len(found)
+    say_left_out(left_out, f"{field} {root}")
     if not paths:
         raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in its {len(names)} class folders")
     if empty:
@@ -90,13 +105,6 @@ def place(data: DataConfig, split: str, what: str) -> tuple[str, Path]:
     return field, Path(where)
 
 
-def files_of(root: Path, suffix: str) -> list[Path]:
-    """``root`` itself, or the files in it, whose names end in ``suffix``; sorted."""
-    if root.is_file():
-        return [root] if root.name.endswith(suffix) else []
-    return sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
-
-
 def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
     """The images below data.path (train) or data.heldout_path (heldout). Raises UserError."""
     field, root = place(data, split, "a folder with one sub-folder of images per class")
@@ -106,8 +114,8 @@ def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
     check_classes(len(names), model.num_classes, f"{field} {root}{hint}")
     paths, labels, _ = list_folder(root, field)
     if split == "heldout" and data.path and os.path.isdir(data.path):
-        trained = _class_names(Path(data.path), "data.path")
-        if trained != names:
-            odd = sorted(set(trained) ^ set(names))[0]
+        trained, found = ([normal(n) for n in listed] for listed in (_class_names(Path(data.path), "data.path"), names))
+        if trained != found:
+            odd = sorted(set(trained) ^ set(found) or {"their order"})[0]
             raise UserError(f"{field} {root}: its class folders differ from those of data.path, first at '{odd}'")
     return Folder(root, paths, labels, names, data, model)

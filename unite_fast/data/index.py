@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
-from unite_fast.data.folder import files_of
+from unite_fast.data.listing import files_of
 from unite_fast.data.tar import COMMAND, write_index
 
 

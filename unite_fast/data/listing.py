@@ -2,21 +2,92 @@
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.encoded import EXTENSIONS
 
+OTHER = (".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".ico", ".jfif")
+SPLIT = re.compile(r"(?:^|[-_.])(train|test|val|dev|heldout)(?:ing|idation|id)?(?=[-_.\d]|$)", re.I)
+RANGE = re.compile(r"(\d+)\.\.(\d+)$")
+MOST_NAMES = 1 << 20
+log = logging.getLogger("unite_fast.data")
 
-def images_below(folder: Path, above: Sequence[Path] = ()) -> list[str]:
+
+def say_left_out(counts: Counter[str], where: str) -> None:
+    """One warning for images of kinds that are not read. counts: by suffix."""
+    if counts:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+        log.warning("%s: %s are left out; only %s are read", where, kinds, ", ".join(EXTENSIONS))
+
+
+def files_of(root: Path, suffix: str) -> list[Path]:
+    """``root`` itself, or the files in it, whose names end in ``suffix``; sorted. ``root`` may be a pattern such as
+    ``shards/train-{000..146}.tar`` or ``shards/train-*.tar``.
+
+    Raises UserError for a name of the pattern that is not there, and for files of several splits, not told apart.
+    """
+    if root.is_file():
+        return [root] if root.name.endswith(suffix) else []
+    if not root.exists() and any(sign in str(root) for sign in "*?[{"):
+        found = sorted(path for path in _matching(str(root)) if path.name.endswith(suffix))
+    else:
+        found = sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
+    by_split = {split.lower(): path for path in found for split in SPLIT.findall(path.name)}
+    if len(by_split) > 1 and (root.is_dir() or not SPLIT.search(root.name)):
+        splits, folder = sorted(by_split), root if root.is_dir() else root.parent
+        shown = " and ".join(by_split[split].name for split in splits[:2])
+        raise UserError(
+            f"{root} holds files of several splits ({', '.join(splits)}), as {shown}; name those of one, such as "
+            f"'{folder}/{splits[-1]}*{suffix}'"
+        )
+    return found
+
+
+def _matching(pattern: str) -> list[Path]:
+    """What a pattern names. Raises UserError for a plain name that is not there."""
+    found = []
+    for name in _unbraced(pattern):
+        if any(sign in name for sign in "*?["):
+            found += glob.glob(name)
+        elif os.path.isfile(name):
+            found.append(name)
+        else:
+            raise UserError(f"{pattern}: {name} is not there")
+    return [Path(name) for name in found]
+
+
+def _unbraced(pattern: str) -> list[str]:
+    """``a{0..2}{x,y}`` written out, as a shell does; numbers keep their width. Raises UserError for too many."""
+    begun = re.search(r"\{([^{}]*)\}", pattern)
+    if begun is None:
+        return [pattern]
+    numbers = RANGE.match(begun[1])
+    if numbers is None:
+        choices = begun[1].split(",")
+    else:
+        low, high = int(numbers[1]), int(numbers[2])
+        if high - low >= MOST_NAMES:
+            raise UserError(f"{pattern}: {begun[0]} names {high - low + 1} files; {MOST_NAMES} at most")
+        choices = [str(number).zfill(len(numbers[1])) for number in range(low, high + 1)]
+    return [name for c in choices for name in _unbraced(pattern[: begun.start()] + c + pattern[begun.end() :])]
+
+
+def images_below(folder: Path, above: Sequence[Path] = (), left_out: Counter[str] | None = None) -> list[str]:
     """Paths of the images in ``folder``, then of those in each of its sub-folders, sorted within each.
 
-    Names that begin with a dot are left out. Links are followed. above: folders that ``folder`` lies in. Raises
-    UserError for a sub-folder that cannot be read, and for a link to a folder above it, which has no end.
+    Names that begin with a dot are left out. Links are followed. above: folders that ``folder`` lies in. left_out: gets
+    the number of images of kinds that are not read, by suffix. Raises UserError for a sub-folder that cannot be read,
+    and for a link to a folder above it, which has no end.
     """
-    return _below(str(folder), tuple(_identity(str(path)) for path in above))
+    counts: Counter[str] = Counter() if left_out is None else left_out
+    return _below(str(folder), tuple(_identity(str(path)) for path in above), counts)
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -27,7 +98,7 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _below(folder: str, above: tuple[tuple[int, int], ...]) -> list[str]:
+def _below(folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> list[str]:
     here = _identity(folder)
     if here in above:
         raise UserError(f"{folder} is a link to a folder that it lies in; remove the link")
@@ -37,6 +108,7 @@ def _below(folder: str, above: tuple[tuple[int, int], ...]) -> list[str]:
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
     found = [e.path for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()]
+    left_out.update(suffix for e in entries for suffix in OTHER if e.name.lower().endswith(suffix))
     for path in folders:
-        found += _below(path, (*above, here))
+        found += _below(path, (*above, here), left_out)
     return found

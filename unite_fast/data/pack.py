@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from unite_fast.base import files, outputs
 from unite_fast.base.command import run
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, idle
 from unite_fast.base.files import file_sha256
 from unite_fast.base.parent import end_with_parent
 from unite_fast.config import DataConfig, ModelConfig
@@ -322,6 +322,8 @@ def main(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     if a.size < 1 or a.per_shard < 1 or a.workers < 0 or not 1 <= a.quality <= 100:
         raise UserError("--size and --per-shard must be positive, --workers not negative, --quality from 1 to 100")
+    if a.quality != 95 and a.format != "jpeg":
+        raise idle("--quality", f"with --format {a.format}")
     started = time.monotonic()
     pack(a.source, a.dest, a.size, a.format, a.workers, a.quality, a.per_shard, a.on_error, a.stats)
     print(f"{a.dest} is complete ({time.monotonic() - started:.0f} s); use data.source=packed data.path={a.dest}")

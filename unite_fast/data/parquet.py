@@ -17,17 +17,19 @@ from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource, check_bytes
-from unite_fast.data.source import BadImage
+from unite_fast.data.source import BadImage, numbered
+
+MOST_ROWS, MOST_BYTES = 1 << 27, 1 << 33  # of all files; of a row group
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, largest: int) -> list[str]:
+def _class_names(metadata: dict[bytes, bytes] | None, largest: int, where: str) -> list[str]:
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, ValueError, TypeError):
         names = None
     if isinstance(names, list) and len(names) > largest and all(isinstance(name, str) for name in names):
         return names
-    return [str(i) for i in range(largest + 1)]
+    return numbered(largest, where)
 
 
 def list_parquet(
@@ -38,10 +40,13 @@ def list_parquet(
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{field} {tables[0].parent} holds Parquet files: pip install 'unite-fast[parquet]'") from None
-    groups, labels, metadata = [], [], None
+    groups, labels, metadata, rows = [], [], None, 0
     for number, table in enumerate(tables):
         try:
             file = pq.ParquetFile(table)
+            rows += file.metadata.num_rows
+            if rows > MOST_ROWS:  # a column of equal labels takes no room in a file, and 8 bytes each in memory
+                raise ValueError(f"{rows} rows; {MOST_ROWS} at most")
             column = file.read(columns=["label"]).column("label")
             labels.append(np.asarray(column.to_numpy()))
             metadata = metadata or file.schema_arrow.metadata
@@ -58,7 +63,7 @@ def list_parquet(
         raise UserError(f"{field} {tables[0].parent}: no images in its {len(tables)} Parquet files")
     if everything.min() < 0:
         raise UserError(f"{field} {tables[0].parent}: negative labels (a test split?)")
-    return tables, groups, everything, _class_names(metadata, int(everything.max()))
+    return tables, groups, everything, _class_names(metadata, int(everything.max()), f"{field} {tables[0].parent}")
 
 
 class Parquet(EncodedSource):
@@ -100,7 +105,10 @@ class Parquet(EncodedSource):
         held, images = self._held
         if held != group:
             table, number, _ = self._groups[group]
-            images = pq.ParquetFile(self.tables[table]).read_row_group(number, columns=["image"]).column("image")
+            file = pq.ParquetFile(self.tables[table])
+            if (size := file.metadata.row_group(number).total_byte_size) > MOST_BYTES:
+                raise BadImage(f"a row group of {size} bytes, more than the {MOST_BYTES} allowed")
+            images = file.read_row_group(number, columns=["image"]).column("image")
             self._held = group, images
         data = images[row].as_py()["bytes"]
         if data is None:

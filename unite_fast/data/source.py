@@ -21,6 +21,7 @@ from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 
 AUGMENT_STREAM = 1 << 20  # lane 0: flip; further lanes: random crop. Streams of the model are below 1 << 20
+MOST_CLASSES = 1 << 20
 PIXEL_STREAM = AUGMENT_STREAM + 1  # synthetic pixels
 
 
@@ -44,6 +45,13 @@ def check_classes(found: int, expected: int, where: str) -> None:
     """Raises UserError when a source's class count differs from model.num_classes."""
     if found != expected:
         raise UserError(f"{where} has {found} classes but model.num_classes is {expected}; make them equal")
+
+
+def numbered(largest: int, where: str) -> list[str]:
+    """Names of classes that have none: their numbers up to ``largest``. Raises UserError for one that is too large."""
+    if largest >= MOST_CLASSES:
+        raise UserError(f"{where}: label {largest} is no class number, which are below {MOST_CLASSES}; mend the labels")
+    return [str(i) for i in range(largest + 1)]
 
 
 def check_channels(channels: int, where: str) -> None:

@@ -33,8 +33,9 @@ from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
-from unite_fast.data.folder import files_of, place
-from unite_fast.data.source import BadImage, check_channels, check_classes
+from unite_fast.data.folder import place
+from unite_fast.data.listing import files_of
+from unite_fast.data.source import BadImage, check_channels, check_classes, numbered
 
 VERSION = 2
 COMMAND = "python -m unite_fast.data.index"
@@ -167,7 +168,7 @@ def class_names(tars: list[Path], largest: int) -> list[str]:
     """The lines of classes.txt, or numbers up to the largest label. Raises UserError."""
     path = tars[0].parent / "classes.txt"
     if not path.is_file():
-        return [str(i) for i in range(largest + 1)]
+        return numbered(largest, str(tars[0].parent))
     names = path.read_text(encoding="utf-8").split("\n")
     names = names[:-1] if names[-1] == "" else names
     if largest >= len(names):

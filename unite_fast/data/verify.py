@@ -56,6 +56,11 @@ def verify(dest: Path) -> str:
     return f"{dest}: {count:,} images in {len(index.shards)} shards are intact"
 
 
+def _shown(name: str) -> str:
+    """In one field of one line."""
+    return name.replace("\t", "\\t").replace("\n", "\\n")
+
+
 def write_stats(dest: Path, source: EncodedSource, source_path: Path) -> None:
     """Writes stats.tsv (see pack.py) for the pack at DEST of ``source``. Raises UserError."""
     index = read_index(dest, "DEST")
@@ -69,6 +74,6 @@ def write_stats(dest: Path, source: EncodedSource, source_path: Path) -> None:
             if isinstance(image, str):
                 raise UserError(f"{where}: {image}; run verify")
             digest = hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()
-            shown = os.path.relpath(name, source_path).replace("\t", "\\t").replace("\n", "\\n")
-            row = f"{number}\t{index.class_names[label]}\t{digest}\t{shown}\n"
+            name_in = os.path.relpath(name, source_path)
+            row = f"{number}\t{_shown(index.class_names[label])}\t{digest}\t{_shown(name_in)}\n"
             file.write(row.encode(errors="surrogateescape"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 
 from unite_fast import data
 from unite_fast.base import command, files, outputs
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, first_line, idle
 from unite_fast.base.files import file_sha256
 from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices, yaml_text
 from unite_fast.data import Source
@@ -32,6 +31,8 @@ from unite_fast.evaluation.fid import Accumulator, Statistics
 from unite_fast.modality import pictures
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
+
+TOLERANCE = 1e-5  # relative; published files hold sums of float32
 
 
 def read(path: str) -> tuple[Statistics, dict[str, Any]]:
@@ -48,14 +49,29 @@ def read(path: str) -> tuple[Statistics, dict[str, Any]]:
             kept = content["features"] if "features" in content.files else None
             count = int(content["count"]) if "count" in content.files else 0
             protocol = json.loads(str(content["protocol"])) if "protocol" in content.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{where}: not a readable .npz file ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip, or a header of impossible sizes, raises nearly anything
+        raise UserError(f"{where}: not a readable .npz file ({first_line(error)})") from None
+    _check(mean, covariance, protocol, where)
+    about = {"sha256": file_sha256(file), "count": count, "protocol": protocol}
+    return Statistics(mean, covariance, count, kept), about
+
+
+def _check(mean: np.ndarray, covariance: np.ndarray, protocol: Any, where: str) -> None:
+    """Raises UserError for what is no mean and covariance of features, and for a protocol of another form."""
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{where}: mu is {mean.shape} and sigma {covariance.shape}; expected (F,) and (F, F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{where}: holds values that are not finite")
-    about = {"sha256": file_sha256(file), "count": count, "protocol": protocol}
-    return Statistics(mean, covariance, count, kept), about
+    largest = float(np.abs(covariance).max(initial=0.0))
+    if np.abs(covariance - covariance.T).max(initial=0.0) > TOLERANCE * largest:
+        raise UserError(f"{where}: sigma is not symmetric, so no covariance; make the file again")
+    if largest and (lowest := float(np.linalg.eigvalsh(covariance)[0])) < -TOLERANCE * largest * len(mean):
+        raise UserError(f"{where}: sigma has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
+    made_with = protocol.get("extractor") if isinstance(protocol, dict) else protocol
+    if made_with is not None and not (isinstance(made_with, dict) and {"sha256", "name"} <= made_with.keys()):
+        raise UserError(f"{where}: its protocol does not say with which extractor it was made; make the file again")
 
 
 def check_extractor(reference: dict[str, Any], size: int, extractor: Extractor, path: str) -> None:
@@ -152,6 +168,14 @@ def open_extractor(
     layers = tuple(arguments.layers.split(","))
     if len(layers) != 2:
         raise UserError(f"--layers {arguments.layers}: write two names such as {','.join(features.LAYERS)}")
+    if arguments.extractor != "inception":
+        given = {
+            "--inception": arguments.inception,
+            "--inception-sha256": arguments.inception_sha256 != features.INCEPTION,
+            "--layers": layers != features.LAYERS,
+        }
+        for option in (name for name, asked in given.items() if asked):
+            raise idle(option, f"with --extractor {arguments.extractor}")
     return features.open_extractor(
         reading,
         model,
@@ -178,6 +202,9 @@ def main(argv: list[str]) -> None:
     add_extractor_options(parser)
     arguments = parser.parse_intermixed_args(argv)
     config = yaml_text.load(arguments.config, arguments.overrides)
+    for override in arguments.overrides:
+        if not override.startswith(("data.", "model.")):
+            raise idle(f"override {override}", "here: the data section and the images' size count")
     ranks = distributed.start(arguments.device)
     try:
         ranks.decide(lambda: check_out(arguments, config.data))

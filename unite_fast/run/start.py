@@ -31,8 +31,13 @@ def check_paths(config: Config) -> None:
         checkpoint.locate(config.resume, quiet=True)
     if config.resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
-    if config.init_from:
+    if config.init_from and not goes_on(config):
         checkpoint.locate(config.init_from, quiet=True)
+
+
+def goes_on(config: Config) -> bool:
+    """Whether the run has checkpoints of its own, so that where its first weights came from may be gone by now."""
+    return config.resume != "never" and bool(checkpoint.newest_first(config.folder / "checkpoints"))
 
 
 class Choice(NamedTuple):
@@ -75,6 +80,11 @@ def choose(config: Config, images: dict[str, Any]) -> Choice:
             raise UserError(f"resume=never, but {path} already holds checkpoints; choose another name or run_dir")
         return Choice(None, "resume=never", [], [])
     found, lines, rejected = checkpoint.newest(path / "checkpoints")
+    if found is None and rejected and config.init_from:
+        raise UserError(
+            f"none of the checkpoints of {path} is usable ({lines[0]}); to begin again from init_from, "
+            "choose another name or run_dir"
+        )
     why = "the newest that verifies"
     if _is_named(config.resume):
         if found is None or not _began_there(path, config.resume):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from unite_fast.base import outputs
 from unite_fast.base.command import run
-from unite_fast.base.errors import UserError
+from unite_fast.base.errors import UserError, idle
 from unite_fast.data.atoms import PARTS, SOURCES, SPLITS, describe, open_structures
 from unite_fast.data.atoms.structures import is_packed
 
@@ -39,6 +39,10 @@ def main(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     if a.largest < 1 or a.max_heavy_atoms < 0 or a.workers < 0:
         raise UserError("--largest must be positive, --max-heavy-atoms and --workers not negative")
+    if a.split != "edm" and a.source != "qm9":
+        raise idle("--split", f"for {a.source}, which has no such splits")
+    if a.workers and a.source in ("packed", "qm9"):
+        raise idle("--workers", f"for {a.source}, which one process reads")
     if a.out is not None:
         outputs.check_file(a.out, "--out", [a.path] if a.path else [], is_packed)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

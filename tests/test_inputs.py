@@ -1,0 +1,263 @@
+"""Inputs of which a part, a label or a number would be taken for something else: said, before more is made of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import tarfile
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import TINY, command
+
+from unite_fast import evaluate
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig, yaml_text
+from unite_fast.data import open_source, verify
+from unite_fast.data.containers import open_container
+from unite_fast.data.listing import files_of
+from unite_fast.data.source import numbered
+from unite_fast.data.tar import write_index
+from unite_fast.evaluation import statistics
+
+MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
+
+
+def png(gray: int, mode: str = "L") -> bytes:
+    content = io.BytesIO()
+    dtype = np.uint16 if mode == "I;16" else np.uint8
+    Image.fromarray(np.full((8, 8), gray, dtype)).save(content, "PNG")
+    return content.getvalue()
+
+
+def tar(path: Path, labels: list[int]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            for suffix, content in (("png", png(number)), ("cls", str(label).encode())):
+                info = tarfile.TarInfo(f"{path.stem}_{number}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    write_index(path)
+    return path
+
+
+def of_tars(path: object) -> int:
+    return len(open_source(DataConfig(source="tar", path=str(path), workers=0, flip=False), MODEL))
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def test_splits_in_one_folder_are_not_mixed(tmp_path):
+    for number in range(3):
+        tar(tmp_path / "t" / f"train-{number:03d}.tar", [0, 1])
+    tar(tmp_path / "t" / "validation-000.tar", [0])
+    with pytest.raises(UserError, match=r"files of several splits \(train, val\).*those of one, such as '.*/val\*"):
+        of_tars(tmp_path / "t")
+    assert of_tars(tmp_path / "t" / "train-*.tar") == 6
+    assert of_tars(tmp_path / "t" / "train-{000..001}.tar") == 4
+    assert of_tars(tmp_path / "t" / "train-00[02].tar") == 4
+    assert of_tars(tmp_path / "t" / "{train-001,train-002}.tar") == 4
+    with pytest.raises(UserError, match=r"train-003\.tar is not there"):
+        of_tars(tmp_path / "t" / "train-{000..003}.tar")
+    with pytest.raises(UserError, match="no such file or folder"):
+        of_tars(tmp_path / "t" / "other-*.tar")
+    with pytest.raises(UserError, match="several splits"):
+        of_tars(tmp_path / "t" / "*.tar")
+
+
+@pytest.mark.parametrize("names", [("constrained-0", "tests_a"), ("a_train", "b_train"), ("trainer-1", "value-2")])
+def test_names_that_are_no_splits(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.parquet").write_bytes(b"")
+    assert len(files_of(tmp_path, ".parquet")) == 2
+
+
+def test_splits_of_parquet(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"several splits \(test, train\)"):
+        open_container(tmp_path, "SOURCE", DataConfig(), MODEL)
+    assert len(files_of(tmp_path / "train-*.parquet", ".parquet")) == 2
+
+
+# --- labels and sizes ----------------------------------------------------------------------------------------------
+
+
+def test_a_label_makes_no_list_of_its_size(tmp_path):
+    tar(tmp_path / "t" / "a.tar", [0, (1 << 31) - 1])
+    began = time.process_time()
+    with pytest.raises(UserError, match="label 2147483647 is no class number"):
+        of_tars(tmp_path / "t")
+    with pytest.raises(UserError, match="label 1099511627776 is no class number"):
+        numbered(1 << 40, "x")
+    assert time.process_time() - began < 1
+    assert numbered(2, "x") == ["0", "1", "2"]
+
+
+def test_a_small_parquet_of_very_many_rows(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = pa.array([{"bytes": png(1), "path": ""}] * 64, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"image": images, "label": [0] * 64}), tmp_path / "a.parquet")
+    from unite_fast.data import parquet as reading
+
+    assert len(open_container(tmp_path, "SOURCE", DataConfig(), MODEL)) == 64
+    monkeypatch.setattr(reading, "MOST_ROWS", 63)
+    with pytest.raises(UserError, match="64 rows; 63 at most"):
+        open_container(tmp_path, "SOURCE", DataConfig(), MODEL)
+    monkeypatch.undo()
+    monkeypatch.setattr(reading, "MOST_BYTES", 100)
+    with pytest.raises(UserError, match="a row group of"):
+        open_container(tmp_path, "SOURCE", DataConfig(), MODEL).load(0)
+
+
+def test_a_depth_of_no_network():
+    for part in ("encoder", "decoder"):
+        with pytest.raises(UserError, match=rf"model\.{part}\.depth must be above 0 and at most 1024"):
+            yaml_text.load(None, [f"model.{part}.depth=100000"])
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        (tmp_path / "f" / name / "0.png").write_bytes(png(100))
+    return tmp_path / "f"
+
+
+def opened(folder: Path, **more: object):
+    return open_source(DataConfig(path=str(folder), workers=0, flip=False, **more), MODEL)  # type: ignore[arg-type]
+
+
+def test_gray_of_16_bits_is_not_clipped(folder):
+    (folder / "a" / "0.png").write_bytes(png(127 * 257, "I;16"))
+    with pytest.raises(UserError, match=r"a/0\.png: gray of 16 bits, which 8 would clip; save it with 8"):
+        opened(folder).load(0)
+    (folder / "a" / "0.png").write_bytes(png(127, "I;16"))
+    assert int(opened(folder).load(0).float().mean()) == 127
+
+
+def test_images_of_kinds_that_are_not_read_are_counted(folder, caplog):
+    for name in ("a/1.bmp", "a/2.BMP", "b/1.tif"):
+        (folder / name).write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        assert len(opened(folder)) == 2
+    assert caplog.messages == [
+        f"data.path {folder}: 2 .bmp, 1 .tif are left out; only .jpg, .jpeg, .png, .webp are read"
+    ]
+
+
+def test_class_folders_that_unicode_writes_in_two_ways(folder):
+    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    (folder / "b").rename(folder / composed)
+    (folder / "a").rename(folder / apart)
+    with pytest.raises(UserError, match="two class folders are called 'é'"):
+        opened(folder)
+    (folder / apart).rename(folder / "a")
+    other = shutil.copytree(folder, folder.parent / "heldout")
+    (other / composed).rename(other / apart)
+    reading = DataConfig(path=str(folder), heldout_path=str(other), workers=0, flip=False)
+    assert len(open_source(reading, MODEL, "heldout")) == 2
+    names = [open_source(reading, MODEL, "heldout").identity()["class names"], opened(folder).identity()["class names"]]
+    assert names == [["a", composed]] * 2
+
+
+def test_a_tab_in_a_class_name_stays_in_its_field():
+    assert verify._shown("a\tb\nc") == "a\\tb\\nc"
+
+
+# --- references ----------------------------------------------------------------------------------------------------
+
+
+def reference(path: Path, **changes: object) -> str:
+    arrays = {"mu": np.zeros(4), "sigma": np.eye(4), "count": 100} | changes
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+WRONG = {
+    "not symmetric": ({"sigma": np.eye(4) + np.eye(4, k=1)}, "sigma is not symmetric"),
+    "negative": ({"sigma": -np.eye(4)}, "the eigenvalue -1, so it is no covariance"),
+    "protocol is text": ({"protocol": np.array('"a string"')}, "does not say with which extractor"),
+    "protocol is a list": ({"protocol": np.array("[1]")}, "does not say with which extractor"),
+    "extractor is text": ({"protocol": np.array('{"extractor": "x"}')}, "does not say with which extractor"),
+    "extractor without a hash": ({"protocol": np.array('{"extractor": {}}')}, "does not say with which extractor"),
+    "protocol is no JSON": ({"protocol": np.array("{")}, "not a readable .npz"),
+    "count is text": ({"count": np.array("many")}, "not a readable .npz"),
+    "mu is text": ({"mu": np.array(["a"] * 4)}, "not a readable .npz"),
+    "sizes": ({"mu": np.zeros(3)}, "expected"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_references_that_are_none(tmp_path, case):
+    changes, says = WRONG[case]
+    with pytest.raises(UserError, match=f"^reference statistics .*{says}"):
+        statistics.read(reference(tmp_path / "r.npz", **changes))
+
+
+def test_an_array_that_no_memory_holds(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 30, 1 << 20)})
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "r.npz", "w") as archive:
+        archive.writestr("mu.npy", header.getvalue())
+        archive.writestr("sigma.npy", header.getvalue())
+    with pytest.raises(UserError, match=r"not a readable \.npz"):
+        statistics.read(str(tmp_path / "r.npz"))
+
+
+def test_rounding_makes_no_reference_wrong(tmp_path):
+    x = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
+    sigma = np.cov(x.T).astype(np.float32)  # of rank 9: eigenvalues of about -1e-7
+    statistics.read(reference(tmp_path / "r.npz", mu=np.zeros(64), sigma=sigma))
+    statistics.read(reference(tmp_path / "z.npz", mu=np.zeros(4), sigma=np.zeros((4, 4))))
+
+
+# --- runs and scores -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_when_its_first_weights_are_gone(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+
+    def start(name: str, steps: int, *words: str):
+        return command("train.py", "--config", tmp_path / "tiny.yaml", f"run_dir={tmp_path / name}",
+                       f"train.max_steps={steps}", *words)  # fmt: skip
+
+    assert start("first", 1).returncode == 0
+    begun = f"init_from={tmp_path / 'first'}"
+    assert start("second", 1, begun).returncode == 0
+    shutil.rmtree(tmp_path / "first")
+    said = start("second", 2, begun)
+    assert said.returncode == 0, said.stderr
+    assert "at step 1: the newest that verifies" in said.stdout
+    for manifest in (tmp_path / "second" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    said = start("second", 3, begun)
+    assert said.returncode == 2
+    assert "none of the checkpoints" in said.stderr
+    assert "choose another name or run_dir" in said.stderr
+
+
+def test_a_score_of_another_commit_stays(tmp_path):
+    path = tmp_path / "fid_a.json"
+    here = {"commit": "0123456789abcdef"}
+    assert evaluate.beside_other_commits(path, here) == path
+    path.write_text(json.dumps({"protocol": {"environment": here}, "result": {}}))
+    assert evaluate.beside_other_commits(path, here) == path
+    for content in ({"protocol": {"environment": {"commit": "f"}}}, {"best": {"environment": {"commit": "f"}}},
+                    {"rows": [{"protocol": {"environment": {"commit": "f"}}}]}):  # fmt: skip
+        path.write_text(json.dumps(content))
+        assert evaluate.beside_other_commits(path, here) == tmp_path / "fid_a_at_01234567.json"

@@ -1,0 +1,84 @@
+"""Keys that mean nothing beside the values of others: on a command line, where somebody asked for them, a mistake.
+
+In a file they are left alone: it may be meant for several commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import Config
+
+Rule = tuple[tuple[str, ...], Callable[[Config], bool], str]
+RESIDENT = ("digits", "synthetic")
+
+# (keys or beginnings of keys, whether they are idle, beside what)
+RULES: tuple[Rule, ...] = (
+    (("data.path", "data.heldout_path"), lambda c: c.data.source in RESIDENT, "data.source={0.data.source}"),
+    (
+        ("data.workers", "data.timeout", "data.on_error"),
+        lambda c: c.model.modality == "images" and c.data.source in RESIDENT,
+        "data.source={0.data.source}",
+    ),
+    (
+        ("model.atoms.", "objective.atoms.", "data.atoms."),
+        lambda c: c.model.modality != "atoms",
+        "model.modality={0.model.modality}",
+    ),
+    (
+        ("objective.pixel_", "objective.perceptual_", "model.image_size", "model.patch_size", "model.channels"),
+        lambda c: c.model.modality != "images",
+        "model.modality={0.model.modality}",
+    ),
+    (
+        (
+            "objective.perceptual_trunk",
+            "objective.perceptual_sha256",
+            "objective.perceptual_range",
+            "objective.perceptual_dropout",
+        ),
+        lambda c: c.objective.perceptual_weight == 0,
+        "objective.perceptual_weight=0",
+    ),
+    (("objective.noising_t",), lambda c: c.objective.noising == "add", "objective.noising=add"),
+    (("objective.noising_sigma",), lambda c: c.objective.noising != "add", "objective.noising={0.objective.noising}"),
+    (
+        ("objective.flow_time_",),
+        lambda c: c.objective.flow_time != "logit_normal",
+        "objective.flow_time={0.objective.flow_time}",
+    ),
+    (
+        ("objective.flow_weight", "objective.flow_loss", "objective.flow_reduction", "objective.flow_time"),
+        lambda c: c.objective.flow_steps == 0,
+        "objective.flow_steps=0",
+    ),
+    (("optim.muon_", "optim.newton_schulz_"), lambda c: not c.optim.muon, "optim.muon=false"),
+    (("train.wandb_",), lambda c: not c.train.wandb, "train.wandb=false"),
+    (("init_from",), lambda c: c.resume not in ("auto", "never"), "resume={0.resume}"),
+)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Of a whole key such as ``train.epochs``."""
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def check(config: Config, asked: Sequence[str]) -> None:
+    """Raises UserError for the first of the keys ``asked`` for that does nothing in ``config``.
+
+    One that has its default there asks for nothing.
+    """
+    default = Config()
+    for key in asked:
+        value = value_of(config, key)
+        if dataclasses.is_dataclass(value) or value == value_of(default, key):
+            continue
+        for beginnings, is_idle, beside in RULES:
+            if key.startswith(beginnings) and is_idle(config):
+                raise UserError(f"override {key}: it does nothing beside {beside.format(config)}; leave it out")

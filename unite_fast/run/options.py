@@ -1,0 +1,30 @@
+"""Options of train.py that are wrong, or that would do nothing beside others."""
+
+from __future__ import annotations
+
+import argparse
+
+from unite_fast.base.errors import UserError, idle
+
+SET_BY_DEV_RUN = (
+    "train.max_steps=", "train.log_every=", "train.image_every=", "train.checkpoint_every=", "resume=",
+    "sample.solver=", "sample.steps=",
+)  # fmt: skip
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options of train.py that are wrong, or that would do nothing beside others."""
+    if arguments.mfu is not None and not (arguments.dry_run and 0 < arguments.mfu <= 1):
+        raise UserError(f"--mfu {arguments.mfu:g}: a fraction above 0 and at most 1, together with --dry-run")
+    if arguments.ranks is not None and not (arguments.dry_run and arguments.ranks > 0):
+        raise UserError(f"--ranks {arguments.ranks}: a number of processes, at least 1, together with --dry-run")
+    if arguments.print_config and (arguments.dry_run or arguments.fast_dev_run):
+        raise idle("--dry-run" if arguments.dry_run else "--fast-dev-run", "with --print-config")
+    if arguments.dry_run and arguments.fast_dev_run:
+        raise idle("--fast-dev-run", "with --dry-run")
+    if arguments.fast_dev_run < 0:
+        raise UserError(f"--fast-dev-run {arguments.fast_dev_run}: give a number of steps, at least 1")
+    if arguments.fast_dev_run:
+        for override in arguments.overrides:
+            if override.startswith(SET_BY_DEV_RUN):
+                raise idle(f"override {override}", "with --fast-dev-run, which sets it")
