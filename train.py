@@ -15,10 +15,11 @@ from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
 from unite_fast.config import yaml_text
 from unite_fast.efficiency import compiling, execution, precision
-from unite_fast.model.flops import peak_flops, training_flops
+from unite_fast.model.flops import peak_flops
 from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
+from unite_fast.plan import cost
 from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, options, start, stats, summary
 from unite_fast.run.session import Session
 from unite_fast.training.means import Means
@@ -127,8 +128,7 @@ def open_batches(
 
 def open_meter(settings: config.Config, ranks: distributed.Ranks, state: TrainState, total: int) -> stats.Meter:
     """Counts speed and time to go from here to step ``total``."""
-    o = settings.objective
-    flops = training_flops(settings.model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen)["total"]
     goal = state.images_seen + (total - state.step) * settings.train.global_batch
     return stats.Meter(goal, state.images_seen, flops, peak_flops(ranks.device), ranks.world_size)
 

@@ -24,7 +24,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
-from harness import PACK, ROOT, _git, _source
+from harness import PACK, ROOT, _source
+
+from unite_fast.base.provenance import git
 
 LIMIT = 64 * 2**20  # bytes
 LIBRARIES = ROOT / "kernels" / "unite_kernels"
@@ -102,7 +104,7 @@ def size(path: Path) -> int:
 
 def tree_size() -> int:
     """Of the working tree as it travels: tracked files, and those that git does not ignore."""
-    listed = (_git("ls-files", "-co", "--exclude-standard") or "").splitlines()
+    listed = git("ls-files", "-co", "--exclude-standard").splitlines()
     return sum((ROOT / name).stat().st_size for name in listed if (ROOT / name).is_file())
 
 

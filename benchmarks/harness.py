@@ -20,6 +20,8 @@ from typing import ClassVar
 
 import torch
 
+from unite_fast.base.provenance import git
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACK = ROOT / "gpu-pack"  # what travels to a lent machine, which has no history of git: gpu_pack.py
@@ -48,11 +50,6 @@ def _answer(*command: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Git's answer; None where the sources are a copy without their history, or another user's, which git refuses."""
-    return _answer("git", *arguments) if (ROOT / ".git").exists() else None
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -61,16 +58,15 @@ def device_name(device: torch.device) -> str:
     return models[0].strip() if models else platform.machine()
 
 
-def _dirty() -> bool | None:
+def _dirty() -> bool:
     sources = ("kernels", "csrc", "benchmarks/*.py", "unite_fast", "configs", "setup.py", "train.py")
-    changed = _git("status", "--porcelain", "--", *sources)
-    return None if changed is None else bool(changed)
+    return bool(git("status", "--porcelain", "--", *sources))
 
 
 @functools.cache
 def _source() -> dict[str, object]:
     """The commit of the sources and whether they differ from it; of a copy without history what was packed with it."""
-    if commit := _git("rev-parse", "HEAD"):
+    if commit := git("rev-parse", "HEAD"):
         return {"commit": commit, "dirty": _dirty()}
     packed = PACK / "commit.json"
     return json.loads(packed.read_text()) if packed.is_file() else {"commit": None, "dirty": None}

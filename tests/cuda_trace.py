@@ -30,7 +30,6 @@ from unite_fast.config import (  # noqa: E402
 )
 from unite_fast.data import Batch, batch_of_images  # noqa: E402
 from unite_fast.efficiency import precision  # noqa: E402
-from unite_fast.flow.field import Replays  # noqa: E402
 from unite_fast.modality.images import ImageLosses  # noqa: E402
 from unite_fast.modality.lpips import Perceptual  # noqa: E402
 from unite_fast.model.unite import UNITE  # noqa: E402
@@ -95,7 +94,7 @@ def published(*overrides: str) -> Config:
 
 
 def sample(recipe: str, order: str) -> Callable[[OnTheGpu], None]:
-    """Tokenize, reconstruct and generate with guidance, as sample.py does, without buffers and with."""
+    """Tokenize, reconstruct and generate with guidance, as sample.py does."""
 
     def scenario(seen: OnTheGpu) -> None:
         config = published()
@@ -105,8 +104,7 @@ def sample(recipe: str, order: str) -> Callable[[OnTheGpu], None]:
         options = {"solver": "exp3", "steps": 4, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "cfg_order": order}
         with seen, torch.no_grad(), precision.autocast(recipe, DEVICE):
             model.decode(model.tokenize(images))
-            for replays in (None, Replays(capture=False)):
-                sampling.sample(model, labels, seeds=seeds, replays=replays, **options)
+            sampling.sample(model, labels, seeds=seeds, **options)
 
     return scenario
 

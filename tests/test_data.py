@@ -9,8 +9,8 @@ import torch
 from photographs import equal
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import SOURCES, all_images, open_source, stream
+from unite_fast.config import DataConfig, ModelConfig, choices
+from unite_fast.data import all_images, open_source, opener, stream
 from unite_fast.data.order import Order, permutation, share
 from unite_fast.data.source import Source
 from unite_fast.modality.images import to_float
@@ -189,9 +189,9 @@ def test_to_float():
         to_float(floats.double())
 
 
-def test_a_source_is_one_table_row(monkeypatch):
-    monkeypatch.setitem(SOURCES, "digits", lambda data, model, split: (data.source, model.channels, split))
-    assert open_source(DIGITS, SMALL, "heldout") == ("digits", 1, "heldout")
+def test_every_source_has_its_opener():
+    for name in choices(DataConfig, "source"):
+        assert callable(opener(name)), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

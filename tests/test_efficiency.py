@@ -21,7 +21,7 @@ from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Draws, Objective, SeededDraws
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.plan import memory
+from unite_fast.plan import cost
 from unite_fast.run import assemble
 from unite_fast.run.stats import read_metrics
 from unite_fast.training.means import Means
@@ -172,9 +172,9 @@ def test_operations_of_a_step(kernels):
 def test_memory_of_activations_is_what_autograd_keeps(recipe, residual):
     """Counted on fake tensors, equal to what the real passes save; recomputation lowers it."""
     config = load_tiny(f"efficiency.precision={recipe}", f"efficiency.residual={residual}")
-    counted = memory.activation_bytes(config.model, config.objective, config.efficiency, 8)
+    counted = cost.activation_bytes(config.model, config.objective, config.efficiency, 8)
     assert set(counted) == {"reconstruction", "flow"}
-    twice = memory.activation_bytes(config.model, config.objective, config.efficiency, 16)
+    twice = cost.activation_bytes(config.model, config.objective, config.efficiency, 16)
     assert all(1.8 * counted[name] < twice[name] <= 2 * counted[name] for name in counted)
     model = build(config.model)
     execution.use_residual(model, config.efficiency.residual)
@@ -184,7 +184,7 @@ def test_memory_of_activations_is_what_autograd_keeps(recipe, residual):
     held = []
     for recompute in (False, True):
         model.encoder.recompute = model.decoder.recompute = recompute
-        saved = memory.Saved(list(model.parameters()))
+        saved = cost.Saved(list(model.parameters()))
         autocast = precision.autocast(recipe, torch.device("cpu"))
         with autocast, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
             losses = target.reconstruction(model, batch, draws)
@@ -206,6 +206,6 @@ def test_recompute_auto_follows_the_device(monkeypatch, gibibytes, recompute):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gibibytes << 30))
     efficiency = EfficiencyConfig(kernels="fused", recompute="auto")
     config = Config(objective=ObjectiveConfig(perceptual_weight=0), efficiency=efficiency)
-    decided = execution.decide_recompute("auto", torch.device("cuda"), functools.partial(memory.needed, config, 1))
+    decided = execution.decide_recompute("auto", torch.device("cuda"), functools.partial(cost.needed, config, 1))
     assert decided.blocks == recompute
     assert "auto:" in decided.reason

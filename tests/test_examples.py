@@ -85,7 +85,7 @@ def test_the_house_does_not_grow_back():
     assert found["functions that take the whole Config"] <= 26
     assert found["files that compare an efficiency option"] == 1
     for name, files in module.examples(DESIGN).items():
-        assert len(files) <= {"A loss term": 2}.get(name, 3), name
+        assert len(files) <= {"A modality": 3}.get(name, 2), name
 
 
 def test_every_command_has_a_verb(capsys):

@@ -9,8 +9,11 @@ from support import command
 
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import read
+from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, ModelConfig, ObjectiveConfig
+from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import build
 from unite_fast.optim.groups import freeze
+from unite_fast.plan import cost
 from unite_kernels import copied_linear
 
 ALL_BUT_THE_DECODER = "optim.frozen=[encoder, encoder_layer_norm, latent_tokens, patch_embed]"
@@ -75,3 +78,20 @@ def test_a_run_goes_on_with_frozen_parameters(tiny, tmp_path):
         if name.startswith("model.encoder."):
             assert torch.equal(value, last[name]), name
     assert not any(name.startswith(("ema.encoder.", "momentum.encoder.")) for name in last)
+
+
+def test_frozen_parameters_count_as_what_they_cost():
+    """MFU would otherwise be of a backward that is not there. A product costs its forward and one for each gradient."""
+    config = ModelConfig(encoder=ENCODER_SIZES["small"], decoder=DECODER_SIZES["small"])
+    o = ObjectiveConfig(perceptual_weight=0.0, flow_steps=2)
+    everything = cost.counted_flops(config, o)
+    executed = training_flops(config, 2, False, pruned=True)
+    assert everything == pytest.approx(executed["total"], rel=1e-3)
+    assert cost.step_flops(config, o) == training_flops(config, 2, False)
+    without_decoder = cost.step_flops(config, o, ("decoder",))["total"]
+    d, tokens = config.decoder, config.decoder_tokens
+    of_attention = d.depth * 4 * tokens**2 * d.width  # which has no weights
+    assert everything - without_decoder == pytest.approx(executed["decode"] / 3 - of_attention, rel=0.01)
+    parts = ("encoder", "encoder_layer_norm", "latent_tokens", "patch_embed")
+    decoder_alone = cost.step_flops(config, o, parts)["total"]
+    assert decoder_alone == pytest.approx(executed["decode"] + (executed["tokenize"] + executed["flow"]) / 3, rel=0.01)

@@ -17,7 +17,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import ObjectiveConfig
 from unite_fast.efficiency import precision
 from unite_fast.modality.lpips import Perceptual, load_perceptual, pixel_loss
-from unite_fast.plan import memory
+from unite_fast.plan import cost
 from unite_kernels.backend import as_on_a_gpu
 
 
@@ -106,7 +106,7 @@ def test_a_gpus_trunk_and_head_keep_the_maps_and_bits(perceptual):
     for backend in ("eager", "fused"):
         module = copy.deepcopy(perceptual)
         module.backend = backend
-        saved = memory.Saved(list(module.parameters()))
+        saved = cost.Saved(list(module.parameters()))
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             as_on_a_gpu(),

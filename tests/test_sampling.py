@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support import TINY, command, process
+from tape import Tape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample as program
@@ -20,9 +21,9 @@ from unite_fast import checkpoint, flow, sampling
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
-from unite_fast.efficiency import compiling
+from unite_fast.efficiency import compiling, graph
 from unite_fast.flow import solvers
-from unite_fast.flow.field import GuidedField, Replay, Replays
+from unite_fast.flow.field import GuidedField, Replays
 from unite_fast.modality import pictures
 from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
@@ -439,42 +440,47 @@ def test_reconstruct_a_folder(trained, tmp_path):
     assert "bad.png" in result.stderr
 
 
+@pytest.fixture
+def replays(monkeypatch) -> Replays:
+    """As on a GPU, from a tape in place of a graph."""
+    monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
+    return Replays(torch.device("cpu"))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("solver", sampling.SOLVERS)
-def test_replayed_evaluations_are_the_same(model, solver):
-    """On static buffers, for tiles, labels and scales that follow each other; two recordings serve them all."""
-    replays = Replays(capture=False)
+def test_replayed_evaluations_are_the_same(model, replays, solver):
+    """For tiles, labels and scales that follow each other; two recordings serve them all."""
     for seeds, scale in (([0, 1, 2], 2.0), ([33, 40], 2.0), ([5], 3.5)):
         options = {"solver": solver, "steps": 6, "cfg_scale": scale, "cfg_interval": (0.3, 1.0)}
         labels = [s % 7 for s in seeds]
         expected = sampling.sample_tiles(model, seeds, labels, **options)
         assert torch.equal(sampling.sample_tiles(model, seeds, labels, **options, replays=replays), expected)
-    assert [name for name, _ in replays.known] == ["plain", "norm_first"]
+    assert [name for name, *_ in replays.known] == ["plain", "norm_first"]
+    assert all(captured.recording is not None for captured in replays.known.values())
 
 
 @torch.no_grad()
-def test_replays_name_their_preconditions(model):
+def test_what_a_replay_depends_on(model, replays):
     labels, z = torch.tensor([1, 2]), noise(model, 2)
-    field = GuidedField(model, labels, 2.0, (0.0, 1.0), "norm_first")
-    replay = Replay(field._guided, z, labels, capture=False)
-    first = replay(z, labels, 0.2, 2.0)
-    kept = first.clone()
-    second = replay(z + 1, labels.flip(0), 0.4, 3.0)
-    assert torch.equal(first, kept)  # a result stays what it was
-    field.scale = 3.0
-    field.labels = labels.flip(0)
-    assert torch.equal(second, field.at(0.4, z + 1, True))
-    with pytest.raises(RuntimeError, match="fixed shape is required"):
-        replay(z[:1], labels[:1], 0.2, 2.0)
-    with pytest.raises(RuntimeError, match="fixed dtype is required"):
-        replay(z.double(), labels, 0.2, 2.0)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="fixed precision is required"):
-        replay(z, labels, 0.2, 2.0)
-    with torch.enable_grad():
-        with pytest.raises(RuntimeError, match="no gradients is required"):
-            replay(z, labels, 0.2, 2.0)
-        with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
-            Replay(field._guided, z, labels, capture=False)
+    field = GuidedField(model, labels, 2.0, (0.0, 1.0), "norm_first", replays)
+    plain = GuidedField(model, labels, 2.0, (0.0, 1.0), "norm_first")
+    found = [field.at(0.2, z, True) for _ in range(graph.WARM_UP + 2)]
+    assert all(torch.equal(x0, plain.at(0.2, z, True)) for x0 in found)
+    plain.scale = field.scale = 3.0
+    plain.labels = field.labels = labels.flip(0)
+    later = field.at(0.4, z + 1, True)
+    assert torch.equal(later, plain.at(0.4, z + 1, True))
+    assert torch.equal(found[-1], found[0])  # a result stays what it was
+    with torch.autocast("cpu", torch.bfloat16):  # another graph, not that of float32
+        half = field.at(0.4, z + 1, True)
+        assert torch.equal(half, plain.at(0.4, z + 1, True))
+    assert not torch.equal(half, later)
+    assert len(replays.known) == 2
+    with pytest.raises(RuntimeError, match=r"z was captured as .*float32.* and is now .*float64"):
+        field.at(0.4, z.double(), True)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
+        field.at(0.4, z, True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
@@ -484,7 +490,7 @@ def test_captured_evaluations_are_the_same(model):
     there.load_state_dict(model.state_dict())
     there.use_kernels("fused")
     for precision in (torch.float32, torch.bfloat16):
-        replays = Replays(capture=True)
+        replays = Replays(torch.device("cuda"))
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
             for seeds, scale in ((range(40), 2.0), (range(70, 90), 3.5)):
                 options = {"solver": "heun", "steps": 6, "cfg_scale": scale, "cfg_interval": (0.3, 1.0)}

@@ -168,16 +168,15 @@ def muon_momentum_(
     clip_coef: Tensor | None = None,
     skip: Tensor | None = None,
     out: Sequence[Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
     backend: str = "eager",
 ) -> Sequence[Tensor]:
-    """Advance the momentum ``buffers`` and return the matrices to orthogonalise, in ``dtype`` (float32 or bfloat16).
+    """Advance the momentum ``buffers`` and return the matrices to orthogonalise, in float32.
 
-    ``out`` receives them instead of new tensors: slices of one (n, rows, cols) tensor make a batch without a copy.
+    ``out`` receives them instead (float32 or bfloat16): slices of one (n, rows, cols) make a batch without a copy.
     Where ``skip`` is true the result is undefined and ``muon_apply_`` must be given the same ``skip``.
     """
     if out is None:
-        out = [torch.empty_like(grad, dtype=dtype) for grad in grads]
+        out = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
     _check_scalars(grads, clip_coef=clip_coef, skip=skip)
     if ops := _compiled(backend, grads):
         ops.muon_momentum_(grads, buffers, momentum, nesterov, clip_coef, skip, out)

@@ -35,7 +35,7 @@ BLOCK_ROWS = 192  # of a symmetric product on a CPU, 0.83 of a dense product's t
 # Short side from which bfloat16 is the faster dtype on a CPU with AMX tiles. All of UNITE-B's matrices: 4.7 s of CPU
 # time in it against 20 s in float32 (Intel Xeon, one thread, other work beside it).
 BFLOAT16_FROM = 256
-Form = Callable[[Tensor, int, tuple[float, float, float]], Tensor]  # (X (batch, n, k), steps, coefficients) -> X
+Form = Callable[[Tensor, int], Tensor]  # (X (batch, n, k), steps) -> X
 
 
 def fastest_dtype(device: torch.device, short_side: int) -> torch.dtype:
@@ -45,8 +45,8 @@ def fastest_dtype(device: torch.device, short_side: int) -> torch.dtype:
     return torch.bfloat16 if _backend.has_tiles() and short_side >= BFLOAT16_FROM else torch.float32
 
 
-def _plain(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    a, b, c = coefficients
+def _plain(x: Tensor, steps: int) -> Tensor:
+    a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -64,8 +64,8 @@ def _symmetric_into(out: Tensor, left: Tensor, right: Tensor) -> None:
             out[:low, low:high] = out[low:high, :low].T
 
 
-def _separate(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    a, b, c = coefficients
+def _separate(x: Tensor, steps: int) -> Tensor:
+    a, b, c = COEFFICIENTS
     n = x.shape[1]
     gram, update = x.new_empty(n, n), x.new_empty(n, n)
     result = torch.empty_like(x)  # with x's strides: a tall matrix is worked on as it lies
@@ -86,9 +86,9 @@ def _separate(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -
     return result
 
 
-def _gram(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+def _gram(x: Tensor, steps: int) -> Tensor:
     """Each step multiplies X by Q = a I + b R + c R^2; Q and R are polynomials of the first R, so R becomes Q R Q."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     for start in range(0, steps, GRAM_STEPS):
         count = min(GRAM_STEPS, steps - start)
         gram = torch.bmm(x, x.mT)
@@ -116,7 +116,6 @@ def form_of(x: Tensor) -> Form:
 def newton_schulz(
     g: Tensor,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = 1e-7,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -131,6 +130,6 @@ def newton_schulz(
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    x = form_of(x)(x, steps, coefficients)
+    x = form_of(x)(x, steps)
     x = x.mT if tall else x
     return x if g.ndim == 3 else x[0]

@@ -338,7 +338,8 @@ class EfficiencyConfig:
     )
     residual: Literal["fp32", "bf16"] = option("fp32", "dtype of the residual stream of the encoder and the decoder")
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "fa2", "fa3", "fa4", "products"] = option(
-        "auto", "attention backend; auto: torch's choice, products on CPUs with AMX in half precision"
+        "auto",
+        "attention backend; auto: cudnn or flash where a table names them, products on CPUs with AMX, else sdpa",
     )
     kernels: Literal["eager", "fused"] = option("eager", "fused: Triton's on GPUs, C++ on CPUs and for the optimizer")
     flow_mini_batch: int = option(1, "flow steps that pass the network as one batch", above=0)

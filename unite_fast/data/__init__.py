@@ -1,4 +1,4 @@
-"""Batches of images and labels from one table of sources.
+"""Batches of images and labels from sources of several kinds.
 
     source = open_source(config.data, config.model)              # or split="heldout"
     for batch in stream(source, seed, start=images_seen, global_batch=1024): ...
@@ -13,31 +13,26 @@
 | synthetic | random pixels on the device | | benchmarks |
 | qm9, mp20, crystals, structures, joint | molecules and crystals (``data.atoms``) | | model.modality=atoms |
 
-A new kind of source is one file with an opener ``(DataConfig, ModelConfig, split) -> Source`` and one row of
-``SOURCES``. Order, sharding and resume are in ``stream.py`` and do not depend on the source.
+A new kind of source is its name among those of ``data.source``, and a file of that name with an opener
+``open_NAME(DataConfig, ModelConfig, split) -> Source``. Order, sharding and resume are in ``stream.py`` and do not
+depend on the source.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.config import DataConfig, ModelConfig, choices
 from unite_fast.data.atoms import source as atoms
 from unite_fast.data.batch import Batch, batch_of_images
-from unite_fast.data.dali import open_dali
-from unite_fast.data.digits import open_digits
-from unite_fast.data.folder import open_folder
 from unite_fast.data.order import Order
-from unite_fast.data.packed import open_packed
 from unite_fast.data.rate import Waits
 from unite_fast.data.source import BadImage, Source, WorkerError
 from unite_fast.data.stream import all_images, stream
-from unite_fast.data.synthetic import open_synthetic
-from unite_fast.data.tar import open_tar
 
 __all__ = [
-    "SOURCES",
     "BadImage",
     "Batch",
     "Order",
@@ -50,15 +45,14 @@ __all__ = [
     "stream",
 ]
 
-SOURCES: dict[str, Callable[[DataConfig, ModelConfig, str], Source]] = {
-    "digits": open_digits,
-    "folder": open_folder,
-    "tar": open_tar,
-    "packed": open_packed,
-    "dali": open_dali,
-    "synthetic": open_synthetic,
-    **dict.fromkeys(atoms.NAMES, atoms.open_atoms),
-}
+Opener = Callable[[DataConfig, ModelConfig, str], Source]
+
+
+def opener(name: str) -> Opener:
+    """Of ``data.source=name``: ``open_NAME`` of the file NAME.py. Molecules and crystals share one."""
+    if name in atoms.NAMES:
+        return atoms.open_atoms
+    return getattr(importlib.import_module(f"unite_fast.data.{name}"), f"open_{name}")
 
 
 def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> Source:
@@ -71,12 +65,12 @@ def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> S
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    if data.source not in SOURCES:
-        raise UserError(f"data.source {data.source!r} is not known; one of {', '.join(SOURCES)}")
+    if data.source not in choices(DataConfig, "source"):
+        raise UserError(f"data.source {data.source!r} is not known; one of {', '.join(choices(DataConfig, 'source'))}")
     if (data.source in atoms.NAMES) != (model.modality == "atoms"):
         raise UserError(f"data.source {data.source} does not give model.modality {model.modality}; change one of them")
     if data.workers < 0:
         raise UserError(f"data.workers must not be negative, got {data.workers}")
     if data.timeout <= 0:
         raise UserError(f"data.timeout must be positive (seconds), got {data.timeout}")
-    return SOURCES[data.source](data, model, split)
+    return opener(data.source)(data, model, split)

@@ -1,4 +1,4 @@
-"""Which images lie below a folder: one answer for training, packing and reconstruction."""
+"""Which files of some kinds lie below a folder: one answer for training, packing and reconstruction."""
 
 from __future__ import annotations
 
@@ -80,14 +80,21 @@ def _unbraced(pattern: str) -> list[str]:
 
 
 def images_below(folder: Path, above: Sequence[Path] = (), left_out: Counter[str] | None = None) -> list[str]:
-    """Paths of the images in ``folder``, then of those in each of its sub-folders, sorted within each.
+    """As ``files_below``, of images. left_out: gets the number of images of kinds that are not read, by suffix."""
+    return files_below(folder, EXTENSIONS, above, left_out)
 
-    Names that begin with a dot are left out. Links are followed. above: folders that ``folder`` lies in. left_out: gets
-    the number of images of kinds that are not read, by suffix. Raises UserError for a sub-folder that cannot be read,
-    and for a link to a folder above it, which has no end.
+
+def files_below(
+    folder: Path, endings: tuple[str, ...], above: Sequence[Path] = (), left_out: Counter[str] | None = None
+) -> list[str]:
+    """Paths of the files with such endings in ``folder``, then of those in each of its sub-folders, sorted within each.
+
+    endings: in small letters, with their dots; above: folders that ``folder`` lies in. Names that begin with a dot are
+    left out. Links are followed. Raises UserError for a sub-folder that cannot be read, and for a link to one above
+    it, which has no end.
     """
     counts: Counter[str] = Counter() if left_out is None else left_out
-    return _below(str(folder), tuple(_identity(str(path)) for path in above), counts)
+    return _below(str(folder), endings, tuple(_identity(str(path)) for path in above), counts)
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -98,7 +105,9 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _below(folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> list[str]:
+def _below(
+    folder: str, endings: tuple[str, ...], above: tuple[tuple[int, int], ...], left_out: Counter[str]
+) -> list[str]:
     here = _identity(folder)
     if here in above:
         raise UserError(f"{folder} is a link to a folder that it lies in; remove the link")
@@ -107,8 +116,8 @@ def _below(folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[st
         folders = [entry.path for entry in entries if entry.is_dir()]
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
-    found = [e.path for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()]
+    found = [e.path for e in entries if e.name.lower().endswith(endings) and not e.is_dir()]
     left_out.update(suffix for e in entries for suffix in OTHER if e.name.lower().endswith(suffix))
     for path in folders:
-        found += _below(path, (*above, here), left_out)
+        found += _below(path, endings, (*above, here), left_out)
     return found

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from unite_fast import flow
 from unite_fast.data.batch import slots_taken
+from unite_fast.efficiency import graph
 from unite_fast.model.unite import UNITE
 
-WARM_UP = 3  # runs before a capture: libraries choose their kernels and workspaces there
 # (z, labels, t, scale, sizes) -> x0
 X0 = Callable[[Tensor, Tensor, Tensor, Tensor | float, Tensor | None], Tensor]
 
@@ -27,105 +27,35 @@ def _uncached_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
 
-def _conditions(z: Tensor, labels: Tensor, sizes: Tensor | None) -> dict[str, object]:
-    """What has to be at every replay as it was at the capture."""
-    kind = z.device.type
-    return {
-        "fixed shape": (tuple(z.shape), tuple(labels.shape)),
-        "fixed dtype": (z.dtype, labels.dtype),
-        "fixed device": (z.device, labels.device),
-        "fixed precision": (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-        "no gradients": torch.is_grad_enabled(),
-        "sizes or none": sizes is not None,
-    }
-
-
-class Replay:
-    """``function(z, labels, t, scale, sizes)`` on buffers that stay: captured at the first call, then replayed.
-
-    t and scale reach it as 0-d float32 tensors on the device. Preconditions, checked by name at every call: fixed
-    shape, dtype, device and precision (autocast), and no gradients. Two that cannot be checked: the weights are changed
-    in place only, and the function reads nothing back (the capture of one that does fails with CUDA's own error). On a
-    CPU, or with ``capture`` false, the function runs at each call on the same buffers.
-    """
-
-    def __init__(
-        self,
-        function: X0,
-        z: Tensor,
-        labels: Tensor,
-        capture: bool,
-        pool: object = None,
-        sizes: Tensor | None = None,
-    ) -> None:
-        """z (B, K, C), labels, sizes (B,): of the shapes that will come. pool: memory shared with other graphs."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("a replayed evaluation records no gradients: call it under torch.no_grad()")
-        self.conditions = _conditions(z, labels, sizes)
-        self.function = function
-        self.z, self.labels = z.clone(), labels.clone()
-        self.sizes = None if sizes is None else sizes.clone()
-        self.t, self.scale = torch.zeros(2, device=z.device).unbind()
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if capture:
-            self._capture(pool)
-        else:
-            self.result = torch.empty_like(z)
-
-    def _run(self) -> Tensor:
-        with _uncached_autocast(self.z.device):
-            return self.function(self.z, self.labels, self.t, self.scale, self.sizes)
-
-    def _capture(self, pool: object) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):  # pyright: ignore[reportArgumentType]
-            self.result = self._run()
-
-    def __call__(self, z: Tensor, labels: Tensor, t: float, scale: float, sizes: Tensor | None = None) -> Tensor:
-        """x0 (B, K, C), a tensor of its own. Raises RuntimeError naming a precondition that does not hold."""
-        for name, now in _conditions(z, labels, sizes).items():
-            if now != self.conditions[name]:
-                raise RuntimeError(
-                    f"replayed evaluation: {name} is required; it had {self.conditions[name]}, got {now}"
-                )
-        self.z.copy_(z)
-        self.labels.copy_(labels)
-        if self.sizes is not None and sizes is not None:
-            self.sizes.copy_(sizes)
-        self.t.fill_(t)
-        self.scale.fill_(scale)
-        if self.graph is None:
-            self.result.copy_(self._run())
-        else:
-            self.graph.replay()
-        return self.result.clone()
-
-
 class Replays:
-    """The captured evaluations of one model: one per guidance order (and one unguided) and batch shape.
+    """The captured evaluations of one model, for ``GuidedField``: see ``efficiency.graph`` for what a capture demands.
 
-    Times, labels and the guidance scale are inputs, so one capture serves all steps, tiles and scales.
+    Times, labels, sizes and the guidance scale are inputs, so one graph serves all steps, tiles and scales. There is
+    one per guidance order (and one unguided), batch shape and precision (autocast).
     """
 
-    def __init__(self, capture: bool) -> None:
-        """capture: record CUDA graphs; false keeps the buffers and runs the function, on any device."""
-        self.capture = capture
-        self.pool = torch.cuda.graph_pool_handle() if capture else None
-        self.known: dict[tuple[object, ...], Replay] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.place = graph.Place.on(device)
+        self.known: dict[tuple[object, ...], graph.Captured] = {}
 
     def __call__(
         self, name: str, function: X0, z: Tensor, labels: Tensor, t: float, scale: float, sizes: Tensor | None = None
     ) -> Tensor:
-        key = (name, tuple(z.shape))
+        """x0 (B, K, C), a tensor of its own. Raises RuntimeError where gradients are recorded."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("a replayed evaluation records no gradients: call it under torch.no_grad()")
+        kind = z.device.type
+        key = name, tuple(z.shape), sizes is None, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         if key not in self.known:
-            self.known[key] = Replay(function, z, labels, self.capture, self.pool, sizes)
-        return self.known[key](z, labels, t, scale, sizes)
+
+            def evaluate(z: Tensor, labels: Tensor, t: Tensor, scale: Tensor, sizes: Tensor | None = None):
+                with _uncached_autocast(z.device):
+                    return {"x0": function(z, labels, t, scale, sizes)}
+
+            self.known[key] = graph.Captured(f"the evaluation {name}", evaluate, self.place)
+        numbers = {"t": t, "scale": scale}
+        inputs = {"z": z, "labels": labels} | {n: torch.full((), v, device=z.device) for n, v in numbers.items()}
+        return self.known[key](**inputs if sizes is None else inputs | {"sizes": sizes})["x0"]
 
 
 def there(x: Tensor, sizes: Tensor | None) -> Tensor:

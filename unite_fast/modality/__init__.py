@@ -75,6 +75,14 @@ class Modality(Protocol):
         """A batch of the largest samples there are, for whoever counts sizes: its values mean nothing."""
         ...
 
+    def embedding_flops(self, model: ModelConfig, /) -> float:
+        """Of the embedder, per sample, forward and backward; its inputs need no gradient."""
+        ...
+
+    def outputs(self, model: ModelConfig, /) -> int:
+        """How many numbers the decoder's last layers make of a sample's tokens."""
+        ...
+
     def draw_sizes(self, model: Any, seeds: Tensor, labels: Tensor, /) -> Tensor | None:
         """The sizes of samples, int64 (B,), a function of each one's seed and label alone; None: they have no sizes."""
         ...

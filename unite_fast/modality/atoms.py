@@ -193,6 +193,15 @@ class Atoms:
             seen[label] += torch.bincount(structures.sizes[own], minlength=seen.shape[1]).to(seen.device)
             model.embedder.periodic[label] = bool(structures.periodic[own].any())
 
+    def embedding_flops(self, model: ModelConfig) -> float:
+        """An MLP for each atom's place, one for its place in the cell, one for that."""
+        tokens, width, lattice = model.context_tokens, model.encoder.width, int(model.atoms.lattice_input)
+        return 2 * width * (2 * (tokens * 2 * 3 + lattice * 6) + 3 * (tokens * 2 + lattice) * width)
+
+    def outputs(self, model: ModelConfig) -> int:
+        """Kinds, positions and places in the cell of each atom, and the cell."""
+        return model.context_tokens * (100 + 3 + 3) + 6
+
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         slots = model.num_latents
         content = {

@@ -146,6 +146,12 @@ class Images:
     def prepare(self, model: Any, source: Source) -> None:
         pass
 
+    def embedding_flops(self, model: ModelConfig) -> float:
+        return 2 * 2 * model.context_tokens * model.patch_size**2 * model.channels * model.encoder.width
+
+    def outputs(self, model: ModelConfig) -> int:
+        return (model.context_tokens + 1) * model.patch_size**2 * model.channels  # those of the class token are dropped
+
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         images = torch.empty(batch, model.channels, model.image_size, model.image_size, device=device)
         samples = torch.arange(batch, device=device)

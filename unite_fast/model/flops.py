@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from unite_fast import modality
 from unite_fast.config import ModelConfig
 
 # Dense bf16 peak in TFLOP/s from the vendor's data sheets (half of their figure with sparsity), the longer name first.
@@ -53,25 +54,7 @@ def decoder_forward(model: ModelConfig) -> float:
     tokens = model.decoder_tokens
     layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
     embed = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
-    return embed + d.depth * layer + 2 * d.width * outputs(model)
-
-
-def outputs(model: ModelConfig) -> int:
-    """Numbers that the decoder's last layers make of a sample: pixels (those of the class token are dropped), atoms."""
-    if model.modality == "images":
-        return (model.context_tokens + 1) * model.patch_size**2 * model.channels
-    return model.context_tokens * (100 + 3 + 3) + 6
-
-
-def embedding(model: ModelConfig) -> float:
-    """What makes context tokens of a content, FLOPs per sample, forward and backward; its inputs need no gradient."""
-    tokens, width = model.context_tokens, model.encoder.width
-    if model.modality == "images":
-        return 2 * 2 * tokens * model.patch_size**2 * model.channels * width
-    lattice = int(
-        model.atoms.lattice_input
-    )  # an MLP for each atom's place, one for its place in the cell, one for that
-    return 2 * width * (2 * (tokens * 2 * 3 + lattice * 6) + 3 * (tokens * 2 + lattice) * width)
+    return embed + d.depth * layer + 2 * d.width * modality.of(model).outputs(model)
 
 
 def sampling_flops(model: ModelConfig, passes: float) -> float:
@@ -88,7 +71,9 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned
     registers_in = 2 * model.num_latents * model.latent_dim * e.width
     no_gradient = registers_in + 2 * 512 * e.width  # the inputs of these products need no gradient
     tokenize = (
-        3 * encoder_forward(model, model.num_latents + model.context_tokens, pruned) - no_gradient + embedding(model)
+        3 * encoder_forward(model, model.num_latents + model.context_tokens, pruned)
+        - no_gradient
+        + modality.of(model).embedding_flops(model)
     )
     flow = 3 * encoder_forward(model, model.num_latents, pruned) - no_gradient
     vgg: float = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)

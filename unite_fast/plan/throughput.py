@@ -10,7 +10,8 @@ import torch
 from unite_fast import data
 from unite_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from unite_fast.data import rate
-from unite_fast.model.flops import peak_of, training_flops
+from unite_fast.model.flops import peak_of
+from unite_fast.plan.cost import step_flops
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's training set
 MP20 = 27_136  # crystals of MP20's
@@ -63,7 +64,9 @@ def assumed(modality: str) -> tuple[int, str]:
     return (MP20, "crystals of MP20") if modality == "atoms" else (IMAGENET, "images of ImageNet-1k")
 
 
-def project(model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, samples: int = 0) -> list[Projection]:
+def project(
+    model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, samples: int = 0, frozen: tuple[str, ...] = ()
+) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
     samples: of an epoch of molecules or crystals. Empty where the device's peak is not known, and for images and models
@@ -72,7 +75,7 @@ def project(model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, sa
     atoms = model.modality == "atoms"
     large = model.encoder.width >= 256 if atoms else model.image_size >= 64
     peak = peak_of(device_name()) if large else None
-    flops = training_flops(model, o.flow_steps, o.perceptual_weight > 0)["total"]
+    flops = step_flops(model, o, frozen)["total"]
     if not peak:
         return []
     known = official_is_known(model, o)
@@ -100,7 +103,7 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
     expected = expected_rate(config.data, config.model.image_size)
     said = f"expected {expected:,.0f} images/s, " if expected else ""
-    projections = project(config.model, config.objective, mfu)
+    projections = project(config.model, config.objective, mfu, 0, config.optim.frozen)
     demand = projections[0].images_per_second if projections else 0.0
     said += f"measured {found.line(demand)}"
     return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

@@ -12,13 +12,13 @@ from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.groups import freeze
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.plan import memory
+from unite_fast.plan import cost
 from unite_fast.training.state import Part, TrainState
 
 
 def resolve(config: Config, ranks: Ranks) -> Execution:
     """How ``ranks`` compute a step. Raises UserError."""
-    return Execution.resolve(config, ranks, functools.partial(memory.needed, config, ranks.world_size))
+    return Execution.resolve(config, ranks, functools.partial(cost.needed, config, ranks.world_size))
 
 
 def fresh_state(

@@ -15,7 +15,7 @@ from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.plan import memory, throughput
+from unite_fast.plan import cost, throughput
 from unite_fast.run import assemble, monitor, start, summary
 
 WITHOUT_PATH = ("digits", "synthetic", "qm9", "crystals", "joint")  # values of data.source
@@ -24,10 +24,10 @@ WITHOUT_PATH = ("digits", "synthetic", "qm9", "crystals", "joint")  # values of 
 def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int) -> str:
     """What the passes keep for their backward, and the sum with what stays on a rank; bytes by name."""
     peak = max(kept.values())
-    by_pass = ", ".join(f"{name} {memory.amount(size)}" for name, size in kept.items())
-    total = memory.amount(peak + sum(stays.values()))
+    by_pass = ", ".join(f"{name} {cost.amount(size)}" for name, size in kept.items())
+    total = cost.amount(peak + sum(stays.values()))
     return (
-        f"activations    {memory.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
+        f"activations    {cost.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
         f"{total} with what stays (counted from sizes)"
     )
 
@@ -74,11 +74,11 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     state.execution = how
     samples = len(source) if source else throughput.assumed(config.model.modality)[0]
     lines = [summary.describe(config, state, planned, split, samples)]
-    kept = memory.activation_bytes(config.model, config.objective, e, split[0])
-    lines.append(activations_line(kept, memory.persistent_parts(config.model, config.optim, e, t, world), split[0]))
+    kept = cost.activation_bytes(config.model, config.objective, e, split[0])
+    lines.append(activations_line(kept, cost.persistent_parts(config.model, config.optim, e, t, world), split[0]))
     lines += [
         f"projection     {throughput.device_name()}, {p.line()}"
-        for p in throughput.project(config.model, config.objective, mfu, samples)
+        for p in throughput.project(config.model, config.objective, mfu, samples, config.optim.frozen)
     ]
     if source is not None:
         lines.append(

@@ -9,7 +9,7 @@ from unite_fast.base import files, provenance
 from unite_fast.config import Config
 from unite_fast.model.flops import training_flops
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.plan import memory
+from unite_fast.plan import cost
 from unite_fast.run.start import last_step
 from unite_fast.training.state import TrainState
 
@@ -33,13 +33,14 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
         model.modality.embedding: model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
-    flops = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0)
-    executed = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
+    flops = cost.step_flops(config.model, o, config.optim.frozen)
+    pruned = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
+    executed = flops["total"] if config.optim.frozen else pruned
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
-    stay = memory.persistent_parts(config.model, config.optim, how.efficiency, t, ranks.world_size)
-    kept = ", ".join(f"{name} {memory.amount(size)}" for name, size in stay.items())
+    stay = cost.persistent_parts(config.model, config.optim, how.efficiency, t, ranks.world_size)
+    kept = ", ".join(f"{name} {cost.amount(size)}" for name, size in stay.items())
     total = last_step(config.train, state, images)
     computed = how.lines(state.recipe)
     return "\n".join(
@@ -50,7 +51,7 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
             f"{'FLOPs/' + thing:<15}{by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/{thing}: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
-            f"memory         {memory.amount(sum(stay.values()))} per rank that stay: {kept}",
+            f"memory         {cost.amount(sum(stay.values()))} per rank that stay: {kept}",
             f"recompute      {computed['recompute']}",
             f"length         {images:,} {thing}s/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {computed['device']}",

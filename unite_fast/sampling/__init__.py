@@ -50,7 +50,7 @@ def open_replays(wanted: bool, device: torch.device) -> Replays | None:
     """CUDA graphs for ``sample`` if they are wanted. Raises UserError without a GPU."""
     if wanted and device.type != "cuda":
         raise UserError(f"--graph needs a GPU, this is {device}; leave it out")
-    return Replays(capture=True) if wanted else None
+    return Replays(device) if wanted else None
 
 
 def _dopri5(field: GuidedField, z: Tensor, grid: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def sample(
     its steps for the batch as a whole, so an image depends slightly on its batch mates; with the other solvers it
     depends on them in rounding alone, and not at all through ``sample_tiles``.
     counts: a dictionary to which "solutions" (1), "evaluations" (NFE), "passes" (network passes per image) are added.
-    replays: runs the evaluations on static buffers, as CUDA graphs where it captures; kept by the caller between calls.
+    replays: runs the evaluations as CUDA graphs; kept by the caller between calls.
     Raises UserError on options that make no sense.
     """
     how = dataclasses.replace(how or SampleConfig(), **options)

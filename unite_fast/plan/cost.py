@@ -1,4 +1,5 @@
-"""Device memory of a training step, from sizes: what stays, and what the forward passes keep for their backward.
+"""What a training step costs, from sizes alone: operations, and device memory: what stays, and what the forward passes
+keep for their backward. The modality's example stands for a batch.
 
 The activations are counted on fake tensors, which have shapes and no data: each tensor that autograd saves, once per
 storage, without the parameters, as the operations of a GPU keep them. Compiled code keeps at most as much.
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast import modality
 from unite_fast.config import (
@@ -27,6 +30,7 @@ from unite_fast.config import (
     batch_split,
 )
 from unite_fast.efficiency import execution, precision
+from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Draws, Objective
 from unite_fast.optim.groups import freeze, split_parameters
@@ -34,6 +38,31 @@ from unite_fast.parallel.sharding import shard_size
 from unite_kernels.backend import as_on_a_gpu
 
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
+
+
+def step_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = ()) -> dict[str, float]:
+    """FLOPs per sample that utilisation counts, by part: those of the model by definition (``model.flops``).
+
+    frozen: of ``optim.frozen``, whose backward is left out. The total is then what is executed, on fake tensors.
+    """
+    if not frozen:
+        return training_flops(m, o.flow_steps, o.perceptual_weight > 0)
+    return {"total": counted_flops(m, o, frozen)}
+
+
+@functools.cache
+def counted_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = ()) -> float:
+    """Of the products and convolutions that a step of one sample executes, forward and backward, by torch's counter."""
+    losses: Any = modality.of(m).losses(m, o, EfficiencyConfig(kernels="eager"), files=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = UNITE(m)
+        freeze(model, frozen)
+        batch = model.modality.example(m, 1)
+        draws = Draws.make(model, o, 0, batch.samples)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            Objective(o, losses, EfficiencyConfig().kernels).backward(model, batch, draws)
+    return float(counter.get_total_flops())
 
 
 class Saved:
