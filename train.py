@@ -89,11 +89,11 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     t, source = settings.train, inputs.source
     split = config.batch_split(t, ranks.world_size)
     execution.check_device(settings.efficiency, t, settings.objective, ranks.device)
-    resumes = ranks.decide(lambda: start.goes_on(settings))
+    resumes = ranks.decide(lambda: start.goes_on(settings.resume, settings.folder))
     state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
-        print(summary.describe(settings, state, ranks, split, len(source)))
+        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, len(source)))
     images = agreement.check(settings, source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
@@ -126,10 +126,9 @@ def open_batches(
     return data.Waits(stream)
 
 
-def open_meter(settings: config.Config, ranks: distributed.Ranks, state: TrainState, total: int) -> stats.Meter:
-    """Counts speed and time to go from here to step ``total``."""
-    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen)["total"]
-    goal = state.images_seen + (total - state.step) * settings.train.global_batch
+def open_meter(flops: float, batch: int, ranks: distributed.Ranks, state: TrainState, total: int) -> stats.Meter:
+    """Counts speed and time to go from here to step ``total``. flops: per sample; batch: samples per step."""
+    goal = state.images_seen + (total - state.step) * batch
     return stats.Meter(goal, state.images_seen, flops, peak_flops(ranks.device), ranks.world_size)
 
 
@@ -150,7 +149,8 @@ def loop(
     log = None
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
-    alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(settings, ranks, state, total)
+    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen)["total"]
+    alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(flops, t.global_batch, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = (
         grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None

@@ -419,7 +419,8 @@ def test_only_the_first_rank_speaks(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     pictures.save_png(tmp_path / "in" / "a.png", torch.zeros(1, 8, 8))
     monkeypatch.setattr(program.distributed, "start", lambda device: dataclasses.replace(ONE, rank=1))
-    monkeypatch.setattr(program, "reconstruct_folder", lambda *a: "a line")
+    maker = program.MAKERS["image"]
+    monkeypatch.setitem(program.MAKERS, "image", maker._replace(reconstruct=lambda *a: "a line"))
     words = ("--checkpoint", trained, "--out", tmp_path / "out", "--reconstruct", tmp_path / "in")
     assert program.main([str(word) for word in words]) == 0
     assert capsys.readouterr().out == ""

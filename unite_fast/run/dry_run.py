@@ -73,7 +73,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     )
     state.execution = how
     samples = len(source) if source else throughput.assumed(config.model.modality)[0]
-    lines = [summary.describe(config, state, planned, split, samples)]
+    lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples)]
     kept = cost.activation_bytes(config.model, config.objective, e, split[0])
     lines.append(activations_line(kept, cost.persistent_parts(config.model, config.optim, e, t, world), split[0]))
     lines += [

@@ -31,13 +31,13 @@ def check_paths(config: Config) -> None:
         checkpoint.locate(config.resume, quiet=True)
     if config.resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
-    if config.init_from and not goes_on(config):
+    if config.init_from and not goes_on(config.resume, config.folder):
         checkpoint.locate(config.init_from, quiet=True)
 
 
-def goes_on(config: Config) -> bool:
+def goes_on(resume: str, folder: Path) -> bool:
     """Whether the run has checkpoints of its own, so that where its first weights came from may be gone by now."""
-    return config.resume != "never" and bool(checkpoint.newest_first(config.folder / "checkpoints"))
+    return resume != "never" and bool(checkpoint.newest_first(folder / "checkpoints"))
 
 
 class Choice(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unite_fast import data
 from unite_fast.base import files, provenance
-from unite_fast.config import Config
+from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig
 from unite_fast.model.flops import training_flops
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost
@@ -22,9 +22,17 @@ def write_description(path: Path, resolved: str, ranks: Ranks, source: data.Sour
         files.write_json(path / "provenance.json", described)
 
 
-def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, int], images: int) -> str:
+def describe(
+    o: ObjectiveConfig,
+    optim: OptimConfig,
+    t: TrainConfig,
+    state: TrainState,
+    ranks: Ranks,
+    split: tuple[int, int],
+    images: int,
+) -> str:
     """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``."""
-    model, t, o, how = state.model, config.train, config.objective, state.execution
+    model, how = state.model, state.execution
     thing = model.modality.thing
     count = model.trainable_parameters()
     parts = {
@@ -33,15 +41,15 @@ def describe(config: Config, state: TrainState, ranks: Ranks, split: tuple[int, 
         model.modality.embedding: model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
-    flops = cost.step_flops(config.model, o, config.optim.frozen)
-    pruned = training_flops(config.model, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
-    executed = flops["total"] if config.optim.frozen else pruned
+    flops = cost.step_flops(model.config, o, optim.frozen)
+    pruned = training_flops(model.config, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
+    executed = flops["total"] if optim.frozen else pruned
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
-    stay = cost.persistent_parts(config.model, config.optim, how.efficiency, t, ranks.world_size)
+    stay = cost.persistent_parts(model.config, optim, how.efficiency, t, ranks.world_size)
     kept = ", ".join(f"{name} {cost.amount(size)}" for name, size in stay.items())
-    total = last_step(config.train, state, images)
+    total = last_step(t, state, images)
     computed = how.lines(state.recipe)
     return "\n".join(
         (
