@@ -77,7 +77,7 @@ class Inputs(NamedTuple):
         world_size = launcher.world_size()
         config.batch_split(settings.train, world_size)
         execution.check(settings.efficiency, settings.train, world_size)
-        start.check_paths(settings)
+        start.check_paths(settings.folder, settings.resume, settings.init_from, settings.data)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         objective = Objective.open(settings.model, settings.objective, settings.efficiency)
@@ -94,7 +94,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
         print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, len(source)))
-    images = agreement.check(settings, source, ranks)
+    images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
         choice = ranks.decide(lambda: start.choose(settings, images))

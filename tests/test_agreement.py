@@ -48,7 +48,7 @@ class Two:
 
 
 def compared(here: data.Source, other: dict) -> None:
-    agreement.check(Config(), here, Two(other))  # type: ignore[arg-type]
+    agreement.check(yaml_text.to_dict(Config()), here, Two(other))  # type: ignore[arg-type]
 
 
 def test_other_images_on_a_rank(tmp_path):

@@ -206,6 +206,12 @@ def test_recompute_auto_follows_the_device(monkeypatch, gibibytes, recompute):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gibibytes << 30))
     efficiency = EfficiencyConfig(kernels="fused", recompute="auto")
     config = Config(objective=ObjectiveConfig(perceptual_weight=0), efficiency=efficiency)
-    decided = execution.decide_recompute("auto", torch.device("cuda"), functools.partial(cost.needed, config, 1))
+    decided = execution.decide_recompute(
+        "auto",
+        torch.device("cuda"),
+        functools.partial(
+            cost.needed, config.model, config.objective, config.optim, config.efficiency, config.train, 1
+        ),
+    )
     assert decided.blocks == recompute
     assert "auto:" in decided.reason

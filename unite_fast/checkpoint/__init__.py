@@ -249,13 +249,13 @@ def official_config(content: dict[str, Any], model: ModelConfig) -> Config:
     return from_dict(values)
 
 
-def changes(path: Path, config: Config) -> list[str]:
-    """A line for each setting that a run changes by resuming from ``path``. Raises UserError for another model."""
+def changes(path: Path, model: ModelConfig, keys: dict[str, Any]) -> list[str]:
+    """A line for each of its keys that a run changes by resuming from ``path``. Raises UserError for another model."""
     if path.is_file():  # an official .pt says nothing of its run
         return []
     saved = _saved_config(path)
-    check_same_model(saved, config.model, str(path))
-    return changed_settings(saved, to_dict(config), path.name)
+    check_same_model(saved, model, str(path))
+    return changed_settings(saved, keys, path.name)
 
 
 def _expected(

@@ -100,23 +100,18 @@ def _guarded(check: Callable[[], Finding], what: str, state: str) -> Finding:
         return Finding(state, what, f"{type(error).__name__}: {first_line(error)}; reinstall it")
 
 
-def examine(config: Config | None = None) -> list[Finding]:
-    """All findings, in the order in which they are printed."""
-    room = machine.disk()
-    if config:
-        room = machine.disk(config.folder, machine.checkpoint_bytes(config.model, config.optim), config.train.keep_last)
+def examine(room: Finding | None = None) -> list[Finding]:
+    """What this machine can do, in the order in which it is printed. room: that on the disk, for a run of its own."""
     findings = [_python(), _torch(), _device(), machine.driver()]
     findings += [_guarded(_triton, "triton", "FAIL" if torch.cuda.is_available() else "WARN")]
     findings += [_guarded(machine.collectives, "collectives", "FAIL")]
     findings += machine.libraries()
-    findings += [machine.shared_memory(), machine.open_files(), room]
+    findings += [machine.shared_memory(), machine.open_files(), room or machine.disk()]
     findings += [_guarded(functools.partial(_required, package), package, "FAIL") for package in REQUIRED]
     findings += [_guarded(machine.torchvision_build, "torchvision build", "FAIL")]
     findings += machine.attention_backends()
     findings += [_guarded(functools.partial(_optional, package), package, "WARN") for package in OPTIONAL]
     findings += machine.pretrained()
-    if config:
-        findings += examine_run(config)
     return findings
 
 
@@ -167,7 +162,11 @@ def main(argv: list[str]) -> int:
     if arguments.overrides and not arguments.config:
         raise UserError(f"{arguments.overrides[0]}: an override needs --config FILE")
     config = yaml_text.load(arguments.config, arguments.overrides) if arguments.config else None
-    findings = examine(config)
+    if config is None:
+        findings = examine()
+    else:
+        size = machine.checkpoint_bytes(config.model, config.optim)
+        findings = examine(machine.disk(config.folder, size, config.train.keep_last)) + examine_run(config)
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:

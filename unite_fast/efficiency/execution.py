@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config, EfficiencyConfig, ObjectiveConfig, TrainConfig
+from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from unite_fast.efficiency import compiling, graph, precision
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.layers import attention
@@ -175,11 +175,12 @@ class Execution:
     recompute: Recompute = AS_MADE
 
     @classmethod
-    def resolve(cls, config: Config, ranks: Ranks, needed: Callable[[], int]) -> Execution:
-        """What ``config`` means for ``ranks``. needed: bytes of a rank that recomputes nothing. Raises UserError."""
-        e, t = config.efficiency, config.train
+    def resolve(
+        cls, e: EfficiencyConfig, t: TrainConfig, model: ModelConfig, ranks: Ranks, needed: Callable[[], int]
+    ) -> Execution:
+        """What these mean for ``ranks``. needed: bytes of a rank that recomputes nothing. Raises UserError."""
         check(e, t, ranks.world_size)
-        plan = attention.resolve(e.attention, config.model, ranks.device, e.precision != "fp32")
+        plan = attention.resolve(e.attention, model, ranks.device, e.precision != "fp32")
         return cls(e, t, ranks, plan, decide_recompute(e.recompute, ranks.device, needed))
 
     @property

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast import modality
 from unite_fast.config import (
-    Config,
     EfficiencyConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -143,11 +142,13 @@ def persistent_parts(
     return parts
 
 
-def needed(config: Config, world_size: int) -> int:
+def needed(
+    m: ModelConfig, o: ObjectiveConfig, optim: OptimConfig, e: EfficiencyConfig, train: TrainConfig, world_size: int
+) -> int:
     """Bytes of a rank that recomputes nothing: what stays, a micro-batch's activations, and what libraries take."""
-    c, micro_batch = config, batch_split(config.train, world_size)[0]
-    stays = sum(persistent_parts(c.model, c.optim, c.efficiency, c.train, world_size).values())
-    return stays + max(activation_bytes(c.model, c.objective, c.efficiency, micro_batch).values()) + WORKSPACE
+    stays = sum(persistent_parts(m, optim, e, train, world_size).values())
+    micro_batch, _ = batch_split(train, world_size)
+    return stays + max(activation_bytes(m, o, e, micro_batch).values()) + WORKSPACE
 
 
 def amount(size: int) -> str:

@@ -10,8 +10,7 @@ import torch
 
 import unite_kernels
 from unite_fast.base.errors import CommonError, UserError
-from unite_fast.config import Config, DataConfig
-from unite_fast.config.yaml_text import to_dict
+from unite_fast.config import DataConfig
 from unite_fast.data import Source
 from unite_fast.parallel.distributed import Ranks
 
@@ -43,20 +42,20 @@ def fingerprint(keys: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     return _flat(keys) | code | {f"data.path: {name}": value for name, value in images.items()}
 
 
-def check(config: Config, source: Source, ranks: Ranks) -> dict[str, Any]:
-    """The identity of the run's images. Raises UserError on all ranks when they run different configurations, code or
-    images, with what differs."""
+def check(keys: dict[str, Any], source: Source, ranks: Ranks) -> dict[str, Any]:
+    """The identity of the run's images. Raises UserError on all ranks when they have other configurations (``keys``),
+    code or images, with what differs."""
     images = source.identity(ranks.device.type)
-    everyone = ranks.gather(fingerprint(to_dict(config), images))
+    everyone = ranks.gather(fingerprint(keys, images))
     for rank, other in enumerate(everyone):
-        keys = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
-        if keys:
+        differing = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
+        if differing:
             shown = "; ".join(
                 f"{k} is {_short(everyone[0][k], other.get(k))} on rank 0, "
                 f"{_short(other.get(k), everyone[0][k])} on rank {rank}"
-                for k in keys[:3]
+                for k in differing[:3]
             )
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise CommonError(
                 f"the ranks differ: {shown}{more}; start all of them with the same command, code and images"
             )

@@ -18,7 +18,9 @@ from unite_fast.training.state import Part, TrainState
 
 def resolve(config: Config, ranks: Ranks) -> Execution:
     """How ``ranks`` compute a step. Raises UserError."""
-    return Execution.resolve(config, ranks, functools.partial(cost.needed, config, ranks.world_size))
+    m, e, t = config.model, config.efficiency, config.train
+    needed = functools.partial(cost.needed, m, config.objective, config.optim, e, t, ranks.world_size)
+    return Execution.resolve(e, t, m, ranks, needed)
 
 
 def fresh_state(

@@ -52,7 +52,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
 
     mfu: utilisation for which speed is projected; None for a table of several.
     """
-    start.check_paths(config)
+    start.check_paths(config.folder, config.resume, config.init_from, config.data)
     world = ranks or launcher.world_size()
     if ranks and config.train.strategy == "hsdp" and not config.train.shard_size:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))

@@ -13,7 +13,8 @@ from unite_fast import checkpoint
 from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
-from unite_fast.config import Config, TrainConfig
+from unite_fast.config import Config, DataConfig, TrainConfig
+from unite_fast.config.yaml_text import to_dict
 from unite_fast.run.agreement import changed_images
 from unite_fast.training.state import TrainState
 
@@ -21,18 +22,17 @@ log = logging.getLogger("unite_fast.run.start")
 BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which resume=PATH began this run
 
 
-def check_paths(config: Config) -> None:
-    """What can be wrong with the checkpoints that the command names, before any rank waits for another."""
-    path = config.folder
+def check_paths(path: Path, resume: str, init_from: str, reading: DataConfig) -> None:
+    """What can be wrong with a run's folder and the checkpoints that the command names, before any rank waits."""
     # Folders of images become classes: a run within them would be one at the next start.
-    images = [config.data.path, config.data.heldout_path] if config.data.source in ("folder", "dali") else []
+    images = [reading.path, reading.heldout_path] if reading.source in ("folder", "dali") else []
     outputs.check(path, "run_dir", [place for place in images if place])
-    if _is_named(config.resume) and not _began_there(path, config.resume):
-        checkpoint.locate(config.resume, quiet=True)
-    if config.resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
+    if _is_named(resume) and not _began_there(path, resume):
+        checkpoint.locate(resume, quiet=True)
+    if resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
-    if config.init_from and not goes_on(config.resume, config.folder):
-        checkpoint.locate(config.init_from, quiet=True)
+    if init_from and not goes_on(resume, path):
+        checkpoint.locate(init_from, quiet=True)
 
 
 def goes_on(resume: str, folder: Path) -> bool:
@@ -73,7 +73,9 @@ def choose(config: Config, images: dict[str, Any]) -> Choice:
 
     def changes(since: Path) -> list[str]:
         saved = checkpoint.saved_images(since)
-        return checkpoint.changes(since, config) + changed_images(saved, images, config.data, since.name)
+        return checkpoint.changes(since, config.model, to_dict(config)) + changed_images(
+            saved, images, config.data, since.name
+        )
 
     if config.resume == "never":
         if checkpoint.newest_first(path / "checkpoints"):
