@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-faults soak check check-kernels bench gpu-pack gpu-check gpu-report clean
+.PHONY: help install demo demo-molecules test test-faults soak check check-kernels bench gpu-pack gpu-check gpu-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,11 @@ demo: install  ## train, reconstruct and sample real images on this CPU, in minu
 	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/digits.yaml
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast.evaluation.digits runs/digits
 	$(RUN) -m unite_fast.report runs/digits
+
+demo-molecules: install  ## train on real molecules on this CPU, generate and reconstruct some, in a quarter of an hour
+	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/molecules.yaml
+	OMP_NUM_THREADS=1 $(RUN) -m unite_fast evaluate atoms --checkpoint runs/molecules
+	$(RUN) -m unite_fast.report runs/molecules
 
 test: install  ## every test that needs no GPU
 	$(RUN) -m pytest -n 2

@@ -27,6 +27,7 @@ from unite_fast.training.step import TrainStep
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
+    pytest.importorskip("rdkit")  # whose table of radii tells the unit of positions
     folder = tmp_path_factory.mktemp("atoms")
     structures().select(range(12)).labelled(0).save(folder / "all.safetensors")
     (folder / "tiny.yaml").write_text(TINY)
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_one_line(packed):
         ("model.num_latents=4", "too many atoms"),
         ("model.modality=images", "does not give model.modality images"),
         ("data.source=joint", "needs data.atoms.joint"),
-        ("data.source=digits", "does not give model.modality atoms"),
+        ("data.source=digits", "data.source=digits"),
     ):
         found = run_of(packed, "bad", "train.max_steps=1", override)
         assert found.returncode == 2, found.stderr
@@ -109,7 +110,6 @@ def test_two_ranks_are_one():
 @pytest.fixture(scope="module")
 def run(packed):
     """A run of three steps that scores itself once."""
-    pytest.importorskip("rdkit")
     found = run_of(packed, "scored", "train.max_steps=3", "evaluation.atoms_epoch=2", "evaluation.count=6")
     assert found.returncode == 0, found.stderr
     return packed / "scored"
@@ -186,30 +186,41 @@ def test_reconstructions_of_a_users_files(run, tmp_path):
     assert "was not trained on crystals" in refused.stderr
 
 
-def test_scores_are_those_of_the_run(run, tmp_path):
+@pytest.fixture(scope="module")
+def scored(run):
+    """The run with its scores by command, what that said, and the structures."""
+    found = command_of(
+        evaluate.main, "atoms", "--checkpoint", run, "--count", 6, "--workers", 1, "--device", "cpu",
+        "--save", run / "structures",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return run, found.stdout
+
+
+def test_scores_are_those_of_the_run(scored):
     """While training, and afterwards by command: the same numbers, since samples are functions of their seeds."""
+    run, said = scored
     (path,) = (run / "scores" / "training").glob("*_atoms.json")
     during = json.loads(path.read_text())
     assert during["kind"] == "atoms"
-    found = command_of(
-        evaluate.main, "atoms", "--checkpoint", run, "--count", 6, "--workers", 1, "--device", "cpu",
-        "--save", tmp_path,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
     (path,) = (run / "scores").glob("atoms_*.json")
     after = json.loads(path.read_text())
     assert after["result"] == during["result"]
     assert {"structures reconstruction match", "structures generation valid"} <= after["result"].keys()
     assert "truth" not in after["result"]
-    assert len(read(tmp_path / "structures_generation.extxyz")) == 6
-    assert "6 generated molecules" in found.stdout
+    assert len(read(run / "structures" / "structures_generation.extxyz")) == 6
+    assert "6 generated molecules" in said
+    assert (run / "report" / "structures_generation.png").is_file()
 
 
-def test_report_and_export(run, tmp_path):
+def test_report_and_export(scored, tmp_path):
+    run, _ = scored
     assert command_of(report.main, run).returncode == 0
     page = (run / "report" / "index.html").read_text()
     assert "structures generation valid" in page
     assert "positions loss" in page
+    assert page.count('<canvas class="atoms"') == 12 + 6  # held-out ones with their reconstructions, samples
+    assert "https://" not in page.split("<h2>Configuration")[0].replace("http://www.w3.org", "")
     exported = command_of(export.main, run, "--out", tmp_path / "export")
     assert exported.returncode == 0, exported.stderr
     card = (tmp_path / "export" / "README.md").read_text()
@@ -224,3 +235,30 @@ def test_dry_run_counts_atoms(packed):
     assert found.returncode == 0, found.stderr
     for words in ("FLOPs/structure", "atom embedding", "12 structures/epoch"):
         assert words in found.stdout
+
+
+def test_molecules_and_crystals_together(packed, tmp_path):
+    """The data set is the label: it says of which kind a sample is, and so where it can be written."""
+    pytest.importorskip("pymatgen.core")
+    structures().select(range(12, 24)).labelled(0).save(tmp_path / "crystals.safetensors")
+    both = f"[structures:{packed / 'all.safetensors'}, structures:{tmp_path / 'crystals.safetensors'}]"
+    trained = command(
+        "train.py", "--config", packed / "tiny.yaml", f"run_dir={tmp_path / 'both'}", "device=cpu", "train.max_steps=2",
+        "data.source=joint", f"data.atoms.joint={both}",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    model, _ = checkpoint.load_model(tmp_path / "both")
+    assert model.embedder.periodic.tolist() == [False, True]
+    assert model.embedder.sizes_seen.sum(1).tolist() == [12, 12]
+    base = ("sample.py", "--checkpoint", tmp_path / "both", "--device", "cpu", "--cfg", "1.5", "--seeds", "0-3")
+    made = command(*base, "--labels", "1", "--out", tmp_path / "cifs")
+    assert made.returncode == 0, made.stderr
+    assert len(list((tmp_path / "cifs").glob("*.cif"))) == 4
+    refused = command(*base, "--labels", "0,1", "--out", tmp_path / "both.sdf")
+    assert refused.returncode == 2
+    assert "no cell" in refused.stderr
+    mixed = command(*base, "--labels", "0,1", "--out", tmp_path / "both.extxyz")
+    assert mixed.returncode == 0, mixed.stderr
+    assert [line.count("Lattice") for line in (tmp_path / "both.extxyz").read_text().splitlines() if "pbc" in line] == [
+        0, 1, 0, 1,
+    ]  # fmt: skip

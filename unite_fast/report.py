@@ -16,6 +16,7 @@ from typing import Any
 
 from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import UserError
+from unite_fast.evaluation.atoms import viewer
 from unite_fast.run.stats import read_metrics
 
 # Columns of a row. One that is not here is a term of the loss.
@@ -209,6 +210,17 @@ def scores(folder: Path) -> str:
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
 
+def structures(folder: Path) -> str:
+    """Molecules and crystals of the newest score that shows some, to be turned by the mouse."""
+    newest_first = sorted((folder / "scores").glob("atoms_*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest_first:
+        content = read_json(path)
+        if isinstance(content, dict) and isinstance(content.get("shown"), dict):
+            words = "<p class='about'>Drag to turn. Reconstructions, in orange, lie over the real ones.</p>"
+            return f"<h2>Structures</h2>{words}{viewer.section(content['shown'])}"
+    return ""
+
+
 def curves(rows: list[dict[str, float]]) -> str:
     """Over optimizer steps: the loss, its terms, then the other CURVES; of rows of metrics.jsonl."""
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -243,6 +255,7 @@ def page(folder: Path) -> str:
         f"<h1>{name}</h1><p class='about'>{html.escape(about)}</p>",
         f"<h2>Curves over optimizer steps</h2><div class='grid'>{curves(rows) or 'No metrics yet.'}</div>",
         f"<h2>Pictures</h2><div class='grid'>{''.join(shown) or 'No pictures yet.'}</div>",
+        structures(folder),
         training_scores(folder),
         f"<h2>Scores</h2>{scores(folder)}",
         f"<h2>Configuration</h2><details><summary>config.resolved.yaml</summary><pre>{settings}</pre></details>",

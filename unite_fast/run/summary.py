@@ -56,7 +56,7 @@ def describe(
             f"parameters     {count:,} trainable ({sizes}, ...)",
             f"optimizers     Muon {moments} tensors (Newton-Schulz in {orthogonal}), "
             f"AdamW {len(state.optimizer.adamw)} tensors",
-            f"{'FLOPs/' + thing:<15}{by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
+            f"{'FLOPs/' + thing:<14} {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/{thing}: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
             f"memory         {cost.amount(sum(stay.values()))} per rank that stay: {kept}",

@@ -142,6 +142,7 @@ def _generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: 
 
 
 def _write(path: Path, structures: list[Structures], order: list[tuple[int, int]], protocol: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     writers.write(path, (structures[part][place] for part, place in order))
     files.write_json(_protocol(path), protocol)
 

@@ -165,6 +165,14 @@ def reasons(perceived: Sequence[Perceived]) -> dict[str, int]:
     return dict(Counter(one.reason.split(":")[0] for one in perceived if one.smiles is None).most_common())
 
 
+def aligned(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Points a (n, 3) moved onto points b by the best translation and proper rotation (Kabsch)."""
+    centre = b.mean(0)
+    left, _, right = np.linalg.svd((a - a.mean(0)).T @ (b - centre))
+    turn = np.diag([1.0, 1.0, np.sign(np.linalg.det(left @ right))])
+    return (a - a.mean(0)) @ left @ turn @ right + centre
+
+
 def rmsd(a: np.ndarray, b: np.ndarray) -> float:
     """Root mean square distance of points (n, 3) after the best translation and proper rotation (Kabsch)."""
     a, b = a - a.mean(0), b - b.mean(0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import checkpoint, data, sampling
-from unite_fast.base import files, provenance
+from unite_fast.base import files, outputs, provenance
 from unite_fast.base.command import run
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, SampleConfig, choices
@@ -27,7 +27,7 @@ from unite_fast.config.yaml_text import to_dict
 from unite_fast.data.atoms import Structures, pack, writers
 from unite_fast.data.atoms.source import AtomSource
 from unite_fast.efficiency import precision
-from unite_fast.evaluation.atoms import report
+from unite_fast.evaluation.atoms import pictures, report
 from unite_fast.evaluation.atoms.molecules import WHOLE, ready
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel import distributed
@@ -160,6 +160,10 @@ def flat(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _holds_structures(folder: Path) -> bool:
+    return all(one.suffix == ".extxyz" for one in folder.iterdir())
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m unite_fast evaluate atoms",
@@ -205,6 +209,10 @@ def main(argv: list[str]) -> None:
     how = dataclasses.replace(config.sample, **{name: value for name, value in asked.items() if value is not None})
     sampling.check(how)
     ready(scorer)
+    if a.out is not None:
+        outputs.check_file(a.out, "--out", checkpoint.reads(located), outputs.holds_json("tables"))
+    if a.save is not None:
+        outputs.check_folder(a.save, "--save", checkpoint.reads(located), _holds_structures)
     model, config = checkpoint.load_model(located, weights)
     heldout = open_heldout(config.data, config.model, a.part)
     training = None if a.no_novelty else open_training(config.data, config.model)
@@ -227,13 +235,17 @@ def main(argv: list[str]) -> None:
         protocol["environment"] = provenance.of(ranks.device, ranks.world_size)
         for name, structures in made.items():
             if a.save is not None:
+                a.save.mkdir(parents=True, exist_ok=True)
                 listed = (structures[i] for i in range(len(structures)))
                 writers.write(a.save / f"{name.replace(' ', '_')}.extxyz", listed)
+        content = {"protocol": protocol, "result": flat(results), "tables": results}
+        content["shown"] = pictures.shown(made, scorer)
+        drawn = pictures.save(path.parent.parent / "report", made, scorer) if path.parent.name == "scores" else []
         with files.refusals(str(path), "; choose another place with --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, {"protocol": protocol, "result": flat(results), "tables": results})
+            files.write_json(path, content)
         print("\n\n".join(report.table(result) for result in results.values()))
-        print(f"written to {path}")
+        print("\n".join(f"written to {one}" for one in (path, *drawn)))
     finally:
         distributed.stop()
 
