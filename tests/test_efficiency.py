@@ -61,15 +61,21 @@ def losses(tiny, run, *overrides: str) -> list[list[float]]:
     return [[row[k] for k in COMPARED] for row in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory) -> list[list[float]]:
+    folder = tmp_path_factory.mktemp("eager")
+    (folder / "tiny.yaml").write_text(TINY)
+    return losses(folder / "tiny.yaml", folder / "run")
+
+
 @pytest.mark.parametrize("rung", [pytest.param(r, marks=OLD if "rowwise" in r else ()) for r in RUNGS])
-def test_losses_of_every_rung(tiny, tmp_path, monkeypatch, rung):
+def test_losses_of_every_rung(eager, tiny, tmp_path, monkeypatch, rung):
     monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
     if rung == "efficiency.compile=all":
         monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
-    expected = losses(tiny, tmp_path / "eager")
     actual = losses(tiny, tmp_path / "rung", *rung.split())
     assert len(actual) == 20
-    for a, e in zip(actual, expected, strict=True):
+    for a, e in zip(actual, eager, strict=True):
         tight, loose = RUNGS[rung]
         assert a[:2] == pytest.approx(e[:2], rel=tight)
         if "fp8" in rung:

@@ -20,12 +20,15 @@ zero rows, and zero columns behind its own. Then x has the copy's columns and y 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 MULTIPLE = 16  # of the sizes of a float8 product
+SCALES_ROWS = TorchVersion(torch.__version__) >= (2, 13)  # on CPUs, too
 SMALLEST = 1e-30  # largest magnitude of a tensor from which scales are computed: 57344 / SMALLEST is finite
 
 
@@ -118,6 +121,14 @@ def _wanted(bias: Tensor | None, gradient: bool) -> int:
     return len(bias) if bias is not None and gradient else 0
 
 
+def _scaled_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, **options: Any) -> Tensor:
+    """x yT of float8 matrices with their scales, 0-d or one per row (M, 1), (N, 1)."""
+    if x_scale.ndim == 0 and not x.is_cuda and SCALES_ROWS:  # a thousand times as fast there as one scale per matrix
+        x_scale, y_scale = x_scale.expand(len(x), 1).contiguous(), y_scale.expand(len(y), 1).contiguous()
+    y_scale = y_scale.t() if y_scale.ndim == 2 else y_scale
+    return torch._scaled_mm(x, y.t(), scale_a=x_scale, scale_b=y_scale, **options)
+
+
 class _Half(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -167,14 +178,9 @@ class _Scaled(torch.autograd.Function):
         ctx.columns, ctx.shape, ctx.groups = columns, weight.shape, groups
         ctx.biased = _wanted(bias, ctx.needs_input_grad[2])
         where = slice(*columns)
-        y = torch._scaled_mm(
-            values,
-            copy[where].t(),
-            scale_a=factors,
-            scale_b=scale[where].t() if per_row else scale,
-            bias=bias_copy,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
+        scale = scale[where] if per_row else scale
+        y = _scaled_product(
+            values, copy[where], factors, scale, bias=bias_copy, out_dtype=x.dtype, use_fast_accum=True
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -189,15 +195,9 @@ class _Scaled(torch.autograd.Function):
             values, factors = quantise(dy, transposed.dtype if per_row else torch.float8_e5m2, per_row)
             if dy.shape[1] < outputs:
                 transposed = transposed[:, slice(*ctx.columns)].contiguous()
-            dx = torch._scaled_mm(
-                values,
-                transposed.t(),
-                scale_a=factors,
-                scale_b=transposed_scale.t() if per_row else transposed_scale,
-                out_dtype=x.dtype,
-                # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
-                use_fast_accum=per_row,
-            ).view(x.shape)
+            # Sums of gradients in full float32; the kernels with a scale per row are only fast without.
+            options = {"out_dtype": x.dtype, "use_fast_accum": per_row}
+            dx = _scaled_product(values, transposed, factors, transposed_scale, **options).view(x.shape)
         dweight = None  # of a frozen weight
         if ctx.needs_input_grad[1]:
             dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups)
