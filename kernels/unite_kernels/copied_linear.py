@@ -179,9 +179,7 @@ class _Scaled(torch.autograd.Function):
         ctx.biased = _wanted(bias, ctx.needs_input_grad[2])
         where = slice(*columns)
         scale = scale[where] if per_row else scale
-        y = _scaled_product(
-            values, copy[where], factors, scale, bias=bias_copy, out_dtype=x.dtype, use_fast_accum=True
-        )
+        y = _scaled_product(values, copy[where], factors, scale, bias=bias_copy, out_dtype=x.dtype, use_fast_accum=True)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
