@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from unite_fast.config import Config, ModelConfig
-from unite_fast.model.flops import VGG16
+from unite_fast.modality.lpips import VGG16
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 

@@ -79,6 +79,10 @@ class Modality(Protocol):
         """Of the embedder, per sample, forward and backward; its inputs need no gradient."""
         ...
 
+    def perceptual_flops(self, model: ModelConfig, /) -> float:
+        """Of the perceptual loss, per sample, forward and backward; 0 where there is none."""
+        ...
+
     def outputs(self, model: ModelConfig, /) -> int:
         """How many numbers the decoder's last layers make of a sample's tokens."""
         ...

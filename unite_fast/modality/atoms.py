@@ -198,6 +198,9 @@ class Atoms:
         tokens, width, lattice = model.context_tokens, model.encoder.width, int(model.atoms.lattice_input)
         return 2 * width * (2 * (tokens * 2 * 3 + lattice * 6) + 3 * (tokens * 2 + lattice) * width)
 
+    def perceptual_flops(self, model: ModelConfig) -> float:
+        return 0.0
+
     def outputs(self, model: ModelConfig) -> int:
         """Kinds, positions and places in the cell of each atom, and the cell."""
         return model.context_tokens * (100 + 3 + 3) + 6

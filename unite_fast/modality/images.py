@@ -19,7 +19,7 @@ from unite_fast.data.batch import Batch
 from unite_fast.layers import Linear, adamw_parameter, sincos_2d
 from unite_fast.layers.vit import ViT
 from unite_fast.modality import pictures
-from unite_fast.modality.lpips import Perceptual, load_perceptual, pixel_loss
+from unite_fast.modality.lpips import Perceptual, load_perceptual, perceptual_flops, pixel_loss
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -148,6 +148,9 @@ class Images:
 
     def embedding_flops(self, model: ModelConfig) -> float:
         return 2 * 2 * model.context_tokens * model.patch_size**2 * model.channels * model.encoder.width
+
+    def perceptual_flops(self, model: ModelConfig) -> float:
+        return perceptual_flops(model.image_size)
 
     def outputs(self, model: ModelConfig) -> int:
         return (model.context_tokens + 1) * model.patch_size**2 * model.channels  # those of the class token are dropped

@@ -29,6 +29,18 @@ MEND = (
 )
 
 
+# VGG16's convolutions: (channels in, channels out, pooling steps before).
+VGG16 = (
+    (3, 64, 0), (64, 64, 0), (64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 2), (256, 256, 2),
+    (256, 512, 3), (512, 512, 3), (512, 512, 3), (512, 512, 4), (512, 512, 4), (512, 512, 4),
+)  # fmt: skip
+
+
+def perceptual_flops(image_size: int) -> float:
+    """Of LPIPS' trunk per image: two forwards, and the gradient of one input."""
+    return 3.0 * sum(2 * 9 * cin * cout * (image_size >> pools) ** 2 for cin, cout, pools in VGG16)
+
+
 def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
     """Mean absolute ("l1") or squared ("l2") difference of (B, Q, S, S) images, a float32 scalar."""
     difference = reconstruction.float() - images.float()

@@ -19,12 +19,6 @@ PEAK_BF16 = {
     "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
 }  # fmt: skip
 
-# VGG16's convolutions: (channels in, channels out, pooling steps before).
-VGG16 = (
-    (3, 64, 0), (64, 64, 0), (64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 2), (256, 256, 2),
-    (256, 512, 3), (512, 512, 3), (512, 512, 3), (512, 512, 4), (512, 512, 4), (512, 512, 4),
-)  # fmt: skip
-
 
 def encoder_forward(model: ModelConfig, tokens: int, pruned: bool = False) -> float:
     """One pass of the Generative Encoder over ``tokens`` tokens (before the class tokens), FLOPs per image.
@@ -76,12 +70,11 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned
         + modality.of(model).embedding_flops(model)
     )
     flow = 3 * encoder_forward(model, model.num_latents, pruned) - no_gradient
-    vgg: float = sum(2 * 9 * cin * cout * (model.image_size >> pools) ** 2 for cin, cout, pools in VGG16)
     parts: dict[str, float] = {
         "tokenize": tokenize,
         "flow": flow * flow_steps,
         "decode": 3 * decoder_forward(model),
-        "perceptual": 3.0 * vgg if perceptual else 0.0,  # two forwards and the gradient of one input
+        "perceptual": modality.of(model).perceptual_flops(model) if perceptual else 0.0,
     }
     return parts | {"total": sum(parts.values())}
 
