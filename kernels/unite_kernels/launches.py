@@ -14,7 +14,7 @@ multiprocessors is what grids are fitted to where there is no GPU; on one its ow
     launch        the numbers below; one that is left out is 0
     measured      the date of the measurement that chose the launch, "2026-12-24", or "not measured"
 
-    rows          rows (tokens) of a tile; adaln's backward takes 1
+    rows          rows (tokens) of a tile; the backward of adaln and adaln_mid takes 1
     columns       columns (swiglu), heads (qk_norm_rope) or Philox calls (corruption) of a tile
     warps         of a program, 32 threads each
     stages        of the pipeline that loads ahead in the loops
