@@ -59,8 +59,8 @@ def test_kernels_of_a_step_have_its_flops(path, flow_steps, monkeypatch):
 
 
 def test_least_bytes_are_the_budgets(monkeypatch):
-    """Of elementwise traffic per token and block of the encoder what docs/DESIGN.md says, 37 KB forward; 0.50 GB per image
-    of LPIPS. The backward of QK-norm takes the values' gradient along: no bias gradient is a pass, nothing is copied.
+    """Of elementwise traffic per token and block of the encoder what docs/DESIGN.md says, 37 KB forward; of LPIPS 0.50
+    GB per image. The backward of QK-norm takes the values' gradient along: no bias gradient is a pass, nothing copied.
     """
     (budget,) = re.findall(r"separate operations, (\d+) KB fused", (ROOT / "docs" / "DESIGN.md").read_text())
     step_work = module("step_work", monkeypatch)
