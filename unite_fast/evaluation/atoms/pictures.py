@@ -15,6 +15,7 @@ from unite_fast.evaluation.atoms.molecules import Perceived, aligned, perceive
 from unite_fast.modality import molecule_pictures
 
 MOST = 16  # structures of a kind
+SEARCHED = 200  # for that many valid ones
 COLUMNS = 8
 FORMULA = (220, 170)  # pixels of a structural formula
 
@@ -96,7 +97,8 @@ def save(folder: Path, made: dict[str, Structures], scorer: str) -> list[Path]:
             written.append(folder / f"{name.replace(' ', '_')}.png")
             molecule_pictures.save_grid(written[-1], rows)
             if name.endswith(" generation") and all(one.lattice is None for one in few):
-                smiles = [seen.smiles for seen in _perceived(few, scorer) if seen.smiles]
+                several = [structures[i] for i in range(min(SEARCHED, len(structures)))]
+                smiles = [seen.smiles for seen in _perceived(several, scorer) if seen.smiles][:MOST]
                 if smiles:
                     written.append(folder / f"{name.replace(' ', '_')}_formulas.png")
                     _formulas(written[-1], smiles)
