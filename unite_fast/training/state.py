@@ -35,7 +35,8 @@ class TrainState:
     """What a run carries from step to step. ``images_seen`` fixes the data order, every draw and the schedule.
 
     ``parts[""]`` is UNITE. Another part, say "discriminator", is updated in every step in which the objective has given
-    it gradients, and a checkpoint holds it as discriminator.model.*, discriminator.ema.*, ...
+    it gradients, and a checkpoint holds it as discriminator.model.*, discriminator.ema.*, ... Several ranks average
+    what the first step gave gradients to, so there every part needs them in every step.
     """
 
     parts: dict[str, Part]
