@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from stepping import trainer
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from unite_fast.config import OptimConfig
 from unite_fast.data import Batch
 from unite_fast.objective import Objective
 from unite_fast.optim.optimizer import Optimizer
+from unite_fast.parallel.distributed import Ranks
 from unite_fast.training.state import Part, tensors_of
 from unite_fast.training.step import TrainStep
 
@@ -36,14 +38,15 @@ class WithCritic(Objective):
         return losses
 
 
-def with_critic(*overrides: str) -> tuple[TrainStep, Batch]:
-    step, batch = trainer("optim.warmup_epochs=0", *overrides)
+def with_critic(ranks: Ranks | None = None) -> tuple[TrainStep, Batch]:
+    """A step of both, and this rank's share of a batch of 16."""
+    step, batch = trainer("optim.warmup_epochs=0", ranks=ranks)
     torch.manual_seed(3)
     critic = nn.Linear(64, 1)
     optim = OptimConfig(ema_decay=0.5, ema_extra=(0.9,))
     step.state.parts["critic"] = Part(critic, Optimizer(critic, optim))
     objective = WithCritic(step.objective, critic)
-    again = TrainStep(step.state, step.config, step.ranks, (8, 2), 1000, objective)
+    again = TrainStep(step.state, step.config, step.ranks, (8 // step.ranks.world_size, 2), 1000, objective)
     return again, batch()
 
 
@@ -79,6 +82,22 @@ def test_each_part_is_updated_by_its_own_gradients():
     step(content)
     assert all(torch.equal(p, after[name]) for name, p in critic.optimizer.parameters.items())
     assert (int(critic.optimizer.steps), int(step.state.optimizer.steps)) == (1, 2)
+
+
+def after_two_steps(ranks: Ranks) -> dict[str, Tensor]:
+    step, batch = with_critic(ranks)
+    for _ in range(2):  # the first averages after its backward, the second meanwhile
+        step(batch)
+    return {name: tensor.detach().clone() for name, tensor in step.state.parts["critic"].tensors().items()}
+
+
+def test_ranks_average_the_gradients_of_every_part():
+    alone = after_two_steps(Ranks(0, 1, torch.device("cpu")))
+    first, second = on_ranks(2, after_two_steps)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], tensor, rtol=1e-4, atol=1e-7), name
+    assert first["optimizer_steps"] == 2
 
 
 def test_names_in_a_checkpoint(saved):
