@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-molecules test test-faults soak check check-kernels bench gpu-pack gpu-check gpu-report clean
+.PHONY: help install demo demo-molecules test test-faults attack soak check check-kernels bench gpu-pack gpu-check gpu-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test: install  ## every test that needs no GPU
 
 test-faults: install  ## what a cluster does to a run: two ranks on this CPU, a table of faults and outcomes at the end
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/faults
+
+attack: install  ## hundreds of kills, refused file operations, damaged files and inputs; a table of tried and survived
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(RUN) tests/faults/attack.py
 
 soak: install  ## 300 steps with random faults; the end must equal the undisturbed run bit for bit
 	OMP_NUM_THREADS=1 $(RUN) tests/faults/soak.py

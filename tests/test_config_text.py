@@ -103,3 +103,13 @@ def test_home_in_options_of_programs(tmp_path, monkeypatch):
     shown = command("train.py", "--config=~/tiny.yaml", "--print-config")
     assert shown.returncode == 0
     assert "name: tiny" in shown.stdout
+
+
+def test_a_schedule_of_an_earlier_file_that_has_one_meaning_is_read(tmp_path):
+    for schedule, flat in (("cosine", 0.0), ("constant", 1e9)):
+        (tmp_path / "old.yaml").write_text(f"optim: {{schedule: {schedule}, warmup_epochs: 1, decay_epochs: 0}}")
+        found = yaml_text.load(tmp_path / "old.yaml").optim
+        assert (found.warmup_epochs, found.flat_epochs, found.decay_epochs) == (1, flat, 0)
+    (tmp_path / "old.yaml").write_text("optim: {schedule: [two_stage]}")
+    with pytest.raises(UserError, match="no key any more"):
+        yaml_text.load(tmp_path / "old.yaml")

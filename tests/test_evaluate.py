@@ -72,14 +72,15 @@ def test_a_score_carries_its_protocol_and_is_repeated_from_it(trained, tmp_path)
     assert other["result"]["fid"] != first["result"]["fid"]
 
 
-def test_a_run_is_scored_as_while_training(trained, tmp_path):
+def test_a_run_is_scored_as_while_training(trained, tmp_path, monkeypatch):
     """What the run's configuration says of its scores, however it differs from the defaults."""
     words = ("--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "train.max_steps=2")
     said = command("train.py", *words, "evaluation.count=40", "evaluation.weights=model", "efficiency.kernels=fused",
-                   "sample.solver=exp3", "sample.cfg_scale=1.5")  # fmt: skip
+                   "sample.solver=exp3", "sample.cfg_scale=1.5", "evaluation.extractor=digits",
+                   f"evaluation.reference={trained / 'real.npz'}")  # fmt: skip
     assert said.returncode == 0, said.stderr
-    words = ("--checkpoint", tmp_path / "run", "--extractor", "digits", "--reference", trained / "real.npz")
-    said = command_of(evaluate.main, "fid", *words, "--out", tmp_path / "fid.json")
+    words = ("--checkpoint", tmp_path / "run", "--out", tmp_path / "fid.json")
+    said = command_of(evaluate.main, "fid", *words)
     assert said.returncode == 0, said.stderr
     protocol = json.loads((tmp_path / "fid.json").read_text())["protocol"]
     config = checkpoint.saved_config(checkpoint.locate(tmp_path / "run"))
@@ -90,6 +91,11 @@ def test_a_run_is_scored_as_while_training(trained, tmp_path):
         "uint8": "truncated", "tile": 32,
     }  # fmt: skip
     assert protocol["checkpoint"]["weights"] == "model"
+    assert protocol["extractor"]["name"] == "digits 64"
+    assert checkpoint.found_scale(checkpoint.locate(tmp_path / "run")) == 0
+    monkeypatch.setattr(checkpoint, "found_scale", lambda located: 2.5)  # by scores while training
+    assert command_of(evaluate.main, "fid", *words).returncode == 0
+    assert json.loads((tmp_path / "fid.json").read_text())["protocol"]["settings"]["cfg_scale"] == 2.5
 
 
 def test_defaults_stand_once():

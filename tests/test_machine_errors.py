@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import SERVER
 from support import TINY, command, command_of
 
 import train
@@ -401,49 +402,54 @@ def ends(pid: int, seconds: float = 5) -> bool:
     return False
 
 
-def killed_parent(tmp_path: Path, work) -> int:
-    """Forks a process that runs ``work(note)``, kills it once ``note`` holds a pid, and returns that."""
-    note = tmp_path / "pid"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work(note)
-        finally:
-            os._exit(1)
-    deadline = time.monotonic() + 20
+def pid_in(note: Path) -> int:
+    deadline = time.monotonic() + 30
     while not (note.exists() and note.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     return int(note.read_text())
 
 
 def test_a_process_ends_with_its_parent(tmp_path):
-    def work(note: Path) -> None:
+    note = tmp_path / "pid"
+    pid = os.fork()
+    if pid == 0:
         if os.fork() == 0:
             parent.end_with_parent(signal.SIGKILL)
             note.write_text(str(os.getpid()))
         time.sleep(60)
+        os._exit(0)
+    child = pid_in(note)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert ends(child)
 
-    assert ends(killed_parent(tmp_path, work))
 
+def read_forever(images: str, note: str) -> None:
+    """Training whose one worker hangs in its first read."""
 
-def test_a_data_worker_that_hangs_ends_with_training(tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name / "0.png")
-    model = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
-    source = open_source(DataConfig(path=str(tmp_path / "images")), model)
-    note = tmp_path / "pid"
-
-    def hang(self, index: int) -> bytes:
-        note.write_text(str(os.getpid()))
+    def hang(self: Folder, index: int) -> bytes:
+        Path(note).write_text(str(os.getpid()))
         while True:
             time.sleep(1)
 
-    monkeypatch.setattr(Folder, "encoded", hang)
-    assert ends(killed_parent(tmp_path, lambda note: next(iter(stream(source, 0, 0, 2, 0, 1, torch.device("cpu"), 1)))))
+    Folder.encoded = hang
+    model = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
+    source = open_source(DataConfig(path=images), model)
+    next(iter(stream(source, 0, global_batch=2, workers=1)))
+
+
+def test_a_data_worker_that_hangs_ends_with_training(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name / "0.png")
+    note = tmp_path / "pid"
+    training = SERVER.Process(target=read_forever, args=(str(tmp_path / "images"), str(note)))
+    training.start()
+    worker = pid_in(note)
+    training.kill()
+    training.join()
+    assert ends(worker)
 
 
 def test_whatever_starts_processes_ties_them_to_itself():

@@ -17,8 +17,8 @@ protocol's hash, so that a result replaces none of another protocol:
     fid_step_0001404_ema_w2_heun10_5e1c0f3a.json
 
 Options that are not given are those of --protocol, or of the run, as its scores while training have them: its sections
-sample and evaluation, and efficiency.kernels. An official .pt is scored in fp32 with the guidance scale that its own
-training found best, on (0.1, 1), as published.
+sample and evaluation with extractor and reference, efficiency.kernels, the best guidance scale that they found. An
+official .pt is scored in fp32 with the guidance scale that its own training found best, on (0.1, 1), as published.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from unite_fast.evaluation.atoms import runs
 from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import PLAIN, Options, Settings, of_run, score
+from unite_fast.evaluation.results import beside_other_commits, compare, is_result, read_result, timeless
 from unite_fast.modality import lpips
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel import distributed
@@ -74,15 +75,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--precision", choices=choices(EvaluationConfig, "precision"), help="of the network (default: the run's)")
         add("--kernels", choices=choices(EfficiencyConfig, "kernels"), help="of the network (default: the run's)")
         statistics.add_extractor_options(one)
+        one.set_defaults(extractor=None)  # the run's
         if name == "rfid":
             add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth; LPIPS is left out without it")
             add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
             continue
-        add("--reference", required=True, metavar="FILE.npz", help="statistics of the real images")
+        add("--reference", metavar="FILE.npz", help="statistics of the real images (default: the run's)")
         add("--count", type=int, help="images (default: the run's)")
         add("--pairs", action="store_true", help="also KID and precision/recall; needs a reference with features")
         add("--kid-subset", type=int, help="images of a KID subset (default: 1000)")
-        add("--cfg", type=float, metavar="W", help="guidance scale (default: the run's)")
+        add(
+            "--cfg",
+            type=float,
+            metavar="W",
+            help="guidance scale (default: the best that the run found, else the run's)",
+        )
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
         add("--compile", action="store_true", help="torch.compile of the network's blocks")
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
@@ -104,9 +111,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):
         raise idle("--kid-subset", "without --pairs")
     return arguments
-
-
-is_result = outputs.holds_json("result", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +166,8 @@ class Context:
         a = self.arguments
         c = self.config
         base = of_run(c.sample, c.evaluation, c.efficiency)
+        if scale := checkpoint.found_scale(self.located):
+            base = dataclasses.replace(base, cfg_scale=scale)
         if self.earlier:
             base = Settings.read(self.earlier["protocol"]["settings"])
         changes: dict[str, Any] = {
@@ -191,41 +197,9 @@ class Context:
             print(f"written to {path}")
 
 
-def timeless(protocol: dict[str, Any]) -> dict[str, Any]:
-    """A protocol, as JSON has it, without when and where it was followed."""
-    return json.loads(json.dumps({k: v for k, v in protocol.items() if k != "environment"}))
-
-
-def beside_other_commits(path: Path, environment: dict[str, Any]) -> Path:
-    """``path``, or its name with the commit where a score of another commit has it: both are kept."""
-    try:
-        found = json.loads(path.read_text())
-        protocol = found.get("protocol") or found.get("best") or found["rows"][0]["protocol"]
-        before = protocol["environment"]["commit"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return path
-    commit = str(environment.get("commit", before))
-    return path if before == commit else path.with_name(f"{path.stem}_at_{commit[:8] or 'unknown'}.json")
-
-
 def short(settings: Settings) -> str:
     """The guidance scale and the solver, for a file's name."""
     return f"w{settings.cfg_scale:g}_{settings.solver}{'' if settings.solver == 'dopri5' else settings.steps}"
-
-
-def read_result(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-        protocol = content["protocol"]
-        read = [protocol[part]["sha256"] for part in ("checkpoint", "extractor", "reference")]
-        read += [protocol["checkpoint"]["weights"], protocol["extractor"]["layers"], protocol["kid_subset"]]
-        if isinstance(protocol["settings"], dict):
-            return content
-    except OSError as error:
-        raise UserError(f"--protocol {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
 
 
 def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, located: Path) -> None:
@@ -234,7 +208,18 @@ def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, locat
     protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": scored.weights}, "kid_subset": None}
     if arguments.weights is None:
         arguments.weights = protocol["checkpoint"]["weights"]
+    if arguments.extractor is None and not arguments.inception:
+        arguments.extractor, arguments.inception = scored.extractor, scored.inception
+        if scored.inception_sha256 != EvaluationConfig.inception_sha256:
+            arguments.inception_sha256 = scored.inception_sha256
+    arguments.extractor = arguments.extractor or "inception"
+    if arguments.extractor != "inception" and arguments.inception == scored.inception:
+        arguments.inception = ""  # the run's, for another day
     if arguments.command != "rfid":
+        arguments.reference = arguments.reference or scored.reference
+        if not arguments.reference:
+            raise UserError("--reference names no statistics of the real images, nor does the run; make them with "
+                            "python -m unite_fast.evaluation.statistics")  # fmt: skip
         arguments.pairs = arguments.pairs or protocol["kid_subset"] is not None
         if arguments.kid_subset is None:
             arguments.kid_subset = protocol["kid_subset"] or 1000
@@ -290,19 +275,6 @@ class Scorer:
             a.kid_subset,
             options,
         )
-
-
-def compare(protocol: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Raises UserError naming the first file, set of weights or layers that is not the protocol's."""
-    for part, name in (("checkpoint", "--checkpoint"), ("extractor", "the extractor"), ("reference", "--reference")):
-        now, before = protocol[part]["sha256"], earlier["protocol"][part]["sha256"]
-        if now != before:
-            raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...")
-    for part, key in (("checkpoint", "weights"), ("extractor", "layers")):
-        now, before = protocol[part][key], earlier["protocol"][part][key]
-        if now != before:
-            now, before = (v if isinstance(v, str) else ",".join(v) for v in (now, before))
-            raise UserError(f"--{key} is {now}, the protocol was made with {before}")
 
 
 def fid_command(context: Context) -> None:

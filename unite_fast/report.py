@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import html
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +123,21 @@ def spread(paths: list[Path], most: int = MOST_PICTURES) -> list[Path]:
     return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file holds none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def readable(what: str, make: Callable[[], str]) -> str:
+    """What ``make`` makes of files of the run, or that they cannot be read: one damaged file costs its part alone."""
+    try:
+        return make()
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        return f"<p>{html.escape(what)} cannot be read.</p>"
 
 
 def number(value: Any) -> str:
@@ -159,7 +171,7 @@ def guidance_plot(content: dict[str, Any]) -> str:
 def training_scores(folder: Path) -> str:
     """What ``monitor`` wrote into RUN/scores/training: curves over the run, the newest search, its protocol."""
     files = sorted((folder / "scores" / "training").glob("step_*.json"))
-    found = [content for path in files if isinstance(content := read_json(path), dict) and "result" in content]
+    found = [content for path in files if isinstance((content := read_json(path)).get("result"), dict)]
     if not found:
         return ""
     searches = [c for c in found if c.get("rows")]
@@ -197,16 +209,21 @@ def folded(name: str, protocol: Any) -> str:
     return f"<details><summary>protocol of {html.escape(name)}</summary><pre>{text}</pre></details>"
 
 
+def score(path: Path) -> str:
+    """Of one file; empty when it holds none."""
+    content = read_json(path)
+    table = score_table(path.stem, content)
+    if not table:
+        return ""
+    protocol = content.get("protocol") or content.get("best") or [row.get("protocol") for row in content["rows"]]
+    return table + guidance_plot(content) + folded(path.stem, protocol)
+
+
 def scores(folder: Path) -> str:
     """Tables of all results in RUN/scores, each protocol folded beneath."""
     parts = []
     for path in sorted((folder / "scores").glob("*.json")):
-        content = read_json(path)
-        table = score_table(path.stem, content) if isinstance(content, dict) else ""
-        if not table:
-            continue
-        protocol = content.get("protocol") or content.get("best") or [row.get("protocol") for row in content["rows"]]
-        parts += [table, guidance_plot(content), folded(path.stem, protocol)]
+        parts.append(readable(path.name, functools.partial(score, path)))
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
 
@@ -239,24 +256,26 @@ def page(folder: Path) -> str:
     config = folder / "config.resolved.yaml"
     if not rows and not config.is_file():
         raise UserError(f"{folder} is not a run folder: it has neither metrics.jsonl nor config.resolved.yaml")
-    status, provenance = (read_json(folder / name) or {} for name in ("status.json", "provenance.json"))
+    status, provenance = (read_json(folder / name) for name in ("status.json", "provenance.json"))
     steps = [row["step"] for row in rows]
     grids = spread(sorted((folder / "samples").glob("step_*.png")))
-    shown = [picture(p, f"step {int(p.stem.removeprefix('step_'))}: real, reconstructed, EMA, raw") for p in grids]
-    shown += [picture(p, p.stem.replace("_", " ")) for p in sorted((folder / "report").glob("*.png"))]
+    captions = {p: f"step {p.stem.removeprefix('step_').lstrip('0')}: real, reconstructed, EMA, raw" for p in grids}
+    captions |= {p: p.stem.replace("_", " ") for p in sorted((folder / "report").glob("*.png"))}
+    shown = [readable(p.name, functools.partial(picture, p, caption)) for p, caption in captions.items()]
     about = f"{status.get('state', 'unknown')} at step {status.get('step', steps[-1] if steps else 0)}"
-    if rows:
+    if rows and "images_seen" in rows[-1]:
         about += f", {rows[-1]['images_seen']:,.0f} images seen"
     said = {k: provenance[k] for k in ("commit", "torch", "device", "world_size", "started") if k in provenance}
     about += "".join(f" · {k} {v}" for k, v in said.items())
     name = html.escape(folder.resolve().name)
-    settings = html.escape(config.read_text()) if config.is_file() else ""
+    settings = html.escape(config.read_text(errors="replace")) if config.is_file() else ""
+    charts = readable("metrics.jsonl", lambda: curves(rows)) or "No metrics yet."
     sections = [
         f"<h1>{name}</h1><p class='about'>{html.escape(about)}</p>",
-        f"<h2>Curves over optimizer steps</h2><div class='grid'>{curves(rows) or 'No metrics yet.'}</div>",
+        f"<h2>Curves over optimizer steps</h2><div class='grid'>{charts}</div>",
         f"<h2>Pictures</h2><div class='grid'>{''.join(shown) or 'No pictures yet.'}</div>",
-        structures(folder),
-        training_scores(folder),
+        readable("report/structures", lambda: structures(folder)),
+        readable("scores/training", lambda: training_scores(folder)),
         f"<h2>Scores</h2>{scores(folder)}",
         f"<h2>Configuration</h2><details><summary>config.resolved.yaml</summary><pre>{settings}</pre></details>",
     ]

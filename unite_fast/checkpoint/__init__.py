@@ -184,6 +184,12 @@ def recorded_step(located: Path) -> int | None:
     return step_in(interop.read_official(located))
 
 
+def found_scale(located: Path) -> float:
+    """The best guidance scale that scores while training had found by then; 0 where there were none."""
+    scale = _read_counters(located).get("best_cfg_scale", 0.0) if located.is_dir() else 0.0
+    return float(scale) if isinstance(scale, (int, float)) and 0 <= scale < math.inf else 0.0
+
+
 def step_in(content: dict[str, Any]) -> int | None:
     """That of an official .pt."""
     step = content.get("step")

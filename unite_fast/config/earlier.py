@@ -45,3 +45,14 @@ def _schedule(old: dict[str, Any], train: dict[str, Any], where: str) -> dict[st
     if max(end, old["second_flat_epochs"] * length) < train["epochs"]:
         raise UserError(f"{where}: its learning rate decays again after optim.second_flat_epochs, which none does now")
     return optim | {"decay_epochs": end, "final_lr": old["mid_lr"]}
+
+
+def written(values: Any) -> Any:
+    """A user's file in today's keys, where what it says of the schedule has one meaning: cosine or constant."""
+    optim = values.get("optim") if isinstance(values, dict) else None
+    named = str(optim.get("schedule")) if isinstance(optim, dict) else ""
+    flat = {"cosine": 0.0, "constant": 1e9}.get(named)
+    if flat is None:
+        return values
+    kept = {key: value for key, value in optim.items() if key != "schedule"}
+    return values | {"optim": kept | {"flat_epochs": flat}}

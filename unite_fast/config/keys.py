@@ -229,7 +229,9 @@ class DataConfig:
         "digits", "folder", "tar", "packed", "dali", "synthetic", "qm9", "mp20", "crystals", "structures", "joint"
     ] = option("folder", "where images, molecules or crystals come from")
     path: str = option(
-        "", "folder: one sub-folder per class; tar: a folder of .tar; packed: what data.pack wrote", path=True
+        "",
+        "folder: one sub-folder per class; tar: of .tar, or train-{000..146}.tar; packed: what data.pack wrote",
+        path=True,
     )
     heldout_path: str = option(
         "", "held-out images of the same kind and classes; needed for evaluation only", path=True

@@ -17,7 +17,7 @@ from unite_fast.base import files
 from unite_fast.base.errors import CommonError, UserError, first_line
 from unite_fast.config import SIZES, Config, idle
 from unite_fast.config.checks import validate
-from unite_fast.config.earlier import GONE
+from unite_fast.config.earlier import GONE, written
 
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
@@ -193,7 +193,7 @@ def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
         except UnicodeDecodeError:
             raise UserError(f"--config {path}: not a text file") from None
         values = parse_yaml(text, str(path))
-        config = from_dict({} if values is None else values, str(path))
+        config = from_dict({} if values is None else written(values), str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
