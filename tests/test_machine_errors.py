@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -403,7 +404,7 @@ def ends(pid: int, seconds: float = 5) -> bool:
 
 
 def pid_in(note: Path) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60  # where cores are shared, a server that imports torch takes its time
     while not (note.exists() and note.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -434,6 +435,7 @@ def read_forever(images: str, note: str) -> None:
             time.sleep(1)
 
     Folder.encoded = hang
+    multiprocessing.set_start_method("fork", force=True)  # as in a program; the server's children would use the server
     model = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
     source = open_source(DataConfig(path=images), model)
     next(iter(stream(source, 0, global_batch=2, workers=1)))
