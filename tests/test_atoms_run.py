@@ -12,6 +12,7 @@ from ranks import on_ranks
 from support import command, command_of
 
 from unite_fast import checkpoint, evaluate, export, report
+from unite_fast.base import faults
 from unite_fast.base.errors import UserError
 from unite_fast.config import batch_split
 from unite_fast.data import stream
@@ -57,6 +58,17 @@ def test_a_run_resumes_with_the_same_bits(packed):
     assert all(torch.equal(a[name], b[name]) for name in a)
     model, _ = checkpoint.load_model(packed / "whole")
     assert model.embedder.sizes_seen.tolist() == [[0, 0, 2, 2, 2, 2, 2, 2]]
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(packed, monkeypatch):
+    monkeypatch.setenv("UNITE_FAST_TESTING", "1")
+    monkeypatch.setenv("UNITE_FAST_FAULT", "nan@step=2,phase=fwd")
+    found = run_of(packed, "poisoned", "train.max_steps=3")
+    assert found.returncode == 0, found.stderr
+    rows = [json.loads(line) for line in (packed / "poisoned" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 1, 0]
+    monkeypatch.delenv("UNITE_FAST_FAULT")
+    faults.arm(0)
 
 
 def test_what_does_not_fit_is_one_line(packed):
@@ -203,6 +215,7 @@ def test_scores_are_those_of_the_run(scored):
     (path,) = (run / "scores" / "training").glob("*_atoms.json")
     during = json.loads(path.read_text())
     assert during["kind"] == "atoms"
+    assert "NaN" not in path.read_text()  # of what there is none, none is said
     (path,) = (run / "scores").glob("atoms_*.json")
     after = json.loads(path.read_text())
     assert after["result"] == during["result"]

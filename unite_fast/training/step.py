@@ -74,7 +74,7 @@ class TrainStep:
         for i, part in enumerate(batch.split(self.micro_batch)):
             self.averager.begin(number, last=i == parts - 1)
             part = part._replace(content=self.state.model.modality.content(part.content))
-            faults.strike("fwd", number, list(part.content.values()))
+            faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
             for name, value in micro_step(part, 1 / parts).items():
                 sums[name] = sums[name] + value if name in sums else value
         return {name: value / parts for name, value in sums.items()}

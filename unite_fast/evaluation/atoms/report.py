@@ -49,6 +49,11 @@ def halves(real: Structures, count: int, seed: int = 0) -> tuple[Structures, Str
     return real.select(order[:size]), real.select(order[-size:])
 
 
+def median(values: np.ndarray) -> float | None:
+    """None of nothing."""
+    return float(np.median(values)) if len(values) else None
+
+
 def _floor(distance: Callable[[Structures, Structures], dict[str, Any]], real: Structures, count: int):
     return distance(*halves(real, count))
 
@@ -93,10 +98,10 @@ def molecules_generated(
             for part in (drawn(made, STRAINED), *halves(real, STRAINED))
         ]
         result["scores"] |= {
-            "strain_median": float(np.median(some[0])) if len(some[0]) else None,
+            "strain_median": median(some[0]),
             "strain_w1": distributions.wasserstein(some[0], some[1]),
         }
-        floor |= {"strain_median": float(np.median(some[1])), "strain_w1": distributions.wasserstein(some[1], some[2])}
+        floor |= {"strain_median": median(some[1]), "strain_w1": distributions.wasserstein(some[1], some[2])}
         result["real_scores"], result["real_reasons"] = scored(real, [])
         result["real_scores"] |= floor
     return result
