@@ -110,6 +110,9 @@ def test_a_schedule_of_an_earlier_file_that_has_one_meaning_is_read(tmp_path):
         (tmp_path / "old.yaml").write_text(f"optim: {{schedule: {schedule}, warmup_epochs: 1, decay_epochs: 0}}")
         found = yaml_text.load(tmp_path / "old.yaml").optim
         assert (found.warmup_epochs, found.flat_epochs, found.decay_epochs) == (1, flat, 0)
+    (tmp_path / "old.yaml").write_text("optim: {schedule: cosine}")
+    o = yaml_text.load(tmp_path / "old.yaml").optim  # with the defaults of then
+    assert (o.warmup_epochs, o.flat_epochs, o.decay_epochs, o.final_lr) == (20, 0, 50, 1e-5)
     (tmp_path / "old.yaml").write_text("optim: {schedule: [two_stage]}")
     with pytest.raises(UserError, match="no key any more"):
         yaml_text.load(tmp_path / "old.yaml")

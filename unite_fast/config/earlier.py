@@ -15,6 +15,7 @@ GONE = {
     "optim.second_decay_epochs": f"there is one decay: {ENDS}",
     "optim.epoch_unit": "epochs are true ones; multiply those of the official code by its accumulation: 20 by 2 is 40",
 }
+SILENT = {"warmup_epochs": 20.0, "decay_epochs": 50.0, "final_lr": 1e-5}  # what a file meant that did not say it
 
 
 def translated(values: Any, where: str) -> Any:
@@ -55,4 +56,4 @@ def written(values: Any) -> Any:
     if flat is None:
         return values
     kept = {key: value for key, value in optim.items() if key != "schedule"}
-    return values | {"optim": kept | {"flat_epochs": flat}}
+    return values | {"optim": SILENT | kept | {"flat_epochs": flat}}
