@@ -15,6 +15,8 @@ import stand_in
 import torch
 from support import ROOT
 
+from unite_fast.config import yaml_text
+
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 SPEED = 0.3  # of the clock, which jumps over the part that hangs: enough for the others, even beside much other work
 FAULTS = {"smoke": "red", "ceilings": "crash", "ours again": "hang", "options": "oom"}
@@ -152,6 +154,53 @@ def test_a_setting_that_does_not_fit_is_a_row(monkeypatch, tmp_path, rows):
     (row,) = rows()
     assert (row["batch"], row["ok"]) == (128, False)
     assert "Tried to allocate" in row["why"]
+
+
+def test_the_first_setting_is_that_of_a_run(tmp_path):
+    """What train.py does with configs/imagenet_b.yaml: the options of the step, and cuDNN's search."""
+    steps, training = importlib.import_module("gpu_parts.steps"), importlib.import_module("training")
+    first, gpu = steps.usual(bench(tmp_path)), torch.device("cuda")
+    ours = training.configuration("b", 3, first["batch"], gpu, tuple(first["overrides"])).efficiency
+    assert ours == yaml_text.load(ROOT / "configs" / "imagenet_b.yaml").efficiency
+    with torch.backends.cudnn.flags():  # puts everything back
+        steps.precision.setup(gpu, training=True)
+        assert first["cudnn_benchmark"] == torch.backends.cudnn.benchmark
+
+
+def ours_without_timing(monkeypatch, tmp_path, speeds) -> dict:
+    """The settings that ``ours`` keeps, where one has the images/s that ``speeds(setting)`` says, 0 if it fails."""
+    steps = importlib.import_module("gpu_parts.steps")
+
+    def times_of(_bench, _origin, setting):
+        if not (rate := speeds(setting)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {**setting, "ok": True, "images_per_second": {"1024": rate}}
+
+    def build(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory in the kernel table")
+
+    monkeypatch.setattr(steps, "times_of", times_of)
+    monkeypatch.setattr(steps, "begin", lambda _: None)
+    monkeypatch.setattr(steps.Setting, "build", build)
+    found = bench(tmp_path)
+    steps.kept(found, "official", {"batch": 1})
+    steps.ours(found)
+    return {name: steps.kept(found, name) for name in ("shared", "best")}
+
+
+def test_a_graph_wins_as_other_choices_do(monkeypatch, tmp_path, rows):
+    def graphed(setting) -> bool:
+        return "efficiency.cuda_graph=step" in setting["overrides"]
+
+    kept = ours_without_timing(monkeypatch, tmp_path, lambda s: (2 + graphed(s)) * s["batch"])
+    assert all(graphed(kept[name]) for name in kept)
+    assert (kept["shared"]["batch"], kept["best"]["batch"]) == (1, 2)
+    kept = ours_without_timing(
+        monkeypatch, tmp_path, lambda s: 0 if graphed(s) and s["batch"] == 2 else graphed(s) + s["batch"] ** 2
+    )
+    assert graphed(kept["shared"])
+    assert (graphed(kept["best"]), kept["best"]["batch"]) == (False, 2)
+    assert any(row["benchmark"] == "kernel" and not row["ok"] for row in rows())  # out of memory there costs a row
 
 
 def test_a_step_that_runs_out_of_memory_says_so_as_torch_does(monkeypatch):
