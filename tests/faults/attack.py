@@ -199,7 +199,7 @@ def errors(place: Place, most: int, rng: random.Random) -> Trials:
         ["evaluate", "rfid", "--checkpoint", place.begun, "--extractor", "digits", "--out", out / "rfid.json"],
         ["statistics", "--config", place.config, "--extractor", "digits", "--out", out / "s.npz"],
     ]
-    for words in commands:
+    for words in commands if most >= len(commands) else rng.sample(commands, most):
         counting = Strike(place.root)
         place.fresh()
         shutil.rmtree(out, ignore_errors=True)
