@@ -122,7 +122,6 @@ USUAL = {
     "tiny": lambda: jpeg(Image.new("RGB", (1, 1), (10, 200, 30))),
     "palette": lambda: encoded(crop(0).convert("P"), "PNG"),
     "transparent": lambda: encoded(crop(0).convert("RGBA"), "PNG"),
-    "16 bit": lambda: encoded(GRAY16, "PNG"),
     "webp": lambda: encoded(crop(0), "WEBP"),
 }
 DAMAGED = {
@@ -136,6 +135,7 @@ DAMAGED = {
     "truncated png": (lambda: encoded(crop(0), "PNG")[:3000], "."),
     "bomb": (lambda: png_header(14000, 14000), "pixels"),
     "jpeg bomb": (lambda: jpeg_of_size(60000, 60000), "pixels"),
+    "16 bit": (lambda: encoded(GRAY16, "PNG"), "gray of 16 bits, which 8 would clip"),
     "elongated": (lambda: encoded(Image.new("L", (60_000, 1)), "PNG"), "too elongated"),
 }
 
