@@ -5,7 +5,8 @@
 
 544 keys: tokenization with class tokens, of which all ask or, in the last block, the 256 registers alone; 288: a flow
 pass; 257: the decoder. Head size 64 with 12 heads (Base), 72 with 16 (XL). The tensors have the strides that the
-encoder gives them. Before a backend is timed, its output and gradients are compared with float32 ones.
+step gives them (attention_inputs.py). Before a backend is timed, its output and gradients are compared with float32
+ones.
 FLOPs are the useful ones: 4 B H T S E forward, 2.5 times that backward.
 
 fa3 and fa4 take the place of torch's flash kernel, so each has its own round, beside the others but flash.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from attention_inputs import queries_keys_values
 from harness import interleaved, quantiles, ratio, record, require_equal
 from torch import Tensor
 
@@ -23,35 +25,18 @@ from unite_fast.layers import attention as module
 from unite_fast.layers.attention import attention
 
 KEYS = (544, 288, 257)
+DECODER = 257
 PRUNED = (256, 544)  # queries, keys of the encoder's last block
 HEADS = {64: 12, 72: 16}  # by head size
-
-
-def tensors(
-    batch: int, keys: int, head_size: int, device: torch.device, dtype: torch.dtype, queries: int = 0
-) -> tuple[Tensor, ...]:
-    """q, k, v (B, H, T, E) as the encoder has them: q and k in one tensor, v in another. The decoder's are in one.
-
-    queries: the first of the tokens, which alone ask; 0: all.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    shape = batch, keys, 2, HEADS[head_size], head_size
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    q, k = (x.detach().requires_grad_() for x in draw(*shape).permute(2, 0, 3, 1, 4).unbind(0))
-    if queries:
-        q = q.detach()[:, :, :queries].requires_grad_()
-    return q, k, draw(*shape[:2], *shape[3:]).transpose(1, 2).requires_grad_()
 
 
 def bench(
     device: torch.device, batch: int, keys: int, head_size: int, rounds: int, backends: list[str], queries: int = 0
 ) -> list[dict]:
-    """The rows of the backends that run here."""
+    """The rows of the backends that run here. queries: that ask, the others of the tokens do not; 0: all."""
     half = device.type == "cuda"
-    q, k, v = tensors(batch, keys, head_size, device, torch.bfloat16 if half else torch.float32, queries)
+    shape, dtype = (batch, HEADS[head_size], keys, head_size), torch.bfloat16 if half else torch.float32
+    q, k, v = queries_keys_values(shape, device, dtype, queries, decoder=keys == DECODER)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     reference = attention(*exact, backend="math")
     dy = torch.randn(reference.shape, device=device)

@@ -1,5 +1,5 @@
 """Ceilings of kernels: stated, or measured on a device by running a step's shapes through the vendor libraries, in the
-layouts and dtypes of the step: a product's transposes and its output's dtype, queries and keys in one tensor."""
+layouts and dtypes of the step: a product's transposes and its output's dtype, attention's inputs as they lie."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from attention_inputs import queries_keys_values
 from harness import copy_bandwidth, device_name, interleaved, quantiles
 from step_work import Work
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unite_kernels import copied_linear
@@ -84,23 +84,15 @@ def _products(work: list[Work], device: torch.device, dtype: torch.dtype, rounds
     return rates
 
 
-def queries_keys_values(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(B, H, T, E) each with the strides of the encoder: q and k lie in one tensor, head by head in a token's row."""
-    images, heads, tokens, size = shape
-    qk = torch.randn(images, tokens, 2, heads, size, device=device, dtype=dtype)
-    v = torch.randn(images, tokens, heads, size, device=device, dtype=dtype).transpose(1, 2)
-    return *(x.detach().requires_grad_() for x in qk.permute(2, 0, 3, 1, 4).unbind(0)), v.detach().requires_grad_()
-
-
 def _attention(
     work: list[Work], device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict[int, tuple[float, float]]:
     """The fastest of torch's backends, forward and backward apart."""
     found = {}
-    for shape in sorted({w.shape for w in work if w.kind == "attention"}):
+    for shape, decoder in sorted({w.shape: w.part == "decode" for w in work if w.kind == "attention"}.items()):
         images, heads, tokens, size = shape
         flops = 4.0 * images * heads * tokens**2 * size
-        q, k, v = queries_keys_values(shape, device, dtype)
+        q, k, v = queries_keys_values(shape, device, dtype, decoder=decoder)
         best = [0.0, 0.0]
         for backend in BACKENDS if device.type == "cuda" else (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             with sdpa_kernel(backend):

@@ -13,6 +13,8 @@ import torch
 from support import ROOT
 
 from unite_fast.config import yaml_text
+from unite_fast.layers import vit
+from unite_fast.model import encoder
 from unite_fast.model.flops import training_flops
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -73,6 +75,30 @@ def test_least_bytes_are_the_budgets(monkeypatch):
     assert kinds == {"gemm", "attention", "elementwise"}
     lpips = sum(w.bytes * w.count for w in step_work.step(config, 1) if w.part == "perceptual")
     assert lpips / 1e9 == pytest.approx(0.50, abs=0.005)
+
+
+def test_attention_is_measured_on_what_a_step_hands_it(monkeypatch):
+    """Sizes and strides of queries, keys and values, in the blocks of the encoder, its last, and the decoder."""
+    inputs = module("attention_inputs", monkeypatch)
+    batch, heads, tokens, size, kept = 2, 3, 9, 8, 4
+    found = []
+
+    def seen(q, k, v, *_):
+        found.append([(x.shape, x.stride()) for x in (q, k, v)])
+        return torch.zeros(q.shape)
+
+    monkeypatch.setattr(encoder, "attention", seen)
+    monkeypatch.setattr(vit, "attention", seen)
+    x, tables = torch.randn(batch, tokens, heads * size), torch.ones(tokens, size // 2)
+    layout = encoder.Layout(tables, tables, True, 1, None)
+    block = encoder.SelfAttention(heads * size, heads)
+    block(x, layout, "fused")
+    block(x, layout, "fused", kept)
+    vit.DecoderLayer(heads * size, heads, 2 * heads * size)(x)
+    shape = batch, heads, tokens, size
+    for expected, options in zip(found, ({}, {"queries": kept}, {"decoder": True}), strict=True):
+        made = inputs.queries_keys_values(shape, torch.device("cpu"), torch.float32, **options)
+        assert [(x.shape, x.stride()) for x in made] == expected, options
 
 
 def test_roofline_predicts_and_says_so(program, tmp_path):
