@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,18 +206,36 @@ def test_plots(program, monkeypatch, tmp_path):
     assert (tmp_path / "imagenet_b_n3_prediction.png").stat().st_size > 10_000
 
 
-def commands_of_the_backlog() -> list[list[str]]:
-    """The words of every command that GPU_BACKLOG.md quotes, up to a pipe or "then"."""
-    text = (BENCHMARKS / "GPU_BACKLOG.md").read_text()
+def quoted_commands(text: str) -> list[list[str]]:
+    """The words of every command that a text quotes, up to a pipe or "then"."""
     quoted = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:python|torchrun|nsys|make) [^`]+)`", text)
     return [shlex.split(command) for command in quoted]
 
 
-def test_commands_of_the_backlog_can_be_given():
-    """Programs, tests and options that exist; keys and values that a configuration takes."""
-    commands = commands_of_the_backlog()
+def comments(path: Path) -> str:
+    """Those of a configuration, as one text."""
+    return " ".join(line.strip().lstrip("# ") for line in path.read_text().splitlines() if line.strip().startswith("#"))
+
+
+def test_configurations_name_only_quoted_commands():
+    """A program of benchmarks/ with words behind it stands in a quotation, where the next test reads it."""
+    for path in (ROOT / "configs").glob("*.yaml"):
+        unquoted = re.sub(r"`[^`]*`", "", comments(path))
+        assert "benchmarks/bench_" not in unquoted, path.name
+
+
+def test_commands_of_the_backlog_can_be_given(monkeypatch):
+    """And of the configurations: programs, tests and options that exist; keys and values that a configuration takes."""
+    ladder = module("bench_step", monkeypatch)
+    backlog = (BENCHMARKS / "GPU_BACKLOG.md").read_text()
+    told = [comments(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    assert any(quoted_commands(text) for text in told)
+    commands = [words for text in (backlog, *told) for words in quoted_commands(text)]
     assert len(commands) > 25
     for words in commands:
+        for option, known in (("--rungs", ladder.RUNGS), ("--models", ladder.MODELS)):
+            if option in words and any(word.endswith("bench_step.py") for word in words):
+                assert set(words[words.index(option) + 1].split(",")) <= set(known), words
         program = next((w for w in words if w.endswith(".py") and not w.startswith("tests/")), None)
         if "pytest" in words:
             files = [w for w in words if w.startswith("tests/")]
@@ -231,6 +250,6 @@ def test_commands_of_the_backlog_can_be_given():
             assert all(f'"{option}"' in source for option in options), words
         overrides = [w for w in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", w) and "..." not in w]
         yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", overrides)
-    keys = re.findall(r"`((?:[a-z]+\.[a-z_]+=[^`\s]+ ?)+)`", (BENCHMARKS / "GPU_BACKLOG.md").read_text())
+    keys = re.findall(r"`((?:[a-z]+\.[a-z_]+=[^`\s]+ ?)+)`", backlog)
     for group in keys:
         yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", shlex.split(group))
