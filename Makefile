@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# What needs no installation takes PYTHON if that is given, else .venv's where there is one.
+ANY = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(RUN))),$(RUN),$(PYTHON))
+NEEDS = @$(ANY) -c 'import sys; from importlib.util import find_spec; no = [n for n in ("torch", "yaml") if not find_spec(n)]; \
+	sys.exit(no and f"$@ needs {no[0]}, which {sys.executable} does not have: make install, or set PYTHON")'
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo demo-molecules test test-faults attack soak check check-kernels bench gpu-pack gpu-check gpu-report clean
@@ -54,13 +58,15 @@ bench: install  ## kernels of this machine's device against eager and torch.comp
 	$(RUN) benchmarks/bench_kernels.py
 
 gpu-pack:  ## make gpu-pack/, which travels to a lent GPU; OFFICIAL_DIR: a clone of the official code
-	$(PYTHON) benchmarks/gpu_pack.py
+	$(NEEDS)
+	$(ANY) benchmarks/gpu_pack.py
 
 gpu-report:  ## from ROWS=rows.jsonl to README, RECORDS.md and the tables that the code reads
-	$(PYTHON) benchmarks/gpu_report.py --write $(ROWS)
+	$(NEEDS)
+	$(ANY) benchmarks/gpu_report.py --write $(ROWS)
 
 gpu-check:  ## fifteen minutes of a lent GPU (benchmarks/GPU_BACKLOG.md); REHEARSE=1 without one
-	$(PYTHON) benchmarks/gpu_check.py $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
+	$(ANY) benchmarks/gpu_check.py $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf $(VENV) build *.egg-info kernels/unite_kernels/*.so kernels/unite_kernels/*.sources

@@ -156,6 +156,21 @@ def test_a_setting_that_does_not_fit_is_a_row(monkeypatch, tmp_path, rows):
     assert "Tried to allocate" in row["why"]
 
 
+def test_a_package_that_is_missing_is_a_red_row(monkeypatch, tmp_path, rows):
+    machine = importlib.import_module("gpu_parts.machine")
+    toy = bench(tmp_path)
+    monkeypatch.setattr(machine.importlib, "import_module", lambda name: {"xdist": None}[name])
+    machine.look(toy)
+    found = {row["check"]: row for row in rows() if row["benchmark"] == "check"}
+    assert found["package pytest-xdist"]["ok"]
+    red = [name for name, row in found.items() if name.startswith("package") and not row["ok"]]
+    assert len(red) == len(machine.PACKAGES) - 1 - len(machine.OFFICIAL)  # a rehearsal's official code is a stand-in
+    assert found["package pyyaml"]["why"] == "KeyError: 'yaml'; pip install pyyaml"
+    backlog = (ROOT / "benchmarks" / "GPU_BACKLOG.md").read_text()
+    needed = backlog.partition("On the machine, which needs")[2].partition("no network")[0]
+    assert all(package.lower() in needed.lower() for package in set(machine.PACKAGES.values()) - {"lpips"})
+
+
 def test_the_first_setting_is_that_of_a_run(tmp_path):
     """What train.py does with configs/imagenet_b.yaml: the options of the step, and cuDNN's search."""
     steps, training = importlib.import_module("gpu_parts.steps"), importlib.import_module("training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 
@@ -9,6 +10,23 @@ import torch
 
 from gpu_parts import Bench
 from unite_kernels import extension
+
+# What the parts import and what installs it; xdist for the tests.
+PACKAGES = {
+    "triton": "triton", "torchvision": "torchvision", "lpips": "lpips", "pytest": "pytest", "xdist": "pytest-xdist",
+    "einops": "einops", "safetensors": "safetensors", "yaml": "pyyaml", "timm": "timm", "torchdiffeq": "torchdiffeq",
+}  # fmt: skip
+OFFICIAL = ("timm",)  # the official code alone
+
+
+def obstacle(module: str) -> str:
+    """Why a package of PACKAGES cannot be imported; empty if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # one that is broken fails in ways of its own
+        said = (str(error).splitlines() or [""])[0][:160]
+        return f"{type(error).__name__}: {said}; pip install {PACKAGES[module]}"
+    return ""
 
 
 def look(bench: Bench) -> None:
@@ -27,3 +45,6 @@ def look(bench: Bench) -> None:
     for kind in ("cpu", "cuda"):
         if kind == "cpu" or device.type == "cuda":
             bench.check(f"library {kind}", extension.obstacle(kind) or extension.stale(kind))
+    for module, package in PACKAGES.items():
+        if module not in OFFICIAL or (bench.official and not bench.toy):  # a rehearsal's official code is a stand-in
+            bench.check(f"package {package}", obstacle(module))
