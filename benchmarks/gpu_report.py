@@ -8,10 +8,10 @@ benchmarks/RECORDS.md         a line, if ours is the fastest on this device so f
 unite_fast, PREFERRED         the device's row: attention backends by number of keys, the fastest first
 unite_fast, SLOWER_IN_FLOAT8  the device's row: the large layers that float8 recipes leave in bfloat16
 kernels/unite_kernels/launch_tables/  the device's table: launches that were faster than the present ones
-benchmarks/results/<device>/  the rows themselves, and choices.md: what configs/imagenet_*.yaml should say
+benchmarks/results/<device>/  the rows themselves, and choices.md: what configs/imagenet_b.yaml should say
 
 Each with device, date and commit. What has no row stays as it is: "not measured". Red checks stand beside every figure.
-A rehearsal's rows are refused.
+A rehearsal's rows are refused. All files are made first, then each is put into its place whole.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from harness import ROOT
 
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from unite_fast.base import files  # noqa: E402
 from unite_kernels import launches  # noqa: E402
 
 WIDE, NARROW = "1024", "128"  # images per update: of eight GPUs' step or an accumulated one; of one GPU alone
 GAIN = 1.02  # how much faster a launch or a layer must be to take the place of what is there
+GRAPH = "efficiency.cuda_graph=step"
 LAST_KEYS = 544  # the most keys that are measured: its row serves all above
 
 
@@ -75,7 +77,13 @@ def ours(rows: Rows) -> str | None:
     if row is None:
         return None
     rate = row["images_per_second"]
-    return f"{rate[WIDE]:.0f} ({rate[NARROW]:.0f} at {NARROW} images per update), micro-batch {row['batch']}"
+    speed = f"{rate[WIDE]:.0f} ({rate[NARROW]:.0f} at {NARROW} images per update)"
+    return f"{speed}, micro-batch {row['batch']}{with_overrides(row)}"
+
+
+def with_overrides(row: dict) -> str:
+    """What of our configuration was overridden for a figure."""
+    return "".join(f", {override}" for override in row.get("overrides", ()))
 
 
 def official(rows: Rows) -> str | None:
@@ -98,7 +106,7 @@ def ratio(rows: Rows) -> str | None:
         f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f}) {FORMS[form]}" for form, r in row["faster_than"].items()
     ]
     agrees = "" if row["agrees"] else "; the losses DISAGREE"
-    return f"{', '.join(parts)}, n = {row['n']}, micro-batch {row['batch']}{agrees}"
+    return f"{', '.join(parts)}, n = {row['n']}, micro-batch {row['batch']}{with_overrides(row)}{agrees}"
 
 
 def utilisation(rows: Rows) -> str | None:
@@ -156,9 +164,10 @@ def fill(text: str, rows: Rows) -> tuple[str, list[str]]:
         if value is None:
             said.append(f"{name}: not measured")
             continue
-        said.append(f"{name}: {value}")
-        pattern = rf"(<!-- gpu:{rows.key}\.{name} -->).*?(<!-- /gpu -->)"
-        text = re.sub(pattern, lambda m, v=value: f"{m[1]}{v} ({rows.source()}){m[2]}", text, flags=re.S)
+        marker = f"<!-- gpu:{rows.key}.{name} -->"
+        pattern = rf"({re.escape(marker)}).*?(<!-- /gpu -->)"
+        text, count = re.subn(pattern, lambda m, v=value: f"{m[1]}{v} ({rows.source()}){m[2]}", text, flags=re.S)
+        said.append(f"{name}: {value}" + ("" if count else f" (no marker {marker} in README.md)"))
     return text, said
 
 
@@ -242,24 +251,30 @@ def new_launches(rows: Rows, table: launches.Table) -> dict[launches.Key, launch
     return better
 
 
-def write_launches(rows: Rows, folder: Path) -> list[str]:
-    """The device's own table, from the one that it would take without; what has changed."""
+def new_table(rows: Rows, folder: Path) -> tuple[dict[Path, str], list[str]]:
+    """The device's own table, from the one that it would take without, as a file's text; what has changed."""
     capability = rows.capability()
     if capability is None or not rows.of("launch", ok=True):
-        return ["launches: not measured"]
+        return {}, ["launches: not measured"]
     names = [folder / f"{name}.json" for name in (*launches.names_of(rows.device, capability), launches.DEFAULT)]
     table = launches.read(next(path for path in names if path.is_file()))
     better = new_launches(rows, table)
     merged = table.rows | {key: launches.Row(launch, rows.date) for key, launch in better.items()}
     count = max((row["multiprocessors"] for row in rows.of("machine")), default=table.multiprocessors)
-    launches.write(names[0], replace(table, device=rows.device, multiprocessors=count, rows=merged))
-    return [f"launches: {key.op} {key.direction} {key.width}: {launch}" for key, launch in better.items()] or [
-        f"launches: none is {GAIN - 1:.0%} faster than the table's"
-    ]
+    made = launches.text_of(replace(table, device=rows.device, multiprocessors=count, rows=merged))
+    said = [f"launches: {key.op} {key.direction} {key.width}: {launch}" for key, launch in better.items()]
+    return {names[0]: made}, said or [f"launches: none is {GAIN - 1:.0%} faster than the table's"]
+
+
+# What is chosen elsewhere than in a configuration, and where.
+PLACES = {
+    "cudnn_benchmark": "torch.backends.cudnn.benchmark (`setup` in unite_fast/efficiency/precision.py)",
+    "lpips": "LPIPS' trunk (`fused` and `compile_trunk` in unite_fast/modality/lpips.py)",
+}
 
 
 def choices(rows: Rows) -> list[str]:
-    """What configs/imagenet_*.yaml should say, by what was measured."""
+    """What configs/imagenet_b.yaml should say, by what was measured, and what stands elsewhere."""
     best, lines = rows.best(), []
 
     def line(key: str, value: object, why: str) -> None:
@@ -270,7 +285,8 @@ def choices(rows: Rows) -> list[str]:
         return ["- not measured"]
 
     def rate(**facts: object) -> dict | None:
-        same = [row for row in tried if all(row.get(n) == v for n, v in facts.items())]
+        known = [row | {"graph": GRAPH in row["overrides"]} for row in tried]
+        same = [row for row in known if all(row.get(n) == v for n, v in facts.items())]
         return max(same, key=lambda row: row["images_per_second"][WIDE], default=None)
 
     def text(row: dict) -> str:
@@ -278,16 +294,17 @@ def choices(rows: Rows) -> list[str]:
 
     batches = {batch: rate(batch=batch) for batch in sorted({row["batch"] for row in tried})}
     line("train.micro_batch", best["batch"], ", ".join(f"{b}: {text(r)}" for b, r in batches.items() if r))
-    graphs = [row for row in tried if any("cuda_graph=step" in o for o in row["overrides"])]
-    plain = [row for row in tried if row not in graphs and (not graphs or row["batch"] == graphs[-1]["batch"])]
-    if graphs and plain:
-        without = max(plain, key=lambda row: row["images_per_second"][WIDE])
-        wins = graphs[-1]["images_per_second"][WIDE] > without["images_per_second"][WIDE] * 1.01
-        line("efficiency.cuda_graph", "step" if wins else "none", f"step: {text(graphs[-1])}, none: {text(without)}")
-    for name, key in (("cudnn_benchmark", "cudnn.benchmark"), ("lpips", "LPIPS trunk")):
+    graphed = {row["batch"]: row for row in tried if GRAPH in row["overrides"]}
+    plain = {batch: rate(batch=batch, graph=False) for batch in graphed}
+    if both := [batch for batch in graphed if plain[batch]]:
+        graph, without = graphed[max(both)], plain[max(both)]
+        wins = graph["images_per_second"][WIDE] > without["images_per_second"][WIDE] * 1.01
+        line("efficiency.cuda_graph", "step" if wins else "none", f"step: {text(graph)}, none: {text(without)}")
+    for name, place in PLACES.items():
         sides = {value: rate(**{name: value}) for value in sorted({row[name] for row in tried}, key=str)}
         if len(sides) > 1:
-            line(key, best[name], ", ".join(f"{value}: {text(row)}" for value, row in sides.items() if row))
+            listed = ", ".join(f"{value}: {text(row)}" for value, row in sides.items() if row)
+            lines.append(f"- {place}: {best[name]}: {listed}")
     base = rows.of("option", option="")
     for row in rows.of("option"):
         if row.get("images_per_second") and row["option"] and base and base[-1].get("images_per_second"):
@@ -298,21 +315,19 @@ def choices(rows: Rows) -> list[str]:
 
 
 def apply(rows: Rows, root: Path, write: bool, what: str) -> list[str]:
-    """What the rows say; with ``write`` the files of ``root`` say it too."""
+    """What the rows say; with ``write`` the files of ``root`` say it too, once all of them are made."""
+    made: dict[Path, str] = {}
 
     def change(name: str, value: str | None, changed: Callable[[str], str]) -> str:
-        if value is not None and write:
-            path = root / name
-            path.write_text(changed(path.read_text()))
+        if value is not None:
+            made[root / name] = changed((root / name).read_text())
         return f"{name}: {value or 'not measured'}"
 
     source, capability = rows.source(), rows.capability() or (0, 0)
-    text, said = fill((root / "README.md").read_text(), rows)
+    made[root / "README.md"], said = fill((root / "README.md").read_text(), rows)
     if (again := rows.best("ours again")) and (first := rows.best()) and again["batch"] == first["batch"]:
         drift = again["images_per_second"][WIDE] / first["images_per_second"][WIDE] - 1
         said.append(f"drift: the same settings minutes later: {drift:+.1%}")
-    if write:
-        (root / "README.md").write_text(text)
     records = root / "benchmarks" / "RECORDS.md"
     line = record_line(records.read_text(), rows, what)
     said.append(change("benchmarks/RECORDS.md", line, lambda t: t.rstrip("\n") + f"\n{line}\n"))
@@ -320,15 +335,17 @@ def apply(rows: Rows, root: Path, write: bool, what: str) -> list[str]:
         value = value if rows.capability() else None
         name = str(module_of(table, root).relative_to(root))
         said.append(change(name, value, lambda t, n=table, v=value: set_row(t, n, capability, v or "", source)))
-    folder = root / "kernels" / "unite_kernels" / "launch_tables"
-    said += write_launches(rows, folder) if write else []
-    said += ["what configs/imagenet_*.yaml should choose:", *choices(rows)]
-    if write:
-        results = root / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", rows.device.lower()).strip("-")
-        results.mkdir(parents=True, exist_ok=True)
-        with (results / "gpu_check.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows.rows)
-        (results / "choices.md").write_text(f"# {source}\n\n" + "\n".join(choices(rows)) + "\n")
+    tables, changes = new_table(rows, root / "kernels" / "unite_kernels" / "launch_tables")
+    chosen = choices(rows)
+    said += [*changes, "what configs/imagenet_b.yaml should choose, and what stands elsewhere:", *chosen]
+    results = root / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", rows.device.lower()).strip("-")
+    kept = results / "gpu_check.jsonl"
+    before = kept.read_text() if kept.is_file() else ""
+    made |= tables | {kept: before + "".join(json.dumps(row) + "\n" for row in rows.rows)}
+    made[results / "choices.md"] = f"# {source}\n\n" + "\n".join(chosen) + "\n"
+    for path, text in made.items() if write else ():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, text)
     return said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from unite_fast.config import yaml_text
 from unite_kernels import launches
 
 FILES = (
@@ -61,12 +63,21 @@ def attention(keys: int, backend: str, ms: float, queries: int = 0) -> list[dict
 
 
 def test_figures_get_their_source_and_the_others_stay(report, root):
-    found = [MACHINE, ours(300.4), ours(351.2, 128, cudnn_benchmark=True), ours(0, ok=False, images_per_second=None)]
+    overrides = ("efficiency.kernels=fused", "efficiency.cuda_graph=step")
+    found = [
+        MACHINE,
+        ours(300.4),
+        ours(351.2, 128, overrides, cudnn_benchmark=True),
+        ours(0, ok=False, images_per_second=None),
+    ]
     found += [row("official", form="official", batch=64, images_per_second={"128": 180.0, "1024": 201.0})]
     said = report.apply(report.Rows(found), root, True, "x")
     text = (root / "README.md").read_text()
     source = r"\(NVIDIA H200, 2030-01-02, abcdef0\)"
-    assert re.search(rf"h200.ours -->351 \(341 at 128 images per update\), micro-batch 128 {source}<!--", text)
+    assert re.search(
+        rf"h200.ours -->351 \(341 at 128 images per update\), micro-batch 128, {', '.join(overrides)} {source}<!--",
+        text,
+    )
     assert re.search(rf"h200.official -->201 as published, micro-batch 64 {source}<!--", text)
     assert "<!-- gpu:h200.ratio -->**not measured**<!-- /gpu -->" in text
     assert "<!-- gpu:h100.ours -->**not measured**<!-- /gpu -->" in text
@@ -170,7 +181,7 @@ def test_choices(report, root):
     said = "\n".join(report.apply(report.Rows(found), root, True, "x"))
     assert "`train.micro_batch: 128`: 64: 310, 128: 321" in said
     assert "`efficiency.cuda_graph: none`: step: 321, none: 320" in said
-    assert "`cudnn.benchmark: True`: False: 300, True: 321" in said
+    assert "in unite_fast/efficiency/precision.py): True: False: 300, True: 321" in said
     assert "fp8 (other numerics, opt-in): 1.100 times, first loss off by 1.0e-02" in said
     (choices,) = (root / "benchmarks" / "results").glob("*/choices.md")
     assert choices.read_text().startswith("# NVIDIA H200, 2030-01-02, abcdef0\n")
@@ -193,9 +204,43 @@ def test_rows_that_are_no_measurement_are_refused(report):
 
 def test_readme_has_every_marker(report):
     text = (ROOT / "README.md").read_text()
-    for name in report.FIGURES:
-        assert len(re.findall(rf"<!-- gpu:h200\.{name} -->.*?<!-- /gpu -->", text)) == 1, name
-    assert "<!-- gpu:h100.ours -->" in text
+    for device, name in itertools.product(("h200", "h100"), report.FIGURES):
+        assert len(re.findall(rf"<!-- gpu:{device}\.{name} -->.*?<!-- /gpu -->", text)) == 1, (device, name)
+
+
+def test_a_figure_without_its_marker_is_said(report):
+    text, said = report.fill("nothing here", report.Rows([ours(300)]))
+    assert text == "nothing here"
+    assert any(line.startswith("ours: 300") and "no marker <!-- gpu:h200.ours -->" in line for line in said)
+
+
+def test_advice_names_keys_of_a_configuration_or_the_place(report):
+    """Every line that is no other numerics: keys and values in quotation marks load, the others name a function."""
+    graph = ("efficiency.cuda_graph=step",)
+    found = [ours(300), ours(320, cudnn_benchmark=True), ours(330, lpips="compiled"), ours(340, overrides=graph)]
+    lines = report.choices(report.Rows([*found, ours(350, 128, graph)]))
+    loaded = [re.match(r"- `([a-z_.]+): (\w+)`: ", line) for line in lines]
+    for line, key in zip(lines, loaded, strict=True):
+        if key:
+            yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", [f"{key[1]}={key[2]}"])
+            continue
+        names, path = re.search(r"\((`.*`) in (\S+\.py)\)", line).groups()
+        assert all(f"{name}" in (ROOT / path).read_text() for name in re.findall(r"`(\w+)`", names)), line
+    assert [key[1] for key in loaded if key] == ["train.micro_batch", "efficiency.cuda_graph"]
+    assert len(lines) == 4
+    assert any(line.startswith("- `efficiency.cuda_graph: step`: step: 340, none: 330") for line in lines)
+
+
+def test_a_report_that_fails_changes_nothing(report, root, monkeypatch):
+    before = {name: (root / name).read_text() for name in (*FILES, "README.md")}
+
+    def fail(_):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(report, "choices", fail)
+    with pytest.raises(RuntimeError):
+        report.apply(report.Rows([MACHINE, ours(300), *attention(544, "flash", 1.0)]), root, True, "x")
+    assert {name: (root / name).read_text() for name in before} == before
 
 
 def test_the_pack_says_what_it_holds_and_what_is_missing(tmp_path):

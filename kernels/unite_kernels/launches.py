@@ -21,7 +21,7 @@ multiprocessors is what grids are fitted to where there is no GPU; on one its ow
     programs      that a multiprocessor holds at once, from registers, warps and shared memory: the grid is fitted to
                   it, and `make check-kernels` compares it with the compiled code. 0: the grid follows from the tensors
 
-``write`` makes the files: one row per line, sorted.
+``text_of`` makes the files: one row per line, sorted.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def read(path: Path) -> Table:
     return Table(data["device"], data["multiprocessors"], rows)
 
 
-def write(path: Path, table: Table) -> None:
+def text_of(table: Table) -> str:
     """The table as ``read`` reads it."""
     lines = []
     for key, row in sorted(table.rows.items()):
         launch = {name: number for name, number in asdict(row.launch).items() if number}
         lines.append("    " + json.dumps({**key._asdict(), "launch": launch, "measured": row.measured}))
     head = f'{{\n  "device": {json.dumps(table.device)},\n  "multiprocessors": {table.multiprocessors},\n  "rows": [\n'
-    path.write_text(head + ",\n".join(lines) + "\n  ]\n}\n")
+    return head + ",\n".join(lines) + "\n  ]\n}\n"
 
 
 def names_of(device: str, capability: tuple[int, int]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unite_kernels import launches
-from unite_kernels.launches import FOLDER, Key, Launch, Row, Table, read, write
+from unite_kernels.launches import FOLDER, Key, Launch, Row, Table, read, text_of
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_every_table_is_written_as_it_is_read(path, tmp_path):
     table = read(path)
-    write(tmp_path / path.name, table)
+    (tmp_path / path.name).write_text(text_of(table))
     assert (tmp_path / path.name).read_text() == path.read_text()
 
 
@@ -29,7 +29,7 @@ def test_every_operation_is_in_the_default_table():
 
 def test_a_measured_row_survives(tmp_path):
     key, row = Key("swiglu", "backward", 2048), Row(Launch(rows=8, columns=256, warps=4, programs=5), "2026-12-24")
-    write(tmp_path / "x.json", Table("NVIDIA H200", 132, {key: row}))
+    (tmp_path / "x.json").write_text(text_of(Table("NVIDIA H200", 132, {key: row})))
     assert read(tmp_path / "x.json") == Table("NVIDIA H200", 132, {key: row})
 
 
@@ -72,8 +72,8 @@ def test_a_device_has_a_table_of_its_own_or_its_capability_s(tmp_path, monkeypat
         return launches.device_of(torch.device("cuda", 0))
 
     monkeypatch.setattr(launches, "FOLDER", tmp_path)
-    write(tmp_path / "sm_90.json", Table("sm_90", 132, {}))
-    write(tmp_path / "NVIDIA_H200.json", Table("NVIDIA H200", 132, {}))
+    (tmp_path / "sm_90.json").write_text(text_of(Table("sm_90", 132, {})))
+    (tmp_path / "NVIDIA_H200.json").write_text(text_of(Table("NVIDIA H200", 132, {})))
     assert device("NVIDIA H200").table.device == "NVIDIA H200"
     assert device("NVIDIA H100 PCIe").table.device == "sm_90"
     assert device("NVIDIA H100 PCIe").multiprocessors == 114
