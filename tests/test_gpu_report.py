@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT
 
 from unite_fast.config import yaml_text
@@ -200,6 +201,40 @@ def test_rows_that_are_no_measurement_are_refused(report):
         report.Rows([row("ours"), row("ours") | {"device": "NVIDIA H100"}])
     with pytest.raises(SystemExit, match="none"):
         report.Rows([])
+
+
+def test_eta_from_rows_as_they_are_measured(report, monkeypatch):
+    """The ceilings of a toy step on this CPU, as gpu_check.py records them; every kind of them counts."""
+    measure, work = importlib.import_module("roofline_measure"), importlib.import_module("step_work")
+    training, cpu = importlib.import_module("training"), torch.device("cpu")
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda *_: 10.0)  # a quarter of a GB otherwise
+    monkeypatch.setattr(measure, "fp8_layers", lambda *_: ())
+    once = {"rounds": 1, "warmup": 0}
+    timed = measure.interleaved
+    monkeypatch.setattr(measure, "interleaved", lambda calls, device, _: timed(calls, device, **once))
+    config = training.configuration("tiny", 3, 2, cpu, ("objective.perceptual_weight=1",))
+    found = list(measure.rows(work.step(config, 2), cpu, torch.float32, 1))
+    found = json.loads(json.dumps([row("ceiling", batch=2, **facts) for facts in found]))
+
+    def slower(rows: list[dict], *kinds: str) -> list[dict]:
+        """Half the rates of these kinds."""
+
+        def halved(value):
+            return {k: v / 2 for k, v in value.items()} if isinstance(value, dict) else value / 2
+
+        rates = ("tflops", "tb_per_s")
+        return [r | {k: halved(r[k]) for k in rates if k in r} if r["kind"] in kinds else r for r in rows]
+
+    eta = report.eta(report.Rows(found), 0.01)
+    assert eta is not None
+    assert eta > 0
+    assert report.eta(report.Rows(found), 0.02) == pytest.approx(2 * eta)
+    kinds = ("copy", "product", "attention", "convolution")
+    assert report.eta(report.Rows(slower(found, *kinds)), 0.01) == pytest.approx(2 * eta)
+    for kind in kinds:
+        assert report.eta(report.Rows(slower(found, kind)), 0.01) > eta, kind
+        rest = [facts for facts in found if facts["kind"] != kind]
+        assert report.eta(report.Rows(rest), 0.01) is None, kind
 
 
 def test_readme_has_every_marker(report):
