@@ -138,8 +138,11 @@ class Passes:
         self.outputs = _as_tuple(function(self.inputs))
 
     def forward(self) -> None:
+        self.outputs_again()
+
+    def outputs_again(self) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            self.function(self.inputs)
+            return _as_tuple(self.function(self.inputs))
 
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=True)

@@ -5,8 +5,9 @@
 
 The operations are called on CPU tensors with the model's shapes (widths 768, 1024, 1152) and a driver that only
 compiles, so the launches, their specialisation and their options are the ones of a training step. What has been reached
-is in kernel_limits.json, per minor version of Triton; an unknown version is held to the worst of the others. Programs
-per multiprocessor must be those that the table of launches fits its grids to, or more.
+is in kernel_limits.json, per minor version of Triton; kernel_limits.py judges. Programs per multiprocessor must be
+those that the table of launches fits its grids to with this Triton; where more fit, which leaves slots empty, that is
+said.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "ops"), str(ROOT / "benchmarks")]
 
 import cases  # noqa: E402
+import kernel_limits  # noqa: E402
 import machine_code  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -37,10 +39,8 @@ from unite_kernels import launches  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-VERSION = ".".join(triton.__version__.split(".")[:2])
+VERSION = launches.minor_of(triton.__version__)
 LIMITS = Path(__file__).with_name("kernel_limits.json")
-# What is held, and whether more of it is better.
-HELD = {"programs": True, "barriers": False, "shuffles": False, "wide": True, "in_flight": True}
 # Column heads; what has a loop has them all.
 HEADS = {
     "registers": "registers", "spills": "spills", "stack": "stack", "shared": "shared", "programs": "programs/SM",
@@ -148,47 +148,6 @@ def fitted_programs(name: str) -> int:
     return launches.launch_of(op, direction, cases.launch_width(op, int(width)), torch.device("cpu")).programs
 
 
-def limits_of(recorded: dict[str, dict[str, dict[str, float]]], version: str) -> dict[str, dict[str, float]]:
-    """By kernel, what must be reached with ``version``: its own record, or else the worst of all."""
-    if version in recorded or not recorded:
-        return recorded.get(version, {})
-    kernels = {name for limits in recorded.values() for name in limits}
-    found: dict[str, dict[str, float]] = {}
-    for name in kernels:
-        known = [limits[name] for limits in recorded.values() if name in limits]
-        found[name] = worst(known)
-    return found
-
-
-def worst(known: list[dict[str, float]]) -> dict[str, float]:
-    """Of several versions' records, or of several kernels that have one name."""
-    return {k: (min if more else max)(limit[k] for limit in known) for k, more in HELD.items()}
-
-
-def shortcomings(name: str, row: dict[str, Any], limit: dict[str, float] | None) -> list[str]:
-    """What of a kernel is worse than its limit, each in words."""
-    found = [f"{row[k]} {k}" for k in ("spills", "stack") if row[k]]
-    if "programs" in row and row["programs"] < (fitted := fitted_programs(name)):
-        found.append(f"{row['programs']} programs per multiprocessor, {fitted} in the table of launches")
-    for key, more in HELD.items() if limit else ():
-        if (row[key] < limit[key]) if more else (row[key] > limit[key]):  # type: ignore[index]
-            found.append(f"{key} {row[key]}, was {limit[key]}")  # type: ignore[index]
-    return found
-
-
-def held(row: dict[str, Any]) -> dict[str, float]:
-    return {key: row[key] for key in HELD}
-
-
-def write_limits(path: Path, recorded: dict[str, dict[str, dict[str, float]]]) -> None:
-    """One kernel per line."""
-    parts = []
-    for version, limits in sorted(recorded.items()):
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in sorted(limits.items()))
-        parts.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-
 def show(name: str, row: dict[str, Any]) -> str:
     def number(key: str) -> str:
         if key not in row or (key not in ("registers", "spills", "stack", "shared", "programs") and not row["loop"]):
@@ -209,10 +168,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     recorded = json.loads(LIMITS.read_text()) if LIMITS.is_file() else {}
-    limits = {} if args.record else limits_of(recorded, VERSION)
+    limits = {} if args.record else kernel_limits.limits_of(recorded, VERSION)
     print(f"Triton {triton.__version__}; of the loop, per iteration: instructions to stores, bytes in 128-bit accesses")
     print(f"{'kernel':<41}" + "".join(f"{head:>{len(head) + 2}}" for head in HEADS.values()))
     worse: list[str] = []
+    remarks: list[str] = []
     new: dict[str, dict[str, float]] = {}
     count = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -222,11 +182,14 @@ def main() -> int:
         ):
             count += 1
             print(show(name, row), flush=True)
-            worse += [f"{name}: {what}" for what in shortcomings(name, row, limits.get(name))]
+            fitted = fitted_programs(name) if "programs" in row else 0
+            worse += [f"{name}: {what}" for what in kernel_limits.shortcomings(row, limits.get(name), fitted)]
+            remarks += [f"{name}: {what}" for what in kernel_limits.remarks(row, fitted)]
             if row["loop"] and "programs" in row:
-                new[name] = worst([held(row), *([new[name]] if name in new else [])])
+                new[name] = kernel_limits.worst([kernel_limits.held(row), *([new[name]] if name in new else [])])
     if args.record:
-        write_limits(LIMITS, {**recorded, VERSION: {**recorded.get(VERSION, {}), **new}})
+        kernel_limits.write(LIMITS, {**recorded, VERSION: {**recorded.get(VERSION, {}), **new}})
+    print("".join(f"remark: {what}\n" for what in dict.fromkeys(remarks)), end="")
     print(f"{count} kernels, {len(worse)} shortcomings" + "".join(f"\n  {what}" for what in worse))
     return 1 if worse else 0
 

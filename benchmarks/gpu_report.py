@@ -67,6 +67,11 @@ class Rows:
         found = [row["capability"] for row in self.of("machine") if row.get("capability")]
         return tuple(found[-1]) if found else None  # type: ignore[return-value]
 
+    def triton(self) -> str:
+        """The minor version that compiled the launches."""
+        found = [row["triton"] for row in self.rows if row.get("triton")]
+        return launches.minor_of(found[-1]) if found else ""
+
     def best(self, benchmark: str = "ours") -> dict | None:
         rows = [row for row in self.of(benchmark) if row.get("images_per_second")]
         return max(rows, key=lambda row: row["images_per_second"][WIDE], default=None)
@@ -238,7 +243,7 @@ def new_launches(rows: Rows, table: launches.Table) -> dict[launches.Key, launch
         found[key][launches.Launch(**row["launch"])][row["shape"]] = row["ms"]["median"]
     better = {}
     for key, tried in found.items():
-        present = table.rows[key].launch if key in table.rows else None
+        present = table.rows[key].with_triton(rows.triton()) if key in table.rows else None
         base = tried.get(present) if present else None
         if not base:
             continue  # nothing to compare with

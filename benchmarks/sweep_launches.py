@@ -1,11 +1,12 @@
-"""Launches of the backward kernels, each beside the table's: which rows, columns, warps and stages this GPU likes.
+"""Launches of the longest kernels, each beside the table's: which rows, columns, warps and stages this GPU likes.
 
     python benchmarks/sweep_launches.py --compile      compiles all candidates for sm_90, without a GPU, into the cache
     python benchmarks/sweep_launches.py                times them on this GPU: rows in results/<device>/launches.jsonl
 
 A candidate is a row of a table in kernels/unite_kernels/launch_tables/. One that spills or does not fit is left out.
-What is timed is the whole backward, sums over programs included, at the rows of UNITE-B's tokenization and flow passes,
-once it computes what the table's launch computes. gpu_report.py writes the fastest into the table of the device.
+What is timed is the whole pass, in backward with the sums over programs, at the rows of UNITE-B's tokenization and
+flow passes, once it computes what the table's launch computes. gpu_report.py writes the fastest into the device's
+table.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from unite_kernels import launches  # noqa: E402
 from unite_kernels.launches import Launch  # noqa: E402
 
 WIDTH, HIDDEN = 768, 2048  # of UNITE-B's encoder
-GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
-    "adaln_mid": {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
-    "adaln_tail": {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
-    "qk_norm_rope": {"rows": (4, 8), "columns": (2, 4), "warps": (4, 8), "stages": (0, 2, 3)},
-    "swiglu": {"rows": (2, 4), "columns": (256, 512), "warps": (4, 8), "stages": (0, 2, 3)},
+GRIDS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    ("adaln_mid", "backward"): {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
+    ("adaln_tail", "backward"): {"rows": (1, 2), "warps": (2, 4, 8), "stages": (0, 2, 3)},
+    ("qk_norm_rope", "backward"): {"rows": (4, 8), "columns": (2, 4), "warps": (4, 8), "stages": (0, 2, 3)},
+    ("qk_norm_rope", "forward"): {"rows": (8,), "columns": (2, 4), "warps": (4, 8), "stages": (0, 2, 3)},
+    ("swiglu", "backward"): {"rows": (2, 4), "columns": (256, 512), "warps": (4, 8), "stages": (0, 2, 3)},
 }
 REGISTERS, SHARED, WARPS, MOST = 65536, 233_472, 64, 32  # of a multiprocessor of sm_90: 32-bit, bytes, -, programs
 RESERVED = 1024  # bytes of shared memory that every program takes besides its own
@@ -48,23 +50,23 @@ def width_of(op: str) -> int:
     return HIDDEN if op == "swiglu" else WIDTH
 
 
-def candidates(op: str, toy: bool = False) -> list[Launch]:
+def candidates(op: str, direction: str, toy: bool = False) -> list[Launch]:
     """The table's launch first, then every point of the grid laid over it."""
-    now = launches.launch_of(op, "backward", width_of(op), torch.device("cpu"))
-    names = [name for name in GRIDS[op] if name == "warps" or getattr(now, name)]  # what this kernel reads
-    names += [name for name in GRIDS[op] if name == "stages" and name not in names]
-    points = itertools.product(*(GRIDS[op][name] for name in names))
+    now, grid = launches.launch_of(op, direction, width_of(op), torch.device("cpu")), GRIDS[op, direction]
+    names = [name for name in grid if name == "warps" or getattr(now, name)]  # what this kernel reads
+    names += [name for name in grid if name == "stages" and name not in names]
+    points = itertools.product(*(grid[name] for name in names))
     found = [now, *(replace(now, **dict(zip(names, point, strict=True))) for point in points)]
     return list(dict.fromkeys(found))[: 2 if toy else None]
 
 
 @contextmanager
-def chosen(op: str, launch: Launch) -> Iterator[None]:
-    """The backward of ``op`` is launched so, whatever the table says."""
+def chosen(op: str, direction: str, launch: Launch) -> Iterator[None]:
+    """This pass of ``op`` is launched so, whatever the table says."""
     table = launches.launch_of
 
-    def launch_of(name: str, direction: str, width: int, device: torch.device) -> Launch:
-        return launch if (name, direction) == (op, "backward") else table(name, direction, width, device)
+    def launch_of(name: str, way: str, width: int, device: torch.device) -> Launch:
+        return launch if (name, way) == (op, direction) else table(name, way, width, device)
 
     launches.launch_of = launch_of
     try:
@@ -80,38 +82,42 @@ def programs(registers: int, shared: int, warps: int) -> int:
     return min(by_registers, WARPS // warps, SHARED // (shared + RESERVED), MOST)
 
 
-def compiled(op: str, launch: Launch) -> tuple[str, Launch, dict[str, int] | None]:
-    """Compiles one candidate; what its backward kernel uses, or None where it does not compile."""
+def compiled(op: str, direction: str, launch: Launch) -> tuple[str, str, Launch, dict[str, int] | None]:
+    """Compiles one candidate; what its kernel uses, or None where it does not compile."""
     import cases
     import check_kernels
 
     torch.set_num_threads(1)
     try:
-        with chosen(op, launch):
+        with chosen(op, direction, launch):
             kernels = check_kernels.compiled_kernels(lambda: cases.launch_model_shape(op, WIDTH))
     except Exception as error:
-        print(f"{op} {asdict(launch)}: {type(error).__name__}", file=sys.stderr)
-        return op, launch, None
-    kernel = next(k for k in kernels if "backward" in k.metadata.name)
+        print(f"{op} {direction} {asdict(launch)}: {type(error).__name__}", file=sys.stderr)
+        return op, direction, launch, None
+    kernel = next(k for k in kernels if direction in k.metadata.name)
     ((_, used),) = check_kernels.read_cubin(kernel.asm["cubin"]).items()
-    return op, launch, {"registers": used["registers"], "spills": used["spills"], "shared": kernel.metadata.shared}
+    return (
+        op,
+        direction,
+        launch,
+        {"registers": used["registers"], "spills": used["spills"], "shared": kernel.metadata.shared},
+    )
 
 
 def compile_all(path: Path, processes: int, toy: bool) -> int:
     """Writes what every candidate uses, with the programs that follow; the number that compile without spills."""
-    work = [
-        (op, launch) for op in list(GRIDS)[: 1 if toy else None] for launch in candidates(op, toy)[: 1 if toy else None]
-    ]
+    few = 1 if toy else None
+    work = [(*swept, launch) for swept in list(GRIDS)[:few] for launch in candidates(*swept, toy)[:few]]
     if processes == 1:
         results = [compiled(*item) for item in work]
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             results = list(pool.map(compiled, *zip(*work, strict=True)))
     rows = []
-    for op, launch, used in results:
+    for op, direction, launch, used in results:
         if used is not None and not used["spills"]:
             fitted = programs(used["registers"], used["shared"], launch.warps)
-            rows.append({"op": op, "launch": asdict(replace(launch, programs=fitted)), **used})
+            rows.append({"op": op, "direction": direction, "launch": asdict(replace(launch, programs=fitted)), **used})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows))
     print(f"{len(rows)} of {len(results)} candidates compile without spills")
@@ -123,32 +129,38 @@ def sweep(device: torch.device, path: Path, toy: bool = False, rounds: int = 7) 
     import bench_kernels
     from harness import interleaved, quantiles
 
-    fit = [(row["op"], Launch(**row["launch"])) for row in json.loads(path.read_text())]
-    for op in GRIDS:
-        tried = candidates(op, toy)[:2] if toy else [candidates(op)[0], *(launch for name, launch in fit if name == op)]
+    fit = [(row["op"], row["direction"], Launch(**row["launch"])) for row in json.loads(path.read_text())]
+    for op, direction in GRIDS:
+        known = candidates(op, direction, toy)
+        tried = known[:2] if toy else [known[0], *(launch for *swept, launch in fit if swept == [op, direction])]
         for shape in SHAPES:
             sizes = bench_kernels.Sizes(1, 4, 48, 3, 128) if toy else bench_kernels.SIZES["cuda"][shape]
             passes = bench_kernels.passes_of(op, sizes, device, "triton")
-            truth = [g.clone() for g in passes.backward()]
+            run = passes.backward if direction == "backward" else passes.outputs_again
+            truth = [x.clone() for x in run()]
             calls, right = {}, {}
             for launch in dict.fromkeys(tried):
 
                 def call(launch: Launch = launch) -> tuple[torch.Tensor, ...]:
-                    with chosen(op, launch):  # noqa: B023
-                        return passes.backward()  # noqa: B023
+                    with chosen(op, direction, launch):  # noqa: B023
+                        return run()  # noqa: B023
 
                 try:
                     right[launch] = all(near(a, b) for a, b in zip(call(), truth, strict=True))
                 except Exception as error:
-                    yield row_of(op, shape, launch, ok=False, why=f"{type(error).__name__}: {str(error)[:160]}")
+                    yield row_of(
+                        op, direction, shape, launch, ok=False, why=f"{type(error).__name__}: {str(error)[:160]}"
+                    )
                     continue
                 if not right[launch]:
-                    yield row_of(op, shape, launch, ok=False, why="its gradients are not those of the table's launch")
+                    yield row_of(
+                        op, direction, shape, launch, ok=False, why="its results are not those of the table's launch"
+                    )
                     continue
                 calls[launch] = call
             times = interleaved(calls, device, 1 if toy else rounds, 1.0 if toy else 2.0, warmup=0 if toy else 2)
             for launch, values in times.items():
-                yield row_of(op, shape, launch, ok=True, ms=quantiles(values), n=len(values))
+                yield row_of(op, direction, shape, launch, ok=True, ms=quantiles(values), n=len(values))
             if toy:
                 break
 
@@ -157,8 +169,8 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a.double() - b.double()).abs().max() <= 1e-2 * b.double().abs().max())
 
 
-def row_of(op: str, shape: str, launch: Launch, **facts: object) -> dict:
-    found = {"op": op, "direction": "backward", "width": width_of(op), "shape": shape, "launch": asdict(launch)}
+def row_of(op: str, direction: str, shape: str, launch: Launch, **facts: object) -> dict:
+    found = {"op": op, "direction": direction, "width": width_of(op), "shape": shape, "launch": asdict(launch)}
     return found | facts
 
 

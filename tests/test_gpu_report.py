@@ -175,6 +175,20 @@ def test_launches(report, root):
     assert launches.read(folder / "sm_90.json") == before
 
 
+def test_a_launch_is_compared_with_the_table_s_of_its_triton(report):
+    """Whose programs are those of the Triton that ran the sweep."""
+    key = launches.Key("qk_norm_rope", "forward", 768)
+    table = launches.read(launches.FOLDER / "sm_90.json")
+    present, fast = table.rows[key].with_triton("3.6"), launches.Launch(rows=8, columns=2, warps=4, programs=12)
+    assert present != table.rows[key].launch
+
+    def launch(which: launches.Launch, ms: float) -> dict:
+        facts = {**key._asdict(), "shape": "base", "launch": vars(which), "ms": {"median": ms}}
+        return row("launch", ok=True, triton="3.6.0", **facts)
+
+    assert report.new_launches(report.Rows([launch(present, 1.0), launch(fast, 0.5)]), table) == {key: fast}
+
+
 def test_choices(report, root):
     found = [ours(300), ours(310, cudnn_benchmark=True), ours(320, 128, cudnn_benchmark=True)]
     found += [ours(321, 128, ("efficiency.cuda_graph=step",), cudnn_benchmark=True)]
@@ -208,13 +222,12 @@ def test_eta_from_rows_as_they_are_measured(report, monkeypatch):
     measure, work = importlib.import_module("roofline_measure"), importlib.import_module("step_work")
     training, cpu = importlib.import_module("training"), torch.device("cpu")
     monkeypatch.setattr(measure, "copy_bandwidth", lambda *_: 10.0)  # a quarter of a GB otherwise
-    monkeypatch.setattr(measure, "fp8_layers", lambda *_: ())
     once = {"rounds": 1, "warmup": 0}
     timed = measure.interleaved
     monkeypatch.setattr(measure, "interleaved", lambda calls, device, _: timed(calls, device, **once))
-    config = training.configuration("tiny", 3, 2, cpu, ("objective.perceptual_weight=1",))
-    found = list(measure.rows(work.step(config, 2), cpu, torch.float32, 1))
-    found = json.loads(json.dumps([row("ceiling", batch=2, **facts) for facts in found]))
+    config = training.configuration("tiny", 3, 4, cpu, ("objective.perceptual_weight=1",))
+    found = list(measure.rows(work.step(config, 4), cpu, torch.float32, 1))
+    found = json.loads(json.dumps([row("ceiling", batch=4, **facts) for facts in found]))
 
     def slower(rows: list[dict], *kinds: str) -> list[dict]:
         """Half the rates of these kinds."""
@@ -225,6 +238,7 @@ def test_eta_from_rows_as_they_are_measured(report, monkeypatch):
         rates = ("tflops", "tb_per_s")
         return [r | {k: halved(r[k]) for k in rates if k in r} if r["kind"] in kinds else r for r in rows]
 
+    assert {tuple(facts["ms"]) for facts in found if facts["kind"] == "fp8"} == {("half", "scaled", "products")}
     eta = report.eta(report.Rows(found), 0.01)
     assert eta is not None
     assert eta > 0

@@ -5,7 +5,7 @@ digit (NVIDIA_H200), or of its compute capability (sm_90); a device without eith
 
     {"device": "sm_90", "multiprocessors": 132, "rows": [row, ...]}
 
-multiprocessors is what grids are fitted to where there is no GPU; on one its own number counts. A row has exactly
+multiprocessors is what grids are fitted to where there is no GPU; on one its own number counts. A row has
 
     op            adaln, adaln_mid, adaln_tail, qk_norm_rope, swiglu, lpips_head, corruption
     direction     "forward" or "backward"
@@ -13,6 +13,7 @@ multiprocessors is what grids are fitted to where there is no GPU; on one its ow
                   width without a row takes the next larger one's, or else the largest's.
     launch        the numbers below; one that is left out is 0
     measured      the date of the measurement that chose the launch, "2026-12-24", or "not measured"
+    by_triton     optional: programs (below) with a minor version of Triton whose code takes fewer registers, {"3.6": 9}
 
     rows          rows (tokens) of a tile; the backward of adaln and adaln_mid takes 1
     columns       columns (swiglu), heads (qk_norm_rope) or Philox calls (corruption) of a tile
@@ -28,8 +29,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +64,11 @@ class Key(NamedTuple):
 class Row:
     launch: Launch
     measured: str = NOT_MEASURED
+    by_triton: dict[str, int] = field(default_factory=dict)
+
+    def with_triton(self, minor: str) -> Launch:
+        """The launch with a minor version of Triton, "3.6"; "" where there is none."""
+        return replace(self.launch, programs=self.by_triton.get(minor, self.launch.programs))
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,22 @@ def read(path: Path) -> Table:
     known = {field.name for field in fields(Launch)}
     for found in data["rows"]:
         where = f"{path.name}: {json.dumps(found)}"
-        if found.keys() != {"op", "direction", "width", "launch", "measured"}:
-            raise ValueError(f"{where} must have op, direction, width, launch and measured, and nothing else")
-        launch, measured = found["launch"], found["measured"]
+        if found.keys() - {"by_triton"} != {"op", "direction", "width", "launch", "measured"}:
+            raise ValueError(
+                f"{where} must have op, direction, width, launch, measured, perhaps by_triton, and no more"
+            )
+        launch, measured, by_triton = found["launch"], found["measured"], found.get("by_triton", {})
         if unknown := launch.keys() - known:
             raise ValueError(f"{where}: launch has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-        if not all(type(number) is int and number >= 0 for number in (*launch.values(), found["width"])):
-            raise ValueError(f"{where}: width and launch must be whole numbers from 0 on")
+        numbers = (*launch.values(), *by_triton.values(), found["width"])
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{where}: width and launch must be whole numbers from 0 on, and so must by_triton")
         if measured != NOT_MEASURED and not re.fullmatch(r"\d{4}-\d\d-\d\d", measured):
             raise ValueError(f"{where}: measured must be a date, 2026-12-24, or {NOT_MEASURED!r}")
         key = Key(found["op"], found["direction"], found["width"])
         if key in rows or found["direction"] not in ("forward", "backward"):
             raise ValueError(f"{where} is there twice, or its direction is neither forward nor backward")
-        rows[key] = Row(Launch(**launch), measured)
+        rows[key] = Row(Launch(**launch), measured, by_triton)
     return Table(data["device"], data["multiprocessors"], rows)
 
 
@@ -99,7 +109,8 @@ def text_of(table: Table) -> str:
     lines = []
     for key, row in sorted(table.rows.items()):
         launch = {name: number for name, number in asdict(row.launch).items() if number}
-        lines.append("    " + json.dumps({**key._asdict(), "launch": launch, "measured": row.measured}))
+        more = {"by_triton": row.by_triton} if row.by_triton else {}
+        lines.append("    " + json.dumps({**key._asdict(), "launch": launch, "measured": row.measured, **more}))
     head = f'{{\n  "device": {json.dumps(table.device)},\n  "multiprocessors": {table.multiprocessors},\n  "rows": [\n'
     return head + ",\n".join(lines) + "\n  ]\n}\n"
 
@@ -107,6 +118,20 @@ def text_of(table: Table) -> str:
 def names_of(device: str, capability: tuple[int, int]) -> tuple[str, str]:
     """The file names, without .json, of a device's table, the first that exists to be taken."""
     return re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_"), f"sm_{capability[0]}{capability[1]}"
+
+
+@cache
+def triton_minor() -> str:
+    """The installed Triton's version as by_triton has it; "" without one."""
+    try:
+        return minor_of(version("triton"))
+    except PackageNotFoundError:
+        return ""
+
+
+def minor_of(version: str) -> str:
+    """3.6 of 3.6.0."""
+    return ".".join(version.split(".")[:2])
 
 
 class Device(NamedTuple):
@@ -133,12 +158,14 @@ def _device(gpu: torch.device | None) -> Device:
 
 @cache
 def launch_of(op: str, direction: str, width: int, device: torch.device) -> Launch:
-    """The launch of one operation's kernel on ``device``."""
+    """The launch of one operation's kernel on ``device``, with the Triton that is installed."""
     table = device_of(device).table
     widths = sorted(key.width for key in table.rows if key[:2] == (op, direction))
     if not widths:
         raise ValueError(f"the table of launches of {table.device} has no {direction} of {op}")
-    return table.rows[Key(op, direction, next((w for w in widths if w >= width), widths[-1]))].launch
+    return table.rows[Key(op, direction, next((w for w in widths if w >= width), widths[-1]))].with_triton(
+        triton_minor()
+    )
 
 
 def slots_of(launch: Launch, device: torch.device) -> int:

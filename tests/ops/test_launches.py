@@ -28,7 +28,8 @@ def test_every_operation_is_in_the_default_table():
 
 
 def test_a_measured_row_survives(tmp_path):
-    key, row = Key("swiglu", "backward", 2048), Row(Launch(rows=8, columns=256, warps=4, programs=5), "2026-12-24")
+    key, launch = Key("swiglu", "backward", 2048), Launch(rows=8, columns=256, warps=4, programs=5)
+    row = Row(launch, "2026-12-24", {"3.6": 7})
     (tmp_path / "x.json").write_text(text_of(Table("NVIDIA H200", 132, {key: row})))
     assert read(tmp_path / "x.json") == Table("NVIDIA H200", 132, {key: row})
 
@@ -40,7 +41,8 @@ def test_a_measured_row_survives(tmp_path):
         ({"launch": {"warps": "4"}}, "width and launch must be whole numbers"),
         ({"measured": "today"}, "measured must be a date"),
         ({"direction": "both"}, "neither forward nor backward"),
-        ({"note": ""}, "and nothing else"),
+        ({"note": ""}, "and no more"),
+        ({"by_triton": {"3.6": "9"}}, "so must by_triton"),
     ],
 )
 def test_a_row_that_is_wrong_is_named(tmp_path, change, message):
@@ -50,6 +52,15 @@ def test_a_row_that_is_wrong_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         read(path)
     assert str(error.value).startswith('sm_90.json: {"op": "adaln"')
+
+
+def test_programs_follow_the_installed_triton(monkeypatch):
+    """Of a launch that this project's Tritons compile to different numbers of registers."""
+    for minor, programs in (("3.6", 9), ("3.8", 7), ("", 7)):
+        monkeypatch.setattr(launches, "triton_minor", lambda minor=minor: minor)
+        launches.launch_of.cache_clear()
+        assert launches.launch_of("qk_norm_rope", "forward", 768, CPU).programs == programs
+    launches.launch_of.cache_clear()
 
 
 def test_widths_between_rows_take_the_next_larger_one():
