@@ -150,11 +150,11 @@ def _fp8_calls(shape: tuple[int, ...], device: torch.device) -> dict[str, Callab
     x8, dy8 = copied_linear.quantise(x.detach(), e4m3)[0], copied_linear.quantise(dy, torch.float8_e5m2)[0]
 
     def in_half() -> object:
-        (y,) = copied_linear.half_linear(x, weight, None, half, None, (0, outputs))
+        y = copied_linear.half_linear(x, weight, None, half, None, (0, outputs))
         return torch.autograd.grad(y, x, dy)
 
     def in_float8() -> object:
-        (y,) = copied_linear.scaled_linear(x, weight, None, scaled, None, (0, outputs))
+        y = copied_linear.scaled_linear(x, weight, None, scaled, None, (0, outputs))
         return torch.autograd.grad(y, x, dy)
 
     def products() -> object:
