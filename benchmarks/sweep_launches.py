@@ -26,9 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and "--compile" in sys.argv:
     os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "ops")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "ops"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from machine_code import programs_at_once  # noqa: E402
 
 from unite_kernels import launches  # noqa: E402
 from unite_kernels.launches import Launch  # noqa: E402
@@ -41,8 +42,6 @@ GRIDS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("qk_norm_rope", "forward"): {"rows": (8,), "columns": (2, 4), "warps": (4, 8), "stages": (0, 2, 3)},
     ("swiglu", "backward"): {"rows": (2, 4), "columns": (256, 512), "warps": (4, 8), "stages": (0, 2, 3)},
 }
-REGISTERS, SHARED, WARPS, MOST = 65536, 233_472, 64, 32  # of a multiprocessor of sm_90: 32-bit, bytes, -, programs
-RESERVED = 1024  # bytes of shared memory that every program takes besides its own
 SHAPES = ("base", "flow")  # of bench_kernels.py
 
 
@@ -73,13 +72,6 @@ def chosen(op: str, direction: str, launch: Launch) -> Iterator[None]:
         yield
     finally:
         launches.launch_of = table
-
-
-def programs(registers: int, shared: int, warps: int) -> int:
-    """How many programs a multiprocessor of sm_90 holds: registers go to warps in units of 256, per thread in 8."""
-    per_warp = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS // per_warp // warps if registers else MOST
-    return min(by_registers, WARPS // warps, SHARED // (shared + RESERVED), MOST)
 
 
 def compiled(op: str, direction: str, launch: Launch) -> tuple[str, str, Launch, dict[str, int] | None]:
@@ -116,7 +108,7 @@ def compile_all(path: Path, processes: int, toy: bool) -> int:
     rows = []
     for op, direction, launch, used in results:
         if used is not None and not used["spills"]:
-            fitted = programs(used["registers"], used["shared"], launch.warps)
+            fitted = programs_at_once(used["registers"], launch.warps, used["shared"])
             rows.append({"op": op, "direction": direction, "launch": asdict(replace(launch, programs=fitted)), **used})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows))
