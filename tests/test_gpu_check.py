@@ -218,6 +218,18 @@ def test_a_graph_wins_as_other_choices_do(monkeypatch, tmp_path, rows):
     assert any(row["benchmark"] == "kernel" and not row["ok"] for row in rows())  # out of memory there costs a row
 
 
+def test_what_won_is_kept_when_a_later_choice_ends_the_part(monkeypatch, tmp_path, rows):
+    def speeds(setting):
+        if "efficiency.cuda_graph=step" in setting["overrides"]:
+            raise KeyboardInterrupt
+        return 1 + (setting["lpips"] == "eager")
+
+    with pytest.raises(KeyboardInterrupt):
+        ours_without_timing(monkeypatch, tmp_path, speeds)
+    steps = importlib.import_module("gpu_parts.steps")
+    assert [steps.kept(bench(tmp_path), name)["lpips"] for name in ("shared", "best")] == ["eager", "eager"]
+
+
 def test_a_step_that_runs_out_of_memory_says_so_as_torch_does(monkeypatch):
     """A run ends with an error of its own; what tries batch sizes must see the one that it catches."""
     training = importlib.import_module("training")
