@@ -4,7 +4,6 @@ On a GPU nothing is interpreted and nothing repaired: the same tests then check 
 
 The interpreter truncates float32 to bfloat16 where a GPU rounds to nearest even, and multiplies bfloat16 matrices as
 if their bits were integers. Both are replaced here, so that bfloat16 is held to the same error budget as float32.
-Triton 3.9's also refuses a mask that a comparison of two scalars is part of, which it keeps as an integer.
 """
 
 from __future__ import annotations
@@ -34,11 +33,6 @@ def _hardware_bfloat16():
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, dot = builder.cast_impl, builder.create_dot
 
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def of_bools(mask):
-        return handle(np.asarray(mask.data, dtype=bool), tl.int1)
-
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.float32 and target == tl.bfloat16:
@@ -54,10 +48,6 @@ def _hardware_bfloat16():
 
     patch = pytest.MonkeyPatch()
     patch.setattr(builder, "cast_impl", cast_impl)
-    patch.setattr(builder, "create_masked_load", lambda self, p, mask, *rest: load(self, p, of_bools(mask), *rest))
-    patch.setattr(
-        builder, "create_masked_store", lambda self, p, value, mask, *rest: store(self, p, value, of_bools(mask), *rest)
-    )
     for name in ("create_fp_ext", "create_fp_trunc"):
         patch.setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     patch.setattr(builder, "create_dot", create_dot)

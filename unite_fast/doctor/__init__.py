@@ -50,8 +50,8 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    supported = (2, 11) <= release(torch.__version__) < (2, 15)
-    mend = "" if supported else "; install 2.11 to 2.14"
+    supported = (2, 11) <= release(torch.__version__) < (2, 16)
+    mend = "" if supported else "; install 2.11 to 2.15"
     return Finding("OK" if supported else "FAIL", "torch", torch.__version__ + mend)
 
 

@@ -49,11 +49,16 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def torchvision_build() -> Finding:
-    """torchvision 0.N + 15 belongs to torch 2.N; another one has no operators, which only shows when one is called."""
+    """torchvision 0.N + 15 belongs to torch 2.N; another one has no operators, which only shows when one is called.
+
+    From 0.29 on it goes with torch 2.14 and whatever comes after, by its own requirements.
+    """
     torch_release, found = release(torch.__version__), version("torchvision")
+    lasting = torch_release >= (2, 14)
     wanted = f"0.{torch_release[1] + 15}"
-    mend = f"pip install 'torchvision=={wanted}.*'"
-    if torch_release[0] == 2 and release(found) != release(wanted):
+    mend = "pip install 'torchvision>=0.29'" if lasting else f"pip install 'torchvision=={wanted}.*'"
+    belongs = release(found) >= (0, 29) if lasting else release(found) == release(wanted)
+    if torch_release[0] == 2 and not belongs:
         return Finding("FAIL", "torchvision build", f"{found} does not belong to torch {torch.__version__}; {mend}")
     module = importlib.import_module("torchvision")
     cuda = str(getattr(getattr(module, "version", None), "cuda", None) or "")

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast import modality
 from unite_fast.config import (
@@ -53,6 +52,8 @@ def step_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = ())
 def counted_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = ()) -> float:
     """Of the products and convolutions that a step of one sample executes, forward and backward, by torch's counter."""
     losses: Any = modality.of(m).losses(m, o, EfficiencyConfig(kernels="eager"), files=False)
+    from torch.utils.flop_counter import FlopCounterMode  # warns where there is no Triton
+
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
