@@ -51,8 +51,9 @@ def _schedule(old: dict[str, Any], train: dict[str, Any], where: str) -> dict[st
 def written(values: Any) -> Any:
     """A user's file in today's keys, where what it says of the schedule has one meaning: cosine or constant."""
     optim = values.get("optim") if isinstance(values, dict) else None
-    named = str(optim.get("schedule")) if isinstance(optim, dict) else ""
-    flat = {"cosine": 0.0, "constant": 1e9}.get(named)
+    if not isinstance(optim, dict):
+        return values
+    flat = {"cosine": 0.0, "constant": 1e9}.get(str(optim.get("schedule")))
     if flat is None:
         return values
     kept = {key: value for key, value in optim.items() if key != "schedule"}
