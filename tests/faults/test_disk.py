@@ -86,14 +86,14 @@ def test_snapshot(tmp_path, monkeypatch):
 
     def slow(phase: str, step: int, tensors: object = ()) -> None:
         entered.append((phase, time.monotonic()))
-        time.sleep(0.3)
+        time.sleep(0.8)
 
     monkeypatch.setattr(saving.faults, "strike", slow)
     state.step = 1
     started = time.monotonic()
     writer.save(state, {})
-    assert time.monotonic() - started < 0.25
-    assert writer.stall() < 0.25
+    assert time.monotonic() - started < 0.7
+    assert writer.stall() < 0.7
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(1.0)

@@ -164,7 +164,7 @@ def test_evil_yaml(job, text, says):
     said = job.train(ranks=1, code=2)
     assert says in said
     assert said.count("\n") == 1
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert not (ROOT / "executed").exists()
 
 

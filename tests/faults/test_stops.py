@@ -141,7 +141,7 @@ def test_interrupted_twice(job, straight):
     started = time.monotonic()
     rank.kill(signal.SIGINT)
     assert rank.wait(10) == 130
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
     assert job.steps() == [3]
     said = job.train("train.max_steps=4", *STRAIGHT[1:], ranks=1)
     assert "at step 3: the newest that verifies" in said
