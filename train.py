@@ -13,6 +13,7 @@ import torch
 
 from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
+from unite_fast.base.errors import RunError
 from unite_fast.config import yaml_text
 from unite_fast.efficiency import compiling, execution, precision
 from unite_fast.model.flops import peak_flops
@@ -199,10 +200,11 @@ def loop(
 
 def check_round_trip(settings: config.Config, state: TrainState, ranks: distributed.Ranks) -> None:
     """--fast-dev-run: what was saved loads again, equal."""
+    path, lines, _ = ranks.decide(lambda: checkpoint.newest(settings.folder / "checkpoints"))
+    if path is None:
+        raise RunError("; ".join([f"--fast-dev-run left no usable checkpoint in {settings.folder}", *lines]))
     again = assemble.fresh_state(settings, ranks)
-    choice = ranks.decide(lambda: start.choose(dataclasses.replace(settings, resume="must"), {}))
-    assert choice.path is not None
-    checkpoint.resume(choice.path, again, settings.train.global_batch)
+    checkpoint.resume(path, again, settings.train.global_batch)
     before, after = state.model.state_dict(), again.model.state_dict()
     if again.step != state.step or any(not torch.equal(local(before[k]), local(after[k])) for k in before):
         raise RuntimeError("the checkpoint does not give back the model that was saved")

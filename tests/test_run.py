@@ -16,7 +16,9 @@ from stepping import load_tiny, trainer
 from support import ROOT, command
 from torch import Tensor
 
+import train
 from unite_fast import data
+from unite_fast.base.errors import RunError
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import grids
 from unite_fast.run.stop import Stop
@@ -135,3 +137,10 @@ def test_a_step_leaves_no_tensors_to_the_collector(graphs):
 
 if __name__ == "__main__":
     print(leftovers(sys.argv[1]))
+
+
+def test_a_dev_run_that_saved_nothing_names_its_folder(tmp_path):
+    settings = load_tiny(f"run_dir={tmp_path / 'run-dev'}")
+    step, _ = trainer()
+    with pytest.raises(RunError, match=rf"^--fast-dev-run left no usable checkpoint in {tmp_path / 'run-dev'}$"):
+        train.check_round_trip(settings, step.state, step.ranks)
