@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -144,3 +145,27 @@ def test_a_dev_run_that_saved_nothing_names_its_folder(tmp_path):
     step, _ = trainer()
     with pytest.raises(RunError, match=rf"^--fast-dev-run left no usable checkpoint in {tmp_path / 'run-dev'}$"):
         train.check_round_trip(settings, step.state, step.ranks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ((), "set train.micro_batch=4 (or efficiency.recompute=blocks)"),
+        (("efficiency.recompute=blocks",), "set train.micro_batch=4"),
+        (
+            ("efficiency.flow_mini_batch=2", "objective.flow_steps=2"),
+            "set train.micro_batch=4 (or efficiency.recompute=blocks or efficiency.flow_mini_batch=1)",
+        ),
+        (
+            ("efficiency.recompute=blocks", "train.micro_batch=1"),
+            "the model needs a larger GPU",
+        ),
+    ],
+    ids=["plain", "recomputed", "flow mini-batches", "the smallest"],
+)
+def test_out_of_memory_names_what_is_left_to_try(overrides, mend, monkeypatch):
+    step, batch = trainer("train.micro_batch=8", *overrides)
+    monkeypatch.setattr(step, "accumulate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(RunError) as caught:
+        step(batch())
+    assert str(caught.value).partition("; ")[2] == mend

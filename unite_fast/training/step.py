@@ -131,8 +131,7 @@ class TrainStep:
                 half = next((m for m in range(self.micro_batch // 2, 0, -1) if len(batch.labels) % m == 0), 0)
                 where = f"out of memory in step {number} with train.micro_batch={self.micro_batch}"
                 if self.config.train.on_oom == "fail" or not half:
-                    mend = f"; set train.micro_batch={half}" if half else "; the model needs a larger GPU"
-                    raise RunError(f"{where}{mend} (or efficiency.recompute=blocks)") from None
+                    raise RunError(f"{where}; {self.memory_mend(half)}") from None
             else:
                 if self.graphs is not None:
                     self.graphs.gradients.keep()
@@ -143,6 +142,16 @@ class TrainStep:
                 parameter.grad = None
             if self.ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def memory_mend(self, half: int) -> str:
+        """What a run that is out of memory can try. half: the next smaller micro-batch, 0 where there is none."""
+        execution, mends = self.state.execution, []
+        if not execution.recompute.blocks:
+            mends.append("efficiency.recompute=blocks")
+        if execution.efficiency.flow_mini_batch > 1 and self.config.objective.stop_gradient:
+            mends.append("efficiency.flow_mini_batch=1")
+        mend = f"set train.micro_batch={half}" if half else "the model needs a larger GPU"
+        return f"{mend} (or {' or '.join(mends)})" if mends else mend
 
 
 def moments(z: Tensor, sizes: Tensor | None) -> dict[str, Tensor]:
