@@ -84,6 +84,22 @@ def test_each_part_is_updated_by_its_own_gradients():
     assert (int(critic.optimizer.steps), int(step.state.optimizer.steps)) == (1, 2)
 
 
+def test_an_update_that_any_part_skips_is_counted():
+    """UNITE is updated; the critic, whose gradient is not finite, keeps its weights until it has a finite one."""
+    step, batch = with_critic()
+    weight = step.state.parts["critic"].optimizer.parameters["weight"]
+    before, updates = weight.detach().clone(), int(step.state.optimizer.steps)
+    broken = weight.register_hook(lambda gradient: gradient * torch.inf)
+    metrics = step(batch)
+    assert (float(metrics["skipped"]), float(metrics["total"])) == (1, 0)
+    assert torch.equal(weight, before)
+    assert int(step.state.optimizer.steps) == updates + 1
+    step.objective.asked = False  # type: ignore[attr-defined]
+    assert float(step(batch)["skipped"]) == 0  # of a part that has no update nothing is counted
+    assert step.skips.drain() == (1, [0])
+    broken.remove()
+
+
 def after_two_steps(ranks: Ranks) -> dict[str, Tensor]:
     step, batch = with_critic(ranks)
     for _ in range(2):  # the first averages after its backward, the second meanwhile

@@ -54,7 +54,8 @@ class TrainStep:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """batch: this rank's global_batch / world_size images. Averages gradients over ranks; no host sync on a GPU.
 
-        A step whose gradient norm is not finite changes nothing, on all ranks; its metrics are 0 and "skipped" is 1.
+        A part whose gradient norm is not finite does not change, on all ranks. The step then counts as skipped: its
+        metrics are 0 and "skipped" is 1.
         """
         state, number = self.state, self.state.step + 1
         losses = self.within_memory(batch, number)
@@ -89,8 +90,9 @@ class TrainStep:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
         latents = torch.stack([value for name, value in losses.items() if name.startswith("latent_")])
         self.ranks.average_([latents])  # over the global batch, however it is split
-        norms = {name: part.optimizer.step(lr) for name, part in self.state.parts.items() if part.optimizer.due}
-        skip = self.state.optimizer.skip
+        due = {name: part.optimizer for name, part in self.state.parts.items() if part.optimizer.due}
+        norms = {name: optimizer.step(lr) for name, optimizer in due.items()}
+        skip = torch.stack([optimizer.skip for optimizer in due.values()]).any()
         self.skips.record(skip, position)
         metrics = {name: value for name, value in losses.items() if name in self.metrics}
         metrics |= {"latent_std": spread(*latents), "grad_norm": norms[""], "lr": lr}
