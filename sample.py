@@ -19,7 +19,9 @@ from unite_fast.sampling.generate import Request, parse_interval, parse_labels, 
 from unite_fast.sampling.makers import MAKERS
 
 SEEDS, LABELS = "0-49", "equal"
-OF_SAMPLES = ("overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "solver", "steps", "compile", "graph")
+OF_SAMPLES = (
+    "overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "solver", "steps", "last", "compile", "graph",
+)  # fmt: skip
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,6 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
     add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
+    add("--last", choices=choices(SampleConfig, "last"), help="what is decoded: the solver's last state, or the "
+        "latents that the network predicts from it (default: the run's)")  # fmt: skip
     add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
     add(
         "--precision",
@@ -69,7 +73,7 @@ def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int) 
     asked = {
         "solver": arguments.solver, "steps": arguments.steps, "cfg_scale": arguments.cfg,
         "cfg_interval": None if arguments.cfg_interval is None else parse_interval(arguments.cfg_interval),
-        "cfg_order": arguments.cfg_order,
+        "cfg_order": arguments.cfg_order, "last": arguments.last,
     }  # fmt: skip
     how = dataclasses.replace(run, **{name: value for name, value in asked.items() if value is not None})
     sampling.check(how)
@@ -94,7 +98,7 @@ def describe(located: Path, arguments: argparse.Namespace, how: SampleConfig | N
     guidance = f"w {how.cfg_scale:g}"
     if how.cfg_scale != 1:
         guidance += f" for t in {list(how.cfg_interval)}, {how.cfg_order}"
-    return f"{said}; {how.solver}{steps}, {guidance}"
+    return f"{said}; {how.solver}{steps}, last {how.last}, {guidance}"
 
 
 def main(argv: list[str]) -> int:

@@ -407,12 +407,22 @@ def test_overwriting_a_folder(trained, tmp_path):
 @pytest.mark.parametrize(
     "words",
     ["--overwrite", "--seeds 0-3", "--labels random", "--cfg 2", "--cfg-interval 0,1", "--cfg-order both",
-     "--solver heun", "--steps 3", "--compile", "--graph"],
+     "--solver heun", "--steps 3", "--last state", "--compile", "--graph"],
 )  # fmt: skip
 def test_what_does_nothing_with_reconstruct_is_refused(words):
     name = words.split()[0]
     with pytest.raises(UserError, match=f"^{name} does nothing with --reconstruct"):
         program.parse(["--checkpoint", "a", "--out", "b", "--reconstruct", "c", *words.split()])
+
+
+def test_what_is_decoded_can_be_chosen_and_is_said(tmp_path):
+    """It changes every image."""
+    run = SampleConfig(solver="heun", steps=5, last="prediction")
+    for words, last in (([], "prediction"), (["--last", "state"], "state")):
+        arguments = program.parse(["--checkpoint", "a", "--out", "b", *words])
+        how = program.request(arguments, run, 10).how
+        assert how.last == last
+        assert program.describe(tmp_path, arguments, how).endswith(f"; heun, steps 5, last {last}, w 1")
 
 
 def test_only_the_first_rank_speaks(trained, tmp_path, monkeypatch, capsys):
