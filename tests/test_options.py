@@ -43,6 +43,18 @@ IDLE = [
     ("train.py", "--config tiny.yaml optim.muon=false optim.muon_momentum=0.9", "override optim.muon_momentum"),
     ("train.py", "--config tiny.yaml train.wandb_name=x", "override train.wandb_name"),
     ("train.py", "--config tiny.yaml resume=must init_from=x", "override init_from"),
+    *(
+        ("train.py", f"--config atoms.yaml {key}={value}", f"override {key}: it does nothing beside model.modality=")
+        for key, value in {
+            "model.patch_positions": "learned", "data.crop": "fast", "data.flip": "false",
+            "evaluation.reference": "r.npz", "evaluation.extractor": "digits", "evaluation.inception": "x",
+        }.items()
+    ),
+    ("train.py", "--config tiny.yaml evaluation.scorer=rdkit_tight", "override evaluation.scorer"),
+    *(
+        ("train.py", f"--config tiny.yaml {beside} efficiency.flow_mini_batch=2", "override efficiency.flow_mini_batch")
+        for beside in ("objective.stop_gradient=false", "objective.flow_steps=0")
+    ),
     ("train.py", "--config tiny.yaml train.shard_size=2", "train.shard_size"),
     ("train.py", "--config tiny.yaml --mfu 0.4", "--mfu"),
     ("train.py", "--config tiny.yaml --ranks 8", "--ranks"),
@@ -54,7 +66,7 @@ IDLE = [
         ("sample.py", f"--checkpoint run --out out --reconstruct photos {words}", words.split()[0])
         for words in (
             "--overwrite", "--seeds 0-3", "--labels equal", "--cfg 2", "--cfg-interval 0,1", "--cfg-order both",
-            "--solver heun", "--steps 5", "--compile", "--graph",
+            "--solver heun", "--steps 5", "--last state", "--compile", "--graph",
         )
     ),
     ("sample.py", "--checkpoint run --out out --cfg-interval 0.1,1", "--cfg-interval"),
@@ -95,6 +107,7 @@ def place(tmp_path_factory) -> Path:
     said = command_of(MODULES["statistics"].main, "--config", place / "tiny.yaml", "--extractor", "digits", "--out",
                       place / "r.npz")  # fmt: skip
     assert said.returncode == 0, said.stderr
+    (place / "atoms.yaml").write_text("model: {modality: atoms}\ndata: {source: qm9}")
     (place / "atoms.xyz").write_text("3\n\nO 0 0 0\nH 0.76 0.59 0\nH -0.76 0.59 0\n")
     return place
 

@@ -102,7 +102,7 @@ class AtomsConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     modality: Literal["images", "atoms"] = option(
-        "images", "what the model is of; the next three keys are those of images"
+        "images", "what the model is of; the next three keys and patch_positions are those of images"
     )
     image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16)
     patch_size: int = option(16, "pixels of a patch, height and width", above=0)
