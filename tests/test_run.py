@@ -23,7 +23,7 @@ from unite_fast.base.errors import RunError
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import grids
 from unite_fast.run.stop import Stop
-from unite_fast.training.step import TrainStep
+from unite_fast.training.step import TrainStep, weights_of
 
 
 def stopped(ranks: Ranks, failing: int, signals: dict[int, int]) -> tuple[str, str]:
@@ -169,3 +169,19 @@ def test_out_of_memory_names_what_is_left_to_try(overrides, mend, monkeypatch):
     with pytest.raises(RunError) as caught:
         step(batch())
     assert str(caught.value).partition("; ")[2] == mend
+
+
+def test_other_weights_are_the_models_only_within():
+    """Also where what is done with them fails."""
+    state = trainer()[0].state
+    raw = {name: p.detach().clone() for name, p in state.optimizer.parameters.items()}
+    others = {name: p + 1 for name, p in raw.items()}
+
+    def fail() -> None:
+        with weights_of(state, others):
+            assert all(torch.equal(p, others[name]) for name, p in state.optimizer.parameters.items())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert all(torch.equal(p, raw[name]) for name, p in state.optimizer.parameters.items())

@@ -13,7 +13,7 @@ from unite_fast.data import Batch
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.sampling.reconstruct import reconstruct
 from unite_fast.training.state import TrainState
-from unite_fast.training.step import sampling_model
+from unite_fast.training.step import weights_of
 
 GRID_COLUMNS = 8
 
@@ -51,12 +51,9 @@ def save_pictures(path: Path, state: TrainState, how: SampleConfig, t_max: float
     seeds = range(len(labels))
     try:
         raw = sampling.sample(model, labels, how, seeds=seeds)
-        restore = sampling_model(state)
-        try:
+        with weights_of(state, state.optimizer.ema):
             reconstruction = reconstruct(model, content, torch.arange(len(labels)), t_max, labels, shown.sizes)
             averaged = sampling.sample(model, labels, how, seeds=seeds)
-        finally:
-            restore()
     finally:
         model.train()
     if ranks.is_main:

@@ -41,7 +41,7 @@ from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
-from unite_fast.training.step import sampling_model
+from unite_fast.training.step import weights_of
 
 NAMES = {
     "search": "the guidance search", "sweep": "the guidance sweep", "rfid": "the reconstruction score",
@@ -199,10 +199,9 @@ class Monitor:
             "sha256": self.ranks.decide(functools.partial(digest, tensors)),
         }  # fmt: skip
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        restore = sampling_model(state, tensors)
         state.model.eval()
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
+            with weights_of(state, tensors), torch.random.fork_rng(devices=devices), torch.no_grad():
                 if isinstance(self.files, AtomFiles):
                     found = self._atoms(state, self.files)
                 elif kind == "rfid":
@@ -210,7 +209,6 @@ class Monitor:
                 else:
                     found = self._search(kind, state, path, weights, self.files)
         finally:
-            restore()
             state.model.train()
         protocol = {"checkpoint": weights} | found.pop("protocol")
         protocol["environment"] = provenance.of(self.ranks.device, self.ranks.world_size)

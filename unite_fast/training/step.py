@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -213,11 +213,15 @@ class Graphs:
         return self.step.update(lr, position, losses)
 
 
-def sampling_model(state: TrainState, weights: Mapping[str, Tensor] | None = None) -> Callable[[], None]:
-    """Puts ``weights``, by default the EMA, into the model; the returned function puts the raw ones back."""
+@contextmanager
+def weights_of(state: TrainState, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model has ``tensors`` for its parameters, by their names, within; after it the raw ones, bit for bit."""
     raw = {name: local(p.detach()).clone() for name, p in state.optimizer.parameters.items()}
-    _copy(state, state.optimizer.ema if weights is None else weights)
-    return lambda: _copy(state, raw)
+    try:
+        _copy(state, tensors)
+        yield
+    finally:
+        _copy(state, raw)
 
 
 @torch.no_grad()
