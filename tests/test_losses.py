@@ -63,6 +63,9 @@ def test_dropout_follows_its_switch_not_the_training_mode(perceptual, pair, monk
     monkeypatch.setattr(perceptual, "dropout", True)
     perceptual.eval()
     assert perceptual(*pair) != perceptual(*pair)
+    with perceptual.without_dropout():
+        assert perceptual(*pair) == perceptual(*pair)
+    assert perceptual(*pair) != perceptual(*pair)
     monkeypatch.undo()
     perceptual.eval()
 

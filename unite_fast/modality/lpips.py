@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ class Perceptual(nn.Module):
         for head in self.net.lins:
             head.train(self.dropout)
         return self
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[Perceptual]:
+        """For scores: dropout in the heads is a quirk of the training loss."""
+        dropout, self.dropout = self.dropout, False
+        self.train()
+        try:
+            yield self
+        finally:
+            self.dropout = dropout
+            self.train()
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """Two (B, 3, S, S) image batches in [0, 1] -> scalar; differentiable in ``reconstruction``."""

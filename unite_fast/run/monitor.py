@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from unite_fast.evaluation.features import Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import Options, Settings
 from unite_fast.modality import Losses
-from unite_fast.modality.lpips import Perceptual
+from unite_fast.modality.images import ImageLosses
 from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.session import Session
@@ -161,7 +162,7 @@ class Monitor:
     ) -> None:
         """Removes scores later than ``state``: they will come again. Unfinished ones are taken up then."""
         self.config, self.session, self.files = config, session, files
-        self.perceptual: Perceptual | None = getattr(losses, "perceptual", None)
+        self.perceptual = losses.perceptual if isinstance(losses, ImageLosses) else None
         self.ranks: Ranks = session.ranks
         self.images_per_epoch, self.last_step = images_per_epoch, last_step
         self.folder = session.path / "scores" / "training"
@@ -259,25 +260,16 @@ class Monitor:
         }
 
     def _rfid(self, state: TrainState, files: Files) -> dict[str, Any]:
-        perceptual = self.perceptual
-        dropout = perceptual is not None and perceptual.dropout
-        if perceptual is not None:  # a quirk of the training loss, which has no place in a score
-            perceptual.dropout = False
-            perceptual.train(False)
-        try:
-            c = self.config
-            settings = reconstruction.of_run(c.objective, c.evaluation, c.efficiency)
-            source = data.open_source(c.data, c.model, "heldout")
-            said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
+        c, perceptual = self.config, self.perceptual
+        settings = reconstruction.of_run(c.objective, c.evaluation, c.efficiency)
+        source = data.open_source(c.data, c.model, "heldout")
+        said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
+        with nullcontext() if perceptual is None else perceptual.without_dropout():
             protocol = reconstruction.protocol(settings, files.extractor, perceptual, said)
             result = reconstruction.score(
                 state.model, settings, source, c.data, files.extractor, self.ranks, perceptual,
                 stopping=self.session.stopping,
             )  # fmt: skip
-        finally:
-            if perceptual is not None:
-                perceptual.dropout = dropout
-                perceptual.train(False)
         return {"protocol": protocol, "result": result}
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
