@@ -98,5 +98,8 @@ def test_every_command_has_a_verb(capsys):
         assert importlib.util.find_spec(module) is not None
     assert verbs.main([]) == 0
     assert "evaluate " in capsys.readouterr().out
+    for program in ("train", "sample"):
+        with pytest.raises(UserError, match=f"^{program} is a program of its own: python {program}.py --debug$"):
+            verbs.main([program, "--debug"])
     with pytest.raises(UserError, match="no command 'evalute'; choose one of doctor"):
         verbs.main(["evalute"])

@@ -15,12 +15,13 @@ VERBS = {
     "index": ("unite_fast.data.index", "index tars for data.source=tar"),
     "atoms": ("unite_fast.data.atoms.__main__", "read molecules and crystals, and say what is in them"),
     "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
-    "evaluate": ("unite_fast.evaluate", "FID, its table and guidance search, rFID"),
+    "evaluate": ("unite_fast.evaluate", "FID, its table and guidance search, rFID; atoms: molecules and crystals"),
     "score-atoms": ("unite_fast.evaluation.atoms.__main__", "scores of molecules and crystals"),
     "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
 }
+PROGRAMS = ("train", "sample")  # beside the package
 
 
 def main(argv: list[str]) -> int | None:
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int | None:
         print("\n".join(f"  {verb:12} {said}" for verb, (_, said) in VERBS.items()))
         print("\nEach explains itself: python -m unite_fast VERB --help. Training and sampling: train.py, sample.py.")
         return 0
+    if argv[0] in PROGRAMS:
+        raise UserError(f"{argv[0]} is a program of its own: python {argv[0]}.py {' '.join(argv[1:]) or '...'}")
     if argv[0] not in VERBS:
         raise UserError(f"no command '{argv[0]}'; choose one of {', '.join(VERBS)}")
     return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
