@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # What needs no installation takes PYTHON if that is given, else .venv's where there is one.
 ANY = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(RUN))),$(RUN),$(PYTHON))
 NEEDS = @$(ANY) -c 'import sys; from importlib.util import find_spec; no = [n for n in ("torch", "yaml") if not find_spec(n)]; \
-	sys.exit(no and f"$@ needs {no[0]}, which {sys.executable} does not have: make install, or set PYTHON")'
+	sys.exit(f"$@ needs {no[0]}, which {sys.executable} does not have: make install, or set PYTHON" if no else 0)'
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo demo-molecules test test-faults attack soak check check-kernels bench gpu-pack gpu-check gpu-report clean

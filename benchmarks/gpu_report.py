@@ -360,6 +360,10 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="change the files")
     parser.add_argument("--what", default="first measurement", help="what changed, for RECORDS.md")
     arguments = parser.parse_args()
+    if absent := [str(path) for path in arguments.rows if not path.is_file()]:
+        parser.error(
+            f"no file {', '.join(absent)}; give the rows.jsonl that gpu_check.py wrote (ROWS= of make gpu-report)"
+        )
     found = [json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()]
     rows = Rows(found)
     print(f"{len(found)} rows: {rows.source()}")

@@ -312,3 +312,10 @@ def test_the_pack_says_what_it_holds_and_what_is_missing(tmp_path):
     assert "official: no clone" not in result.stdout
     packed = tmp_path / "pack" / "official"
     assert sorted(str(p.relative_to(packed)) for p in packed.rglob("*") if p.is_file()) == ["models/unite.py"]
+
+
+def test_make_reaches_the_program():
+    command = ["make", "-s", "gpu-report", "ROWS=no/rows.jsonl", f"PYTHON={sys.executable}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "no file no/rows.jsonl; give" in result.stderr
