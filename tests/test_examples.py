@@ -98,6 +98,9 @@ def test_every_command_has_a_verb(capsys):
         assert importlib.util.find_spec(module) is not None
     assert verbs.main([]) == 0
     assert "evaluate " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        verbs.main(["evaluate", "--help"])
+    assert "{atoms,fid,table,search,rfid}" in capsys.readouterr().out
     for program in ("train", "sample"):
         with pytest.raises(UserError, match=f"^{program} is a program of its own: python {program}.py --debug$"):
             verbs.main([program, "--debug"])

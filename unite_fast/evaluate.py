@@ -57,6 +57,7 @@ TABLE = (
     ("dopri5, random", {"solver": "dopri5", "steps": 50, "labels": "random"}),
     ("exp3 32, balanced (ours)", {"solver": "exp3", "steps": 32, "labels": "equal"}),
 )
+ATOMS = "atoms"  # the command that another module has
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -64,7 +65,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m unite_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("fid", "table", "search", "rfid"):
+    commands.add_parser(ATOMS, help="its options: python -m unite_fast evaluate atoms --help", add_help=False)
+    for name in COMMANDS:
         one = commands.add_parser(name)
         add = one.add_argument
         add("--checkpoint", required=True, metavar="PATH", help="run folder, step-N folder, export, or official .pt")
@@ -391,7 +393,7 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["atoms"]:
+    if argv[:1] == [ATOMS]:
         return runs.main(argv[1:])
     arguments = parse(argv)
     earlier = read_result(arguments.protocol) if getattr(arguments, "protocol", None) else None
