@@ -181,7 +181,7 @@ def loop(
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             row |= stats.peak_memory(device)
             if log is not None:
-                stats.tell(row, total, step.objective.terms, log, alarm)
+                stats.tell(row, total, step.objective.terms, log, alarm, state.model.modality.thing)
             health.check_skips(t, settings.seed, path, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)

@@ -20,8 +20,9 @@ from torch import Tensor
 import train
 from unite_fast import data
 from unite_fast.base.errors import RunError
+from unite_fast.data.rate import Rate
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.run import grids
+from unite_fast.run import grids, stats
 from unite_fast.run.stop import Stop
 from unite_fast.training.step import TrainStep, weights_of
 
@@ -138,6 +139,18 @@ def test_a_step_leaves_no_tensors_to_the_collector(graphs):
 
 if __name__ == "__main__":
     print(leftovers(sys.argv[1]))
+
+
+@pytest.mark.parametrize("thing", ["image", "structure"])
+def test_a_log_line_calls_samples_what_they_are(thing):
+    row = dict.fromkeys(("step", "total", "latent_std", "grad_norm", "lr", "skipped", "data_wait", "mfu"), 0.0)
+    row |= {"images_seen": 32.0, "images_per_second": 7.0, "seconds_left": 1.0}
+    said = stats.progress_line(row, 9, (), thing)
+    assert f"  {thing}s 32  " in said
+    assert f"  7.0 {thing}s/s  " in said
+    rate = Rate(7.0, 32, 4.6, 0.1)
+    assert rate.line(2.0, thing).startswith(f"7 {thing}s/s (")
+    assert rate.line(2.0, thing).endswith(f" 3.5 times the 2 {thing}s/s that training takes")
 
 
 def test_a_dev_run_that_saved_nothing_names_its_folder(tmp_path):

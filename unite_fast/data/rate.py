@@ -19,11 +19,11 @@ class Rate(NamedTuple):
     seconds: float
     first_batch_seconds: float  # start of workers, opening of files: not part of the rate
 
-    def line(self, demand: float = 0.0) -> str:
-        """One line for people; ``demand`` in images/s on this rank, where it is known."""
-        text = f"{self.images_per_second:,.0f} images/s (first batch after {self.first_batch_seconds:.1f} s)"
+    def line(self, demand: float = 0.0, thing: str = "image") -> str:
+        """One line for people; ``demand`` in samples/s on this rank, where it is known. thing: a sample, in a word."""
+        text = f"{self.images_per_second:,.0f} {thing}s/s (first batch after {self.first_batch_seconds:.1f} s)"
         if demand > 0:
-            text += f", {self.images_per_second / demand:.1f} times the {demand:,.0f} images/s that training takes"
+            text += f", {self.images_per_second / demand:.1f} times the {demand:,.0f} {thing}s/s that training takes"
         return text
 
 

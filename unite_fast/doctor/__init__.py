@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from unite_fast import data
+from unite_fast import data, modality
 from unite_fast.base import launcher
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import Config, batch_split, yaml_text
@@ -133,10 +133,10 @@ def examine_run(config: Config) -> list[Finding]:
         return "the batch divides, and efficiency and train.strategy go together"
 
     def source() -> str:
-        """Its images, and their rate, expected and measured, against what training would take."""
+        """Its samples, and their rate, expected and measured, against what training would take."""
         opened = data.open_source(config.data, config.model)
         rate = throughput.supply(config, opened)
-        return f"{len(opened):,} images in {opened.num_classes} classes; {rate}"
+        return f"{len(opened):,} {modality.of(config.model).thing}s in {opened.num_classes} classes; {rate}"
 
     def scores() -> str:
         files = monitor.open_files(config, launcher.world_size())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast import data
+from unite_fast import data, modality
 from unite_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from unite_fast.data import rate
 from unite_fast.model.flops import peak_of
@@ -105,5 +105,5 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     said = f"expected {expected:,.0f} images/s, " if expected else ""
     projections = project(config.model, config.objective, mfu, 0, config.optim.frozen)
     demand = projections[0].images_per_second if projections else 0.0
-    said += f"measured {found.line(demand)}"
+    said += f"measured {found.line(demand, modality.of(config.model).thing)}"
     return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

@@ -210,7 +210,7 @@ def _row(text: str) -> dict[str, float] | None:
 
 
 class Meter:
-    """Images per second and time to go, from the wall clock."""
+    """Samples per second and time to go, from the wall clock."""
 
     def __init__(
         self, total_images: int, images_seen: int, flops_per_image: float, peak: float | None, world: int
@@ -243,18 +243,21 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
-def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str]) -> str:
-    """One line of the terminal: step, images, loss and its terms, gradient norm, speed, memory, time to go."""
+def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str], thing: str) -> str:
+    """One line of the terminal: step, samples, loss and its terms, gradient norm, speed, memory, time to go.
+
+    thing: a sample, in a word.
+    """
     left = int(row["seconds_left"])
     speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
     losses = "  ".join(f"{name} {row[name]:.4f}" for name in terms)
     skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
     memory = f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""
     return (
-        f"step {row['step']:.0f}/{total_steps}  images {row['images_seen']:.0f}  loss {row['total']:.4f}  "
+        f"step {row['step']:.0f}/{total_steps}  {thing}s {row['images_seen']:.0f}  loss {row['total']:.4f}  "
         f"{losses}  latent std {row['latent_std']:.3f}  "
-        f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s  {speed}  "
-        f"data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+        f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} {thing}s/s  "
+        f"{speed}  data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     )
 
 
@@ -284,9 +287,11 @@ class CollapseAlarm:
         )
 
 
-def tell(row: dict[str, float], total_steps: int, terms: Sequence[str], log: Log, alarm: CollapseAlarm) -> None:
+def tell(
+    row: dict[str, float], total_steps: int, terms: Sequence[str], log: Log, alarm: CollapseAlarm, thing: str
+) -> None:
     """A log line: to the files and services of the run, and to the terminal, with the alarm if it goes off."""
     log.write(row)
-    print(progress_line(row, total_steps, terms), flush=True)
+    print(progress_line(row, total_steps, terms, thing), flush=True)
     if warning := alarm.check(row):
         print(warning, file=sys.stderr)
