@@ -98,7 +98,7 @@ def describe(located: Path, arguments: argparse.Namespace, how: SampleConfig | N
     guidance = f"w {how.cfg_scale:g}"
     if how.cfg_scale != 1:
         guidance += f" for t in {list(how.cfg_interval)}, {how.cfg_order}"
-    return f"{said}; {how.solver}{steps}, last {how.last}, {guidance}"
+    return f"{said}; {how.solver}{steps}, {guidance}, last {how.last}"
 
 
 def main(argv: list[str]) -> int:

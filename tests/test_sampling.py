@@ -422,7 +422,7 @@ def test_what_is_decoded_can_be_chosen_and_is_said(tmp_path):
         arguments = program.parse(["--checkpoint", "a", "--out", "b", *words])
         how = program.request(arguments, run, 10).how
         assert how.last == last
-        assert program.describe(tmp_path, arguments, how).endswith(f"; heun, steps 5, last {last}, w 1")
+        assert program.describe(tmp_path, arguments, how).endswith(f"; heun, steps 5, w 1, last {last}")
 
 
 def test_only_the_first_rank_speaks(trained, tmp_path, monkeypatch, capsys):
