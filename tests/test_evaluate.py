@@ -116,10 +116,10 @@ def test_an_official_checkpoint_brings_its_guidance(reference, tmp_path):
     torch.save(content | {"current_best_cfg_scale": 2.6}, tmp_path / "a.pt")
     words = ("--checkpoint", tmp_path / "a.pt", "--seeds", "0", "--solver", "euler", "--steps", "1")
     said = command("sample.py", *words, "--out", tmp_path / "a").stdout.splitlines()[0]
-    used = "ema weights; euler, steps 1, w 2.6 for t in [0.1, 1.0], norm_first"
+    used = "ema weights; euler, steps 1, w 2.6 for t in [0.1, 1.0], norm_first, last state"
     assert said == f"{tmp_path / 'a.pt'} (step {content['step']}), {used}"
     said = command("sample.py", *words, "--cfg", "1", "--out", tmp_path / "b").stdout.splitlines()[0]
-    assert said.endswith("; euler, steps 1, w 1")
+    assert said.endswith("; euler, steps 1, w 1, last state")
 
 
 def test_a_protocol_brings_its_weights(trained, tmp_path):

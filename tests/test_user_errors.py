@@ -242,10 +242,10 @@ def test_a_damaged_newer_checkpoint_is_mentioned(trained, tmp_path):
     ):
         assert said.returncode == 0, said.stderr
         assert said.stderr.count(f"skipping {run / 'checkpoints' / 'step-0000003'}: training.safetensors has ") == 1
-    used = "step-0000002 (step 2), ema weights; euler, steps 2, w 2 for t in [0.0, 1.0], norm_first"
+    used = "step-0000002 (step 2), ema weights; euler, steps 2, w 2 for t in [0.0, 1.0], norm_first, last state"
     assert sampled.stdout.splitlines()[0] == f"{run / 'checkpoints'}/{used}"
     said = command("sample.py", "--checkpoint", tmp_path / "exported", "--seeds", "0-3", "--out", tmp_path / "e.png")
-    used = f"{tmp_path / 'exported' / 'model.safetensors'} (step 2), ema weights; euler, steps 2, w 1"
+    used = f"{tmp_path / 'exported' / 'model.safetensors'} (step 2), ema weights; euler, steps 2, w 1, last state"
     assert said.stdout.splitlines()[0] == used
 
 
