@@ -25,7 +25,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ import numpy as np
 import sklearn.datasets
 import sklearn.neural_network  # noqa: F401
 import torch
+from forked import end_with
 from PIL import Image
 
 import sample
@@ -109,8 +109,7 @@ def run(words: list[object], strike: Strike | None = None) -> Outcome:
 
 
 def _child(words: list[str], output: int, strike: Strike | None) -> None:
-    code = BUG
-    try:
+    def call() -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -120,15 +119,9 @@ def _child(words: list[str], output: int, strike: Strike | None) -> None:
         torch.set_num_threads(1)
         if strike is not None:
             sys.addaudithook(strike)
-        code = command.run(PROGRAMS[words[0]], words[1:])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return command.run(PROGRAMS[words[0]], words[1:])
+
+    end_with(call, failed=BUG)
 
 
 class Place:

@@ -11,11 +11,11 @@ import json
 import os
 import sys
 import time
-import traceback
 
 import sklearn.datasets  # what a run imports late is imported here, once
 import sklearn.neural_network  # noqa: F401
 import torch
+from forked import end_with
 
 import sample
 import train
@@ -28,8 +28,8 @@ PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "export": export.m
 
 def run(request: dict) -> None:
     """In the forked child; never returns."""
-    code = 1
-    try:
+
+    def call() -> int:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -42,15 +42,9 @@ def run(request: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
         torch.set_num_threads(1)
         program, *arguments = request["start"]
-        code = unite_fast.base.command.run(PROGRAMS[program], arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return unite_fast.base.command.run(PROGRAMS[program], arguments)
+
+    end_with(call, failed=1)
 
 
 def wait(pid: int, seconds: float) -> int | None:
