@@ -17,7 +17,7 @@ import shutil
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,14 +310,30 @@ def make(
     model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, overwrite: bool, replays: Replays | None
 ) -> str:
     """The images in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
-    with alone(out, _parts(out), ranks):
-        if ranks.decide(lambda: is_there(request, out, identity, overwrite)):
-            return f"{out} holds these images already; nothing to do"
-        made = generate(model, request, out, ranks, identity, replays)
+    return made_once(
+        out, _parts(out), f"{len(request.seeds)} images", ranks,
+        there=lambda: is_there(request, out, identity, overwrite),
+        fill=lambda: generate(model, request, out, ranks, identity, replays),
+        merge=lambda: merge(request, out, identity),
+    )  # fmt: skip
+
+
+def made_once(
+    out: str, parts: Path, what: str, ranks: Ranks, there: Callable[[], bool], fill: Callable[[], str],
+    merge: Callable[[], None],
+) -> str:  # fmt: skip
+    """``fill`` by all ranks and ``merge`` by one, unless ``there``, asked of one, has found OUT made; a line.
+
+    what: "32 images". parts: the folder that ``fill`` fills.
+    """
+    with alone(out, parts, ranks):
+        if ranks.decide(there):
+            return f"{out} holds these {what.split()[1]} already; nothing to do"
+        made = fill()
         ranks.barrier()
         if ranks.is_main:
-            merge(request, out, identity)
-        return f"{made}; {len(request.seeds)} images in {out}"
+            merge()
+        return f"{made}; {what} in {out}"
 
 
 def merge(request: Request, out: str, identity: str) -> None:

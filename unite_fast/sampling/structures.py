@@ -28,7 +28,7 @@ from unite_fast.data.atoms.structures import load
 from unite_fast.flow.field import Replays
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.generate import PROTOCOL, Request, alone, open_folder, speed
+from unite_fast.sampling.generate import PROTOCOL, Request, made_once, open_folder, speed
 from unite_fast.sampling.reconstruct import reconstruct
 
 
@@ -102,14 +102,12 @@ def make(
 ) -> str:
     """The samples in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
     _check_kinds(model, request.labels, Path(out))
-    with alone(out, _parts(Path(out)), ranks):
-        if ranks.decide(lambda: _is_there(request, out, identity, overwrite)):
-            return f"{out} holds these structures already; nothing to do"
-        made = _generate(model, request, out, ranks, identity, replays)
-        ranks.barrier()
-        if ranks.is_main:
-            _merge(request, out, identity)
-        return f"{made}; {len(request.seeds)} structures in {out}"
+    return made_once(
+        out, _parts(Path(out)), f"{len(request.seeds)} structures", ranks,
+        there=lambda: _is_there(request, out, identity, overwrite),
+        fill=lambda: _generate(model, request, out, ranks, identity, replays),
+        merge=lambda: _merge(request, out, identity),
+    )  # fmt: skip
 
 
 def _generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: str, replays: Replays | None) -> str:
