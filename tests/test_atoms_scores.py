@@ -68,7 +68,7 @@ def rdkit_directly(one: Structure, **options) -> str | None:
         rdDetermineBonds.DetermineBonds(molecule, charge=0, allowChargedFragments=True, embedChiral=False,
                                         maxIterations=1000, **options)  # fmt: skip
         Chem.SanitizeMol(molecule)
-    except Exception:
+    except Exception:  # RDKit raises several kinds; each means that it perceives no molecule
         return None
     if len(Chem.GetMolFrags(molecule)) > 1 or any(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()):
         return None
