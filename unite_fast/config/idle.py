@@ -20,7 +20,7 @@ RULES: tuple[Rule, ...] = (
     (("data.path", "data.heldout_path"), lambda c: c.data.source in RESIDENT, "data.source={0.data.source}"),
     (
         ("data.workers", "data.timeout", "data.on_error"),
-        lambda c: c.model.modality == "images" and c.data.source in RESIDENT,
+        lambda c: c.model.modality == "images" and c.data.source in (*RESIDENT, "idx"),
         "data.source={0.data.source}",
     ),
     (

@@ -226,11 +226,23 @@ class AtomDataConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: Literal[
-        "digits", "folder", "tar", "packed", "dali", "synthetic", "qm9", "mp20", "crystals", "structures", "joint"
+        "digits",
+        "idx",
+        "folder",
+        "tar",
+        "packed",
+        "dali",
+        "synthetic",
+        "qm9",
+        "mp20",
+        "crystals",
+        "structures",
+        "joint",
     ] = option("folder", "where images, molecules or crystals come from")
     path: str = option(
         "",
-        "folder: one sub-folder per class; tar: of .tar, or train-{000..146}.tar; packed: what data.pack wrote",
+        "folder: one sub-folder per class; tar: of .tar, or train-{000..146}.tar; packed: what data.pack wrote; idx: "
+        "MNIST's four files",
         path=True,
     )
     heldout_path: str = option(

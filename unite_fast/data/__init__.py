@@ -10,6 +10,7 @@
 | packed | shards written by python -m unite_fast.data.pack | uint8 shards: those of folder, bit for bit | training |
 | dali | folders, tars or jpeg shards, decoded on the GPU | near those of folder; see dali.py | no room to pack |
 | digits | scikit-learn's handwritten digits | | the demo |
+| idx | MNIST's format, held in memory | | small sets, as Fashion-MNIST |
 | synthetic | random pixels on the device | | benchmarks |
 | qm9, mp20, crystals, structures, joint | molecules and crystals (``data.atoms``) | | model.modality=atoms |
 

@@ -24,7 +24,7 @@ def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> B
     Held-out ones where the run has them.
     """
     packed_alone = reading.source == "structures" and reading.path.endswith(".safetensors")
-    held_out = reading.source == "digits" or reading.heldout_path
+    held_out = reading.source in ("digits", "idx") or reading.heldout_path
     held_out = held_out or (model.modality == "atoms" and not packed_alone)
     source = data.open_source(reading, model, "heldout" if held_out else "train")
     present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)

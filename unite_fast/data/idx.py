@@ -1,0 +1,95 @@
+"""Sets of images in the idx format of MNIST (LeCun), as Debian's package ``dataset-fashion-mnist``, held in memory.
+
+``data.path`` is a folder with the four files under their published names, each with ``.gz`` or without:
+
+    train-images-idx3-ubyte  train-labels-idx1-ubyte     what is trained on
+    t10k-images-idx3-ubyte   t10k-labels-idx1-ubyte      what is held out; of ``data.heldout_path`` where that is given
+
+A file is 2 zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a big-endian int32, and
+the values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.source import ResidentSource, check_channels, check_classes, numbered, to_device
+
+UNSIGNED_BYTE = 8
+MOST_BYTES = 1 << 32  # what a file may say that it holds: more is no set for memory
+PARTS = {"train": "train", "heldout": "t10k"}
+
+
+class Idx(ResidentSource):
+    """uint8 images."""
+
+    def __init__(self, images: Tensor, labels: Tensor, flip: bool) -> None:
+        super().__init__(labels, numbered(int(labels.max()), "the labels"), flip)
+        self._images = {torch.device("cpu"): images}  # (n, C, H, W), one copy per device in use
+
+    def gather(self, indices: Tensor, seed: int, device: torch.device) -> Tensor:
+        if device not in self._images:
+            self._images[device] = self._images[torch.device("cpu")].to(device)
+        return self._images[device][to_device(indices, device)]
+
+
+def read(folder: Path, name: str, dimensions: int) -> Tensor:
+    """The uint8 tensor of FOLDER/NAME or FOLDER/NAME.gz. Raises UserError."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} has neither {name} nor {name}.gz; data.source=idx needs its four files there")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zeros, kind, found = struct.unpack(">HBB", file.read(4))
+            if zeros or kind != UNSIGNED_BYTE or found != dimensions:
+                raise UserError(f"{path}: not an idx file of unsigned bytes in {dimensions} dimensions")
+            shape = struct.unpack(f">{found}I", file.read(4 * found))
+            size = math.prod(shape)
+            if not 0 < size <= MOST_BYTES:
+                raise UserError(f"{path}: says that it holds {size} bytes; between 1 and {MOST_BYTES} can be read")
+            content = file.read(size + 1)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
+    if len(content) != size:
+        raise UserError(f"{path}: {len(content)} values or more, but its head says {size}; fetch it again")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
+
+
+def open_idx(data: DataConfig, model: ModelConfig, split: str) -> Idx:
+    """The images at model.image_size (antialiased bicubic where theirs is another), gray or repeated to RGB."""
+    if data.crop != "adm":
+        raise UserError(f"data.crop={data.crop} is for image folders; set data.crop=adm for data.source=idx")
+    check_channels(model.channels, "data.source idx")
+    key = "data.heldout_path" if split == "heldout" and data.heldout_path else "data.path"
+    folder = Path(data.heldout_path if key == "data.heldout_path" else data.path)
+    if not str(folder) or not folder.is_dir():
+        raise UserError(f"{key}={folder}: no such folder; data.source=idx reads its four files there")
+    images, labels = (
+        read(folder, f"{PARTS[split]}-images-idx3-ubyte", 3),
+        read(folder, f"{PARTS[split]}-labels-idx1-ubyte", 1),
+    )
+    if len(images) != len(labels):
+        raise UserError(f"{folder}: {len(images)} images of {split} but {len(labels)} labels; fetch them again")
+    check_classes(int(labels.max()) + 1, model.num_classes, str(folder))
+    pixels = images[:, None]
+    size = (model.image_size, model.image_size)
+    if pixels.shape[-2:] != size:
+        pixels = torch.cat([_resized(part, size) for part in pixels.split(4096)])
+    return Idx(pixels.repeat(1, model.channels, 1, 1), labels.long(), data.flip)
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (n, 1, H, W) -> uint8 (n, 1, *size)."""
+    made = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+    return made.round().clamp(0, 255).to(torch.uint8)
