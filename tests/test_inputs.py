@@ -32,7 +32,7 @@ MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
 def png(gray: int, mode: str = "L") -> bytes:
     content = io.BytesIO()
     dtype = np.uint16 if mode == "I;16" else np.uint8
-    Image.fromarray(np.full((8, 8), gray, dtype)).save(content, "PNG")
+    Image.fromarray(np.full((8, 8, 3) if mode == "RGB" else (8, 8), gray, dtype)).save(content, "PNG")
     return content.getvalue()
 
 
@@ -102,21 +102,40 @@ def test_a_label_makes_no_list_of_its_size(tmp_path):
     assert numbered(2, "x") == ["0", "1", "2"]
 
 
-def test_a_small_parquet_of_very_many_rows(tmp_path, monkeypatch):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    images = pa.array([{"bytes": png(1), "path": ""}] * 64, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    parquet.write_table(pa.table({"image": images, "label": [0] * 64}), tmp_path / "a.parquet")
+@pytest.mark.parametrize("kind", ["dictionary", "compressed", "labels", "good"])
+def test_a_small_parquet_does_not_unfold(tmp_path, monkeypatch, kind):
+    """Its compression or its dictionaries would make 52 KB gigabytes; a path as long is never read."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     from unite_fast.data import parquet as reading
 
-    assert len(open_container(tmp_path, "SOURCE", DataConfig(), MODEL)) == 64
-    monkeypatch.setattr(reading, "MOST_ROWS", 63)
-    with pytest.raises(UserError, match="64 rows; 63 at most"):
+    monkeypatch.setattr(reading, "MARGIN", 1 << 19)
+    n, noise = 200, np.random.default_rng(0).bytes(1 << 16)
+    value = {"compressed": bytes(1 << 16), "dictionary": noise}.get(kind, png(1, "RGB"))
+    contents = pa.array([value]).take(pa.array([0] * n))
+    paths = pa.array(["x" * (1 << 16)]).take(pa.array([0] * n))
+    labels = [0] * n
+    if kind == "labels":
+        contents, paths, labels = pa.nulls(1 << 18, pa.binary()), pa.nulls(1 << 18, pa.string()), [0] * (1 << 18)
+    table = pa.table({"image": pa.StructArray.from_arrays([contents, paths], ["bytes", "path"]), "label": labels})
+    how = {"compression": "zstd", "use_dictionary": kind != "compressed", "dictionary_pagesize_limit": 1 << 30}
+    parquet.write_table(table, tmp_path / "a.parquet", **how)
+    model = ModelConfig(image_size=8, patch_size=2, channels=3, num_classes=2)
+    if kind == "good":
+        assert open_container(tmp_path, "SOURCE", DataConfig(), model).load(n - 1).shape == (3, 8, 8)
+    else:
+        with pytest.raises(UserError, match=r"labels unfold to more than|row group 0 unfolds to"):
+            open_container(tmp_path, "SOURCE", DataConfig(), model).load(0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [([0, None], "1 of its 2 rows have no label"), (["a", "b"], "an integer")]
+)
+def test_labels_of_parquet_that_are_none(tmp_path, labels, words):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = pa.array([{"bytes": png(1), "path": ""}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"image": images, "label": labels}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=words):
         open_container(tmp_path, "SOURCE", DataConfig(), MODEL)
-    monkeypatch.undo()
-    monkeypatch.setattr(reading, "MOST_BYTES", 100)
-    with pytest.raises(UserError, match="a row group of"):
-        open_container(tmp_path, "SOURCE", DataConfig(), MODEL).load(0)
 
 
 def test_a_depth_of_no_network():

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import resource
+import shutil
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import TINY
 
+from unite_fast import checkpoint
 from unite_fast.base.errors import UserError
 from unite_fast.config import OptimConfig
-from unite_fast.config.yaml_text import from_dict, parse_yaml
+from unite_fast.config.yaml_text import from_dict, parse_yaml, to_dict
 from unite_fast.interop import best_scale, load_reference, load_training, read_official, save_reference
 from unite_fast.model.unite import UNITE, build
 from unite_fast.optim.optimizer import Optimizer
@@ -81,6 +88,14 @@ def meta(content: dict[str, Any]) -> None:
     content["model"]["latent_tokens"] = content["model"]["latent_tokens"].to("meta")
 
 
+def endless(content: dict[str, Any]) -> None:
+    content["model"]["latent_tokens"] = torch.zeros(1).expand(1, 1 << 40, 4)
+
+
+def endless_moment(content: dict[str, Any]) -> None:
+    content["optimizer_muon"]["state"][0]["momentum_buffer"] = torch.zeros(1).expand(1 << 40, 4)
+
+
 def no_groups(content: dict[str, Any]) -> None:
     del content["optimizer"]["param_groups"]
 
@@ -105,6 +120,8 @@ def no_average(content: dict[str, Any]) -> None:
         (nan_weight, "encoder.blocks.1.attn.qkv.weight is not finite"),
         (nan_moment, "'optimizer_muon' holds a momentum_buffer of .* that is not finite"),
         (meta, "'model' holds 'latent_tokens', which is not a dense tensor"),
+        (endless, "'model' holds 'latent_tokens', which is not a dense tensor"),
+        (endless_moment, r"'optimizer_muon' holds a momentum_buffer of .* that is \(1099511627776, 4\)"),
         (no_groups, "'optimizer' is not a state of torch.optim"),
         (odd_step, "'optimizer' is not a state of torch.optim"),
         (no_state, "'optimizer_muon' has no state of"),
@@ -124,6 +141,67 @@ def test_a_wrong_field_is_one_line_and_changes_nothing(
     assert "\n" not in str(caught.value)
     after = model.state_dict() | optimizer.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "tiny.json is not a JSON object"),
+        ("[" * 100_000, "tiny.json is not a JSON object"),
+        ('{"encoder": {"depth": 100000}}', "tiny.pt: model.encoder.depth must be above 0 and at most 1024"),
+        ('{"encoder": {"depth": "deep"}}', "tiny.pt: model.encoder.depth must be a whole number, got 'deep'"),
+        ('{"decoder": {"heads": 0}}', "the decoder's heads cannot be told"),
+        ('{"encoder": {"width": 1099511627776}}', "tiny.pt is not a UNITE model: Storage size"),
+    ],
+)
+def test_what_stands_beside_a_checkpoint_is_checked(official, tmp_path, text, words):
+    shutil.copy(official, tmp_path)
+    (tmp_path / "tiny.json").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_reference(tmp_path / "tiny.pt", in_context_start=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_a_block_makes_no_blocks(official, tmp_path):
+    content = torch.load(official)
+    content["ema"]["encoder.blocks.900000000.attn.qkv.bias"] = torch.zeros(1)
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"model\.encoder\.depth must be above 0 and at most 1024, got 900000001"):
+        load_reference(tmp_path / "x.pt", **OPTIONS)
+
+
+def test_compressed_records_are_not_taken_for_numbers(official, tmp_path):
+    """torch maps the file and would give the compressed bytes as weights."""
+    with zipfile.ZipFile(official) as read, zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as written:
+        for name in read.namelist():
+            written.writestr(name, read.read(name))
+    with pytest.raises(UserError, match="its records are compressed"):
+        read_official(tmp_path / "x.pt")
+
+
+SIZES = {
+    "depth": {"encoder": {"depth": 1024, "width": 4096}}, "width": {"encoder": {"width": 1 << 40}},
+    "classes": {"num_classes": 1 << 40}, "latents": {"num_latents": 1 << 40}, "decoder": {"decoder": {"depth": 1024}},
+    "image": {"image_size": 1 << 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_export_of_other_sizes_allocates_nothing(name, tmp_path):
+    """Its configuration is compared with its tensors before there is a model of that size."""
+    config = from_dict(parse_yaml(TINY, "tiny"))
+    state = dict(build(config.model).state_dict())
+    del state["patch_embed.position_embeddings"]  # the one that need not be there
+    values = to_dict(config)
+    for key, value in SIZES[name].items():
+        values["model"][key] = values["model"][key] | value if isinstance(value, dict) else value
+    facts = {"config": json.dumps(values), "weights": "ema"}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors", facts)
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"holds another model|is not a UNITE model|bytes of positions"):
+        checkpoint.load_model(tmp_path / "model.safetensors")
+    assert time.process_time() - began < 10  # of a network without blocks' contents, 1,024 deep
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
 
 
 @pytest.mark.parametrize("scale", [None, math.nan, math.inf, -1.0, "3.4"])

@@ -86,6 +86,7 @@ def load_trusted(path: Path, weights: str) -> tuple[dict[str, torch.Tensor], Con
     found = interop.weights_of(content, weights, str(path))
     state = interop.clean_keys({k: v for k, v in found.items() if isinstance(v, torch.Tensor)})
     config = checkpoint.official_config(content, interop.infer_config(state, interop.sidecar(path), str(path)))
+    interop.check_model(config.model, state, str(path))
     return state, config, checkpoint.step_in(content)
 
 

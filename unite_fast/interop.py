@@ -7,9 +7,11 @@ Files are read with ``weights_only=True``: nothing in them is executed. Prefixes
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import Tensor
 from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config.checks import validate_model
+from unite_fast.config.yaml_text import from_dict, to_dict
 from unite_fast.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
@@ -29,6 +33,7 @@ DERIVED = re.compile(
     r"^lpips_loss\.|(^|\.)feat_rope\w*\.freqs_(cos|sin)$|^(encoder|denoiser)\.pos_embed$|^decoder\.decoder_pos_embed$"
 )
 OPTIONAL = re.compile(r"\.special_time_emb$|^patch_embed\.position_embeddings$")
+MOST_TABLES = 1 << 30  # bytes of what a model has beside its weights; 75 MB at 2048 x 2048 pixels
 ALIASES = {"hidden_size": "width", "num_heads": "heads"}
 
 
@@ -39,6 +44,8 @@ def read_official(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}")
     zipped = _is_zip(path)
     try:
+        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("its records are compressed, and torch would read them as they are")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         text = str(error)
@@ -57,12 +64,18 @@ def read_official(path: str | Path) -> dict[str, Any]:
     for part in ("model", *(str(name) for name in content if str(name).startswith("ema"))):
         values = content.get(part)
         for key, value in values.items() if isinstance(values, dict) else ():
-            dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
-            if not isinstance(key, str) or not dense or value.is_meta:
+            if not isinstance(key, str) or not _is_dense(value):
                 raise UserError(
                     f"{path}: '{part}' holds {key!r}, which is not a dense tensor of floating-point numbers"
                 )
     return content
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a value holds each of its floating-point numbers: one that repeats a few may be of any size."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.is_floating_point() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _is_zip(path: Path) -> bool:
@@ -154,9 +167,10 @@ def infer_config(
         raise UserError(f"{where} is not a UNITE model: {error} is missing or has an unknown shape") from None
     for key, value in (overrides or {}).items():
         config = _override(config, key, value)
+    config = from_dict({"model": to_dict(config)}, where).model  # a file's values may be of any type
     if config.encoder.in_context_start >= config.encoder.depth:
         raise UserError(f"{where}: set in_context_start=... below the encoder's depth {config.encoder.depth}")
-    if config.decoder.width % config.decoder.heads:
+    if config.decoder.heads < 1 or config.decoder.width % config.decoder.heads:
         raise UserError(
             f"{where}: the decoder's heads cannot be told from its width {decoder_width}; pass decoder_heads=..."
         )
@@ -211,10 +225,38 @@ def check_weights(model: UNITE, state: dict[str, Tensor], where: str) -> None:
     ]
     wrong += [f"{k} is missing" for k in own if k not in state and not OPTIONAL.search(k)]
     wrong += [f"{k} is unknown to the model" for k in state if k not in own]
-    wrong += [f"{k} is not finite" for k, v in state.items() if k in own and not torch.isfinite(v).all()]
+    wrong = wrong or [f"{k} is not finite" for k, v in state.items() if not torch.isfinite(v).all()]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where} holds another model: {'; '.join(wrong[:3])}{more}")
+
+
+def check_model(config: ModelConfig, state: dict[str, Tensor], where: str) -> None:
+    """Raises UserError unless ``state`` (cleaned keys) fills a model of this configuration; makes no such model.
+
+    What makes it of ``state`` may then be allocated: beside it the model has tables of positions alone.
+    """
+    try:
+        validate_model(config)
+        with torch.device("meta"):
+            model = UNITE(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (RuntimeError, OverflowError) as error:  # of sizes that no tensor can have
+        raise UserError(f"{where} is not a UNITE model: {first_line(error)}") from None
+    check_weights(model, state, where)
+    everything = itertools.chain(model.named_parameters(), model.named_buffers())
+    if (size := sum(t.numel() * t.element_size() for name, t in everything if name not in state)) > MOST_TABLES:
+        raise UserError(f"{where} asks for {size} bytes of positions, which no UNITE model needs")
+
+
+def build_filled(config: ModelConfig, state: dict[str, Tensor], where: str) -> UNITE:
+    """A model in evaluation mode with the weights of ``state``, which ``check_model`` sees first. Raises UserError."""
+    state = clean_keys(state)
+    check_model(config, state, where)
+    model = UNITE(config)
+    _copy_weights(model, state)
+    return model.eval()
 
 
 def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> UNITE:
@@ -226,9 +268,7 @@ def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> 
     """
     state = clean_keys(weights_of(read_official(path), weights, str(path)))
     config = infer_config(state, {**sidecar(Path(path)), **overrides}, str(path))
-    model = UNITE(config)
-    load_weights(model, state, str(path))
-    return model.eval()
+    return build_filled(config, state, str(path))
 
 
 def sidecar(path: Path) -> dict[str, Any]:
@@ -238,8 +278,10 @@ def sidecar(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(beside.read_text())
-    except ValueError:
-        raise UserError(f"{beside} is not valid JSON; mend or remove it") from None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{beside} is not a JSON object; mend or remove it")
     return {k: content[k] for k in ("encoder", "decoder") if isinstance(content.get(k), dict)}
 
 
@@ -291,6 +333,8 @@ def _moments(content: dict[str, Any], optimizer: Optimizer, where: str) -> tuple
                 steps = max(steps, int(state.get("step", 0)))
                 for ours, official in parts.items():
                     moment = state.get(official, torch.zeros(parameter.shape))
+                    if moment.shape != parameter.shape:
+                        raise UserError(f"{where}: '{key}' holds a {official} of {name} that is {tuple(moment.shape)}")
                     if moment.is_meta or not torch.isfinite(moment).all():
                         raise UserError(f"{where}: '{key}' holds a {official} of {name} that is not finite")
                     tensors[f"{ours}.{name}"] = moment

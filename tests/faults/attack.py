@@ -1,4 +1,4 @@
-"""Attacks that no table lists one by one, bounded: python tests/faults/attack.py [NAME ...] [--most N] [--seed S]
+"""Attacks that no table lists one by one, bounded: python tests/faults/attack.py [NAME ...] [--most N] [--part 1/4]
 
     kill      training is killed at its n-th file operation; the next start ends with the bits of an undisturbed run
     errors    the n-th file operation of a command is refused by the system; one line or a warning, then it goes through
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import itertools
 import json
 import mmap
 import os
@@ -26,6 +27,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,16 +171,20 @@ def chosen(count: int, most: int, rng: random.Random) -> list[int]:
     return list(range(count)) if count <= most else sorted(rng.sample(range(count), most))
 
 
-Trials = Iterator[tuple[str, str]]  # what was done, and why it was not survived
+Trials = Iterator[tuple[str, Callable[[], str]]]  # what is done, and what does it: why it was not survived, or ""
 
 
 def kill(place: Place, most: int, rng: random.Random) -> Trials:
     counting = Strike(place.fresh())
     place.expect(run(place.train(place.trial, 6), counting))
-    for number in chosen(counting.seen(), most, rng):
+
+    def trial(number: int) -> str:
         outcome = run(place.train(place.fresh(), 6), Strike(place.trial, number))
         killed = "" if outcome.code == -signal.SIGKILL else f"ended with {outcome.code}: {outcome.said[-300:]}"
-        yield f"operation {number} of training", killed or place.goes_on()
+        return killed or place.goes_on()
+
+    for number in chosen(counting.seen(), most, rng):
+        yield f"operation {number} of training", partial(trial, number)
 
 
 def errors(place: Place, most: int, rng: random.Random) -> Trials:
@@ -192,6 +198,19 @@ def errors(place: Place, most: int, rng: random.Random) -> Trials:
         ["evaluate", "rfid", "--checkpoint", place.begun, "--extractor", "digits", "--out", out / "rfid.json"],
         ["statistics", "--config", place.config, "--extractor", "digits", "--out", out / "s.npz"],
     ]
+
+    def trial(words: list[object], number: int, code: int) -> str:
+        place.fresh()
+        shutil.rmtree(out, ignore_errors=True)
+        outcome = run(words, Strike(place.root, number, code))
+        why = "" if outcome.is_clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
+        if not why and words[0] == "train":
+            return place.goes_on()
+        if why or "skipping " in outcome.said:  # it went on with an older checkpoint, and said so
+            return why
+        again = run(words)
+        return "" if again.code == 0 else f"is refused afterwards: {again.said[-300:]}"
+
     for words in commands if most >= len(commands) else rng.sample(commands, most):
         counting = Strike(place.root)
         place.fresh()
@@ -199,16 +218,7 @@ def errors(place: Place, most: int, rng: random.Random) -> Trials:
         place.expect(run(words, counting))
         for number in chosen(counting.seen(), max(1, most // len(commands)), rng):
             code = rng.choice(ERRNOS)
-            place.fresh()
-            shutil.rmtree(out, ignore_errors=True)
-            outcome = run(words, Strike(place.root, number, code))
-            why = "" if outcome.is_clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
-            if not why and words[0] == "train":
-                why = place.goes_on()
-            elif not why and "skipping " not in outcome.said:  # else it went on with an older checkpoint, and said so
-                again = run(words)
-                why = "" if again.code == 0 else f"is refused afterwards: {again.said[-300:]}"
-            yield f"{errno.errorcode[code]} at operation {number} of {words[0]}", why
+            yield f"{errno.errorcode[code]} at operation {number} of {words[0]}", partial(trial, words, number, code)
 
 
 def damages(path: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
@@ -233,17 +243,21 @@ def damage(place: Place, most: int, rng: random.Random) -> Trials:
     place.fresh()
     names = sorted(str(p.relative_to(place.trial)) for p in place.trial.rglob("*") if p.is_file())
     trials = [(name, kind) for name in names for kind in damages(place.trial / name, rng)]
-    for number in chosen(len(trials), most, rng):
-        name, kind = trials[number]
+    out = place.root / "out"
+
+    def trial(name: str, kind: str, rng: random.Random) -> str:
         damages(place.fresh() / name, rng)[kind]()
-        out = place.root / "out"
         shutil.rmtree(out, ignore_errors=True)
         others = [["report", place.trial, "--out", out / "r.html"], ["export", place.trial, "--out", out / "e"]]
         said = [run(words) for words in others] + [run(place.train(place.trial, 6))]
         why = next((f"ended with {o.code}: {o.said[-400:]}" for o in said if not o.is_clean), "")
         if not why and said[-1].code == 0 and not place.ends_right(place.trial):
-            why = "ends with other parameters"
-        yield f"{name} {kind}", why
+            return "ends with other parameters"
+        return why
+
+    for number in chosen(len(trials), most, rng):
+        name, kind = trials[number]
+        yield f"{name} {kind}", partial(trial, name, kind, random.Random(rng.random()))
 
 
 def seeds_of(place: Place) -> dict[str, tuple[bytes, Callable[[Path], list[object]]]]:
@@ -292,25 +306,27 @@ def changed(content: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             found[at:at] = found[at : at + size]
         else:
-            found[at : at + size] = rng.choice(
-                [b"999999999999", b"-1", b"1e400", b"\xff" * 8, b"[", b"!!int ''", b"\0"]
-            )
+            found[at : at + size] = rng.choice(EXTREMES)
     return bytes(found)
 
 
 def fuzz(place: Place, most: int, rng: random.Random) -> Trials:
     inputs = seeds_of(place)
-    for number in range(most):
-        name = list(inputs)[number % len(inputs)]
+    folder = place.root / "fuzzed"
+
+    def trial(name: str, rng: random.Random) -> str:
         content, reading = inputs[name]
-        folder = place.root / "fuzzed"
         for left in (folder, place.root / "out"):
             shutil.rmtree(left, ignore_errors=True)
         path = folder / name
         path.parent.mkdir(parents=True)
         path.write_bytes(changed(content, rng))
         outcome = run(reading(path))
-        yield f"{name} {number}", "" if outcome.is_clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
+        return "" if outcome.is_clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
+
+    for number in range(most):
+        name = list(inputs)[number % len(inputs)]
+        yield f"{name} {number}", partial(trial, name, random.Random(rng.random()))
 
 
 ATTACKS: dict[str, Callable[[Place, int, random.Random], Trials]] = {
@@ -318,12 +334,12 @@ ATTACKS: dict[str, Callable[[Place, int, random.Random], Trials]] = {
 }  # fmt: skip
 
 
-def attack(name: str, place: Place, most: int, seed: int) -> tuple[int, list[str]]:
-    """(how many trials, those that were not survived)."""
+def attack(name: str, place: Place, most: int, seed: int, part: int = 0, parts: int = 1) -> tuple[int, list[str]]:
+    """(how many trials, those that were not survived), of one of ``parts`` equal parts."""
     tried, failed = 0, []
-    for what, why in ATTACKS[name](place, most, random.Random(f"{name} {seed}")):
+    for what, trial in itertools.islice(ATTACKS[name](place, most, random.Random(f"{name} {seed}")), part, None, parts):
         tried += 1
-        if why:
+        if why := trial():
             failed.append(f"{name}: {what}: {why}")
     return tried, failed
 
@@ -332,15 +348,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ATTACKS))
     parser.add_argument("--most", type=int, default=300, help="trials of each (default 300)")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N parts of each, to share them out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    part, parts = (int(number) for number in arguments.part.split("/"))
     torch.set_num_threads(1)
     table, everything = [], []
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
         for name in arguments.names or ATTACKS:
             began = time.monotonic()
-            tried, failed = attack(name, place, arguments.most, arguments.seed)
+            tried, failed = attack(name, place, arguments.most, arguments.seed, part - 1, parts)
             table.append(f"{name:10}{tried:>8}{tried - len(failed):>10}{time.monotonic() - began:>8.0f} s")
             everything += failed
     print("\n\n".join(everything))

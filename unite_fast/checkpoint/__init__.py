@@ -417,6 +417,4 @@ def load_model(path: str | Path, weights: str = "ema") -> tuple[UNITE, Config]:
         return model, official_config(interop.read_official(located), model.config)
     state, config = load_weights(located, weights)
     assert config is not None
-    model = UNITE(config.model)
-    interop.load_weights(model, state, str(located))
-    return model.eval(), config
+    return interop.build_filled(config.model, state, str(located)), config

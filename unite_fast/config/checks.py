@@ -30,13 +30,23 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def validate(config: Config) -> None:
-    """Checks the bounds of every number, and what spans several fields. Raises UserError that names whole keys."""
-    for key, number, bounds in _numbers(config):
+def _check_bounds(section: Any, path: str = "") -> None:
+    for key, number, bounds in _numbers(section, path):
         words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
         _require(
             all(HOLDS[word](number, bound) for word, bound in bounds.items()), f"{key} must be {words}, got {number}"
         )
+
+
+def validate_model(model: ModelConfig) -> None:
+    """As ``validate``, of the model section alone."""
+    _check_bounds(model, "model.")
+    _check_model(model)
+
+
+def validate(config: Config) -> None:
+    """Checks the bounds of every number, and what spans several fields. Raises UserError that names whole keys."""
+    _check_bounds(config)
     plain = config.name.strip() not in ("", ".", "..") and not set(config.name) & set("/\\\n\0")
     _require(plain, f"name {config.name!r} is not the name of a folder; give one without /, or the whole run_dir")
     o, s = config.objective, config.sample

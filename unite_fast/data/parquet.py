@@ -2,6 +2,9 @@
 
 Class names come from the schema's metadata where they are, else they are the labels' numbers. Read group by group:
 good for reading in order (packing), too slow for training in random order, so it is no ``data.source``.
+
+Compression, and dictionaries of values that repeat, let a small file unfold to any size. Images are compressed already,
+so what unfolds to more than ``room`` is none, and is refused before or while it is read.
 """
 
 from __future__ import annotations
@@ -19,13 +22,20 @@ from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource, check_bytes
 from unite_fast.data.source import BadImage, numbered
 
-MOST_ROWS, MOST_BYTES = 1 << 27, 1 << 33  # of all files; of a row group
+MOST_BYTES, RATIO, MARGIN = 1 << 31, 16, 1 << 26  # of a row group; in proportion to its file; beyond that
+BATCH = 64  # rows read at a time, at most
+IMAGES = "image.bytes"
+
+
+def room(table: Path) -> int:
+    """The most bytes that the labels of a file, or the images of one of its row groups, may take in memory."""
+    return min(MOST_BYTES, RATIO * table.stat().st_size + MARGIN)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, largest: int, where: str) -> list[str]:
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         names = None
     if isinstance(names, list) and len(names) > largest and all(isinstance(name, str) for name in names):
         return names
@@ -37,33 +47,52 @@ def list_parquet(
 ) -> tuple[list[Path], list[tuple[int, int, int]], np.ndarray, list[str]]:
     """The files, (file, row group, rows) of every group, labels int64 (n,), class names. Raises UserError."""
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{field} {tables[0].parent} holds Parquet files: pip install 'unite-fast[parquet]'") from None
-    groups, labels, metadata, rows = [], [], None, 0
+    groups, labels, metadata = [], [], None
     for number, table in enumerate(tables):
         try:
             file = pq.ParquetFile(table)
-            rows += file.metadata.num_rows
-            if rows > MOST_ROWS:  # a column of equal labels takes no room in a file, and 8 bytes each in memory
-                raise ValueError(f"{rows} rows; {MOST_ROWS} at most")
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+            kind, label = schema.field("image").type, schema.field("label").type
+            if not pa.types.is_integer(label) or "bytes" not in [kind.field(i).name for i in range(kind.num_fields)]:
+                raise ValueError("needs a column image {bytes, path} and an integer column label")
+            if 8 * rows > room(table):
+                raise ValueError(f"its {rows} labels unfold to more than {room(table)} bytes")
             column = file.read(columns=["label"]).column("label")
+            if column.null_count:
+                raise ValueError(f"{column.null_count} of its {rows} rows have no label")
             labels.append(np.asarray(column.to_numpy()))
-            metadata = metadata or file.schema_arrow.metadata
+            metadata = metadata or schema.metadata
             groups += [(number, g, file.metadata.row_group(g).num_rows) for g in range(file.num_row_groups)]
-            kind = file.schema_arrow.field("image").type
         except Exception as error:  # pyarrow's own errors, OSError, KeyError
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{field} {table}: cannot be read as images and labels ({reason})") from None
-        names = [kind.field(i).name for i in range(kind.num_fields)]
-        if "bytes" not in names or labels[-1].dtype.kind not in "iu":
-            raise UserError(f"{field} {table}: needs a column image {{bytes, path}} and an integer column label")
     everything = np.concatenate(labels).astype(np.int64)
     if not len(everything):
         raise UserError(f"{field} {tables[0].parent}: no images in its {len(tables)} Parquet files")
     if everything.min() < 0:
         raise UserError(f"{field} {tables[0].parent}: negative labels (a test split?)")
     return tables, groups, everything, _class_names(metadata, int(everything.max()), f"{field} {tables[0].parent}")
+
+
+def _read_group(table: Path, number: int) -> Any:
+    """The images' bytes of a row group. Raises BadImage for more than there is room for."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file, most, pieces, found = pq.ParquetFile(table), room(table), [], 0
+    columns = [file.metadata.row_group(number).column(i) for i in range(file.metadata.num_columns)]
+    size = max((c.total_uncompressed_size for c in columns if c.path_in_schema == IMAGES), default=0)
+    step = min(BATCH, max(1, most // max(1, size)))  # no value is larger than all of them, and each may repeat one
+    for batch in file.iter_batches(step, row_groups=[number], columns=[IMAGES], use_threads=False):
+        found += batch.nbytes
+        if max(found, size) > most:
+            raise BadImage(f"row group {number} unfolds to {max(found, size)} bytes; {most} are allowed")
+        pieces.append(batch.column(0).field("bytes"))
+    return pa.chunked_array(pieces)
 
 
 class Parquet(EncodedSource):
@@ -81,7 +110,7 @@ class Parquet(EncodedSource):
         super().__init__(torch.from_numpy(labels), names, data, model)
         self.tables, self._groups = tables, groups
         self._ends = np.cumsum([rows for _, _, rows in groups])
-        self._held: tuple[int, Any] = (-1, None)  # number of the group, its column of images
+        self._held: tuple[int, Any] = (-1, None)  # number of the group, its images' bytes
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_held": (-1, None)}
@@ -99,18 +128,13 @@ class Parquet(EncodedSource):
         return f"{self.tables[table]}, row {row} of group {number}"
 
     def encoded(self, index: int) -> bytes:
-        import pyarrow.parquet as pq
-
         group, row = self._place(index)
         held, images = self._held
         if held != group:
             table, number, _ = self._groups[group]
-            file = pq.ParquetFile(self.tables[table])
-            if (size := file.metadata.row_group(number).total_byte_size) > MOST_BYTES:
-                raise BadImage(f"a row group of {size} bytes, more than the {MOST_BYTES} allowed")
-            images = file.read_row_group(number, columns=["image"]).column("image")
+            images = _read_group(self.tables[table], number)
             self._held = group, images
-        data = images[row].as_py()["bytes"]
+        data = images[row].as_py()
         if data is None:
             raise BadImage("no bytes")
         check_bytes(len(data))
