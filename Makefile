@@ -26,6 +26,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: install  ## train, reconstruct and sample real images on this CPU, in minutes
 	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/digits.yaml
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast.evaluation.digits runs/digits
+	OMP_NUM_THREADS=1 $(RUN) -m unite_fast analyse runs/digits --only alignment
 	$(RUN) -m unite_fast.report runs/digits
 
 demo-molecules: install  ## train on real molecules on this CPU, generate and reconstruct some, in a quarter of an hour

@@ -23,8 +23,9 @@ LAYERS = (
     {"plan", "training"},
     {"checkpoint"},
     {"evaluation"},
+    {"analysis"},
     {"run"},
-    {"evaluate", "export", "report", "weights"},
+    {"analyse", "evaluate", "export", "report", "sweep", "weights"},
     {"doctor"},
     {"__main__"},
 )
@@ -35,6 +36,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "nvidia": "data/",
     "flash_attn": "layers/attention.py",
     "transformer_engine": "efficiency/precision.py",
+    "matplotlib": "analysis/plots.py",
     "wandb": "run/stats.py",
     "ase": "data/atoms/files.py",
     "pymatgen": ("data/atoms/", "evaluation/atoms/"),

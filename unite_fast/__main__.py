@@ -17,6 +17,10 @@ VERBS = {
     "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
     "evaluate": ("unite_fast.evaluate", "FID, its table and guidance search, rFID; atoms: molecules and crystals"),
     "score-atoms": ("unite_fast.evaluation.atoms.__main__", "scores of molecules and crystals"),
+    "analyse": (
+        "unite_fast.analyse",
+        "what a model has become: alignment of its passes, trajectories, entropy, probes",
+    ),
     "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),

@@ -227,6 +227,19 @@ def scores(folder: Path) -> str:
     return "".join(parts) or "<p>No scores yet: python -m unite_fast.evaluate writes them.</p>"
 
 
+def analyses(folder: Path) -> str:
+    """The pictures of RUN/analysis, what their numbers mean beneath; empty where there are none."""
+    parts = []
+    for path in sorted((folder / "analysis").glob("*.json")):
+        content = read_json(path)
+        shown = [p for p in (path.with_suffix(".png"), *sorted(path.parent.glob(f"{path.stem}_*.png"))) if p.is_file()]
+        pictures = "".join(picture(p, p.stem.replace("_", " ")) for p in shown)
+        parts.append(f"{pictures}{folded(path.stem, content.get('protocol'))}")
+    return (
+        f"<h2>Analyses</h2><div class='grid'>{''.join(f'<div>{part}</div>' for part in parts)}</div>" if parts else ""
+    )
+
+
 def structures(folder: Path) -> str:
     """Molecules and crystals of the newest score that shows some, to be turned by the mouse."""
     newest_first = sorted((folder / "scores").glob("atoms_*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -274,6 +287,7 @@ def page(folder: Path) -> str:
         f"<h1>{name}</h1><p class='about'>{html.escape(about)}</p>",
         f"<h2>Curves over optimizer steps</h2><div class='grid'>{charts}</div>",
         f"<h2>Pictures</h2><div class='grid'>{''.join(shown) or 'No pictures yet.'}</div>",
+        readable("analysis", lambda: analyses(folder)),
         readable("report/structures", lambda: structures(folder)),
         readable("scores/training", lambda: training_scores(folder)),
         f"<h2>Scores</h2>{scores(folder)}",

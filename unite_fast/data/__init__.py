@@ -42,6 +42,7 @@ __all__ = [
     "WorkerError",
     "all_images",
     "batch_of_images",
+    "has_heldout",
     "open_source",
     "stream",
 ]
@@ -54,6 +55,13 @@ def opener(name: str) -> Opener:
     if name in atoms.NAMES:
         return atoms.open_atoms
     return getattr(importlib.import_module(f"unite_fast.data.{name}"), f"open_{name}")
+
+
+def has_heldout(data: DataConfig, model: ModelConfig) -> bool:
+    """Whether ``data`` says where held-out samples are."""
+    if model.modality == "atoms":
+        return bool(data.heldout_path) or not (data.source == "structures" and data.path.endswith(".safetensors"))
+    return data.source in ("digits", "idx") or bool(data.heldout_path)
 
 
 def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> Source:

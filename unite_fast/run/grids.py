@@ -23,10 +23,7 @@ def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> B
 
     Held-out ones where the run has them.
     """
-    packed_alone = reading.source == "structures" and reading.path.endswith(".safetensors")
-    held_out = reading.source in ("digits", "idx") or reading.heldout_path
-    held_out = held_out or (model.modality == "atoms" and not packed_alone)
-    source = data.open_source(reading, model, "heldout" if held_out else "train")
+    source = data.open_source(reading, model, "heldout" if data.has_heldout(reading, model) else "train")
     present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)
     labels, occurrence = present[columns % len(present)], columns // len(present)
     indices = []

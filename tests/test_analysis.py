@@ -1,0 +1,336 @@
+"""The analyses: streamed sums against direct formulas in float64 and other libraries, on one process and two."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+from support import TINY, command, command_of
+from torch import Tensor
+
+from unite_fast import analyse, checkpoint, data, report
+from unite_fast.analysis import alignment, dynamics, entropy, probe, trajectory
+from unite_fast.analysis.walk import chosen, denoised, recorded, significant, tokenized, walk
+from unite_fast.config import yaml_text
+from unite_fast.flow import interpolate
+from unite_fast.modality.images import psnr
+from unite_fast.model.unite import UNITE
+from unite_fast.parallel.distributed import Ranks
+from unite_kernels import philox
+from unite_kernels.adaln import adaln
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def features(n: int, d: int) -> tuple[Tensor, Tensor]:
+    x = drawn(n, d) + 3
+    return x, 0.5 * x @ drawn(d, d, seed=1) + drawn(n, d, seed=2) - 1
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def kernels_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """Biased HSIC of two kernels (Gretton et al. 2005), up to its factor."""
+    h = torch.eye(len(k), dtype=k.dtype) - 1 / len(k)
+    return float(torch.trace(k @ h @ l @ h))
+
+
+def kernels_unbiased(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """Song et al. 2012, equation 5, from the kernels."""
+    n = len(k)
+    k, l = k - k.diag().diag(), l - l.diag().diag()  # noqa: E741
+    one = torch.ones(n, dtype=k.dtype)
+    middle = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
+    return float(torch.trace(k @ l) + middle - 2 / (n - 2) * one @ k @ l @ one) / (n * (n - 3))
+
+
+@pytest.mark.parametrize("cut", [[31], [1, 13, 17]])
+def test_cka_of_sums_is_that_of_kernels(cut):
+    x, y = features(31, 6)
+    sums = alignment.PairSums(6, torch.device("cpu"))
+    for a, b in zip(x.split(cut), y.split(cut), strict=True):
+        sums.add(a, b)
+    k, l = x @ x.T, y @ y.T  # noqa: E741
+    for name, hsic in (("cka", kernels_hsic), ("debiased", kernels_unbiased)):
+        expected = hsic(k, l) / math.sqrt(hsic(k, k) * hsic(l, l))
+        assert sums.cka()[name] == pytest.approx(expected, rel=1e-10), name
+
+
+def test_cka_of_few_examples_and_of_the_same():
+    x, y = features(3, 2)
+    sums = alignment.PairSums(2, torch.device("cpu"))
+    sums.add(x, y)
+    assert math.isnan(sums.cka()["debiased"])
+    own = alignment.PairSums(2, torch.device("cpu"))
+    own.add(y, y @ torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64))  # turned and scaled
+    assert own.cka()["cka"] == pytest.approx(1)
+
+
+def test_debiased_cka_of_independent_features_is_near_zero():
+    sums = alignment.PairSums(40, torch.device("cpu"))
+    sums.add(drawn(60, 40), drawn(60, 40, seed=5))
+    assert sums.cka()["cka"] > 0.3
+    assert abs(sums.cka()["debiased"]) < 0.05
+
+
+def test_cknna_is_the_sum_over_mutual_neighbours():
+    """With scikit-learn's neighbours, pair by pair."""
+    from sklearn.neighbors import NearestNeighbors
+
+    x, y = (v / v.norm(dim=1, keepdim=True) for v in features(23, 5))
+    near = [
+        NearestNeighbors(n_neighbors=4, metric="cosine", algorithm="brute").fit(v.numpy()).kneighbors()[1].tolist()
+        for v in (x, y)
+    ]
+
+    def align(p: Tensor, q: Tensor, of_p: list, of_q: list) -> float:
+        k, l = p @ p.T, q @ q.T  # noqa: E741
+        return sum(
+            float((k[i, j] - k[i].mean()) * (l[i, j] - l[i].mean()))
+            for i in range(23)
+            for j in set(of_p[i]) & set(of_q[i])
+        )
+
+    expected = align(x, y, *near) / math.sqrt(align(x, x, near[0], near[0]) * align(y, y, near[1], near[1]))
+    for block in (7, 100):
+        assert alignment.cknna(x, y, 4, block) == pytest.approx(expected, rel=1e-10)
+
+
+# --- a trained run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Of 30 steps, in a folder with another of separate weights."""
+    folder = tmp_path_factory.mktemp("analysed")
+    (folder / "tiny.yaml").write_text(TINY)
+    for name, more in (("shared", []), ("separate", ["model.separate_denoiser=true"])):
+        words = ("--config", folder / "tiny.yaml", f"run_dir={folder / name}", f"name={name}", "train.max_steps=30")
+        assert command("train.py", *words, "optim.lr=6e-3", "train.log_every=5", *more).returncode == 0
+    return folder / "shared"
+
+
+@pytest.fixture(scope="module")
+def opened(run) -> tuple[UNITE, data.Source]:
+    model, config = checkpoint.load_model(run.parent / "separate")
+    return model, data.open_source(config.data, config.model, "heldout")
+
+
+@torch.no_grad()
+def test_layers_are_what_the_next_layer_gets(opened):
+    """Through the final layer and the LayerNorm the last one becomes the latents, in both passes."""
+    model, source = opened
+    tile = tokenized(model, source.few(torch.arange(5)), 0.01)
+    seen = denoised(tile, 0.4)
+    passes = [(model.encoder, tile.layers, tile.latents), (model.denoiser, seen.layers, seen.prediction)]
+    for encoder, layers, latents in passes:
+        assert [layer.shape for layer in layers] == [(5, 8, 32)] * 3
+        t = torch.full((5,), 0.4)
+        if encoder is model.encoder:
+            t = tokenizer_times(tile)
+        c = encoder.t_embedder(t) + encoder.y_embedder(torch.full((5,), model.null_class))
+        shift, scale = encoder.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
+        normed = adaln(layers[-1], encoder.final_layer.norm_final.weight, shift, scale)
+        assert torch.allclose(model.normalise(encoder.final_layer.linear(normed)), latents, atol=1e-6)
+
+
+def tokenizer_times(tile) -> Tensor:
+    from unite_kernels.corruption import draw_tokenizer
+
+    return draw_tokenizer(0, tile.samples, tile.model.latent_shape, 0.01)[1]
+
+
+@torch.no_grad()
+def test_layers_before_the_last_belong_to_the_registers(opened):
+    """A register's rows change with its own input more than any other's: rows are neither shifted nor mixed up."""
+    model, _ = opened
+    x, t, labels = torch.zeros(1, 8, 4), torch.full((1,), 0.5), torch.tensor([model.null_class])
+    rows = []
+    for bump in (0.0, 3.0):
+        x[0, 5] += bump
+        with recorded(model.denoiser, 8) as layers:
+            model.denoise(x, t, labels)
+        rows.append(torch.stack(layers)[:, 0])
+    moved = (rows[1] - rows[0]).norm(dim=-1)  # (blocks, registers)
+    assert (moved.argmax(1) == 5).all()
+
+
+@torch.no_grad()
+def test_trajectory_is_the_direct_formula(opened):
+    model, source = opened
+    batch = source.few(chosen(source, 50))
+    found = trajectory.Trajectory(ONE.device, model.latent_shape, True, (0.0, 0.7))
+    walk(model, source, chosen(source, 50), yaml_text.from_dict({}).data, [found], ONE, 0.01)
+    tile = tokenized(model, batch, 0.01)
+    z = tile.latents
+    noise = philox.normal(0, 1 << 19, batch.samples, model.latent_shape)
+    result = found.result()
+    for i, t in enumerate((0.0, 0.7)):
+        times = torch.full((50,), t)
+        x0 = model.denoise(interpolate(z, noise, times), times, torch.full((50,), model.null_class))
+        expected = {
+            "cosine": torch.nn.functional.cosine_similarity(z, x0, dim=-1).mean(),
+            "velocity_loss": ((x0 - z) / (1 - t)).square().mean(),
+            "x0_loss": (x0 - z).square().mean(),
+            "psnr": psnr(batch.images.float(), model.decode(x0).clamp(0, 1)).mean(),
+        }
+        for name, value in expected.items():
+            assert result[name][i] == pytest.approx(float(value), rel=1e-4), (name, t)
+    clean = psnr(batch.images.float(), model.decode(z).clamp(0, 1)).mean()
+    assert result["psnr_clean"] == pytest.approx(float(clean), rel=1e-5)
+    assert result["latent_std"] == pytest.approx(float(z.std(0, correction=0).mean()), rel=1e-5)
+
+
+def test_probes_are_scikit_learns(opened):
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    model, held = opened
+    train = held  # any samples do; the held-out ones are asked about others than they are fitted to
+    config = yaml_text.from_dict({}).data
+    fitted, asked = torch.arange(0, 200), torch.arange(200, 300)
+    fitting = probe.Training(fitted, model.latent_shape, 10, ONE.device)
+    walk(model, train, fitted, config, [fitting], ONE, 0.01)
+    asking = probe.HeldOut(fitting)
+    walk(model, held, asked, config, [asking], ONE, 0.01)
+    result = fitting.result() | asking.result()
+    parts = {}
+    for name, places in (("train", fitted), ("held", asked)):
+        with torch.no_grad():
+            tile = tokenized(model, held.few(places), 0.01)
+        parts[name] = {k: v.numpy() for k, v in probe.features(tile).items()}, tile.labels.numpy()
+    (x, y), (a, b) = parts["train"], parts["held"]
+    assert (result["samples"], result["held_out"]) == (200, 100)
+    for kind in ("flat", "mean"):
+        scaler = StandardScaler().fit(x[kind])
+        linear = RidgeClassifier(alpha=1e-3 * 200, solver="cholesky").fit(scaler.transform(x[kind]), y)
+        assert result["linear"][kind] == pytest.approx(linear.score(scaler.transform(a[kind]), b), abs=0.011)
+        centre = x[kind].mean(0)
+        knn = KNeighborsClassifier(10, metric="cosine", algorithm="brute").fit(x[kind] - centre, y)
+        assert result["knn"][kind] == pytest.approx(knn.score(a[kind] - centre, b), abs=0.011)
+    assert result["chance"] == pytest.approx(np.mean(b == np.bincount(y).argmax()))
+
+
+def test_ridge_weights_are_scikit_learns():
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    x, labels = features(60, 5)[1], torch.arange(60) % 3
+    sums = probe.Sums(5, 3, torch.device("cpu"))
+    for part in (slice(0, 11), slice(11, 60)):
+        sums.add(x[part], labels[part])
+    weights, bias = sums.fit()
+    scaler = StandardScaler().fit(x.numpy())
+    indicators = 2 * torch.nn.functional.one_hot(labels, 3).double().numpy() - 1
+    ridge = Ridge(alpha=1e-3 * 60, solver="cholesky").fit(scaler.transform(x.numpy()), indicators)
+    assert np.allclose((x @ weights + bias).numpy(), ridge.predict(scaler.transform(x.numpy())), atol=1e-10)
+
+
+def on_each(ranks: Ranks, checkpoints: str, count: int) -> dict:
+    model, config = checkpoint.load_model(checkpoints)
+    source = data.open_source(config.data, config.model, "heldout")
+    places, m = chosen(source, count), config.model
+    analyses = [
+        alignment.Alignment(places, m.encoder.depth, m.encoder.width, ranks.device, k=3, paired=60),
+        trajectory.Trajectory(ranks.device, model.latent_shape, True),
+        fitting := probe.Training(places, model.latent_shape, 10, ranks.device),
+    ]
+    walk(model, source, places, config.data, analyses, ranks, 0.01)
+    asking = probe.HeldOut(fitting)
+    walk(model, source, chosen(source, 70), config.data, [asking], ranks, 0.01)
+    return significant({str(i): analysis.result() for i, analysis in enumerate([*analyses, asking])})
+
+
+def test_two_processes_give_the_numbers_of_one(run):
+    """Three tiles on two ranks, so one of them has two."""
+    alone = on_each(ONE, str(run), 90)
+    assert on_ranks(2, on_each, str(run), 90) == [alone, alone]
+    assert len(alone["0"]["cknna"][0]) == 3
+
+
+# --- without samples -------------------------------------------------------------------------------------------------
+
+
+def test_entropy_is_that_of_the_histogram():
+    from scipy.stats import entropy as of_shares
+
+    w = drawn(400) * 0.01
+    for width in entropy.WIDTHS:
+        edges = (np.arange(-4000, 4001) - 0.5) * width
+        shares = np.histogram(w.numpy(), edges)[0] / 400
+        assert entropy.bits(w, width) == pytest.approx(400 * of_shares(shares, base=2), rel=1e-12)
+    assert entropy.bits(torch.zeros(7), 1e-3) == 0
+
+
+def test_every_weight_has_a_group(opened):
+    model, _ = opened
+    found = entropy.of_model(model, None)["trained"]
+    assert sum(g["elements"] for part in found.values() for g in part.values()) == model.trainable_parameters()
+    assert {"encoder", "denoiser", "decoder", "rest"} == set(found)
+    assert entropy.group_of("encoder.blocks.0.attn.q_norm.weight") == "normalisation"
+    assert entropy.group_of("encoder.blocks.0.attn.qkv.weight") == "functional"
+    assert entropy.group_of("decoder.decoder_layers.0.ffn_up.weight") == "functional"
+
+
+def test_curves_leave_out_what_is_not_finite():
+    rows = [{"step": s, "flow": v} for s, v in ((1, 4.0), (2, 1.0), (3, math.nan), (4, 2.0))]
+    found = dynamics.of_run(rows, ["flow", "lpips"])
+    assert found["curves"] == {"flow": [[1.0, 2.0, 4.0], [4.0, 1.0, 2.0]]}
+    assert found["summary"]["flow"] == {"end": 2.0, "lowest": 1.0, "at": 2.0, "rise": 2.0}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_compares_and_the_report_shows(run):
+    other = run.parent / "separate"
+    said = command_of(analyse.main, run, "--against", other, "--count", 64, "--pairs", 40, "--neighbours", 3)
+    assert said.returncode == 0, said.stderr
+    for name in analyse.DEFINITIONS:
+        content = json.loads((run / "analysis" / f"{name}.json").read_text())
+        assert list(content["models"]) == ["shared", "separate"], name
+        assert {"definition", "checkpoints", "environment"} <= content["protocol"].keys()
+        assert (run / "analysis" / f"{name}.png").stat().st_size > 2000
+    found = json.loads((run / "analysis" / "alignment.json").read_text())["models"]["shared"]
+    assert found["examples"] == {"registers": 64 * 8, "mean": 64, "cknna": 40}
+    assert all(0 < v <= 1 for row in found["cka_registers"] for v in row)
+    start = json.loads((run / "analysis" / "entropy.json").read_text())["models"]["shared"]["start"]
+    assert start["encoder"]["normalisation"]["mb"][0] < start["encoder"]["functional"]["mb"][0]
+    page = report.page(run)
+    assert "<h2>Analyses</h2>" in page
+    assert "protocol of alignment" in page
+    again = command_of(analyse.main, run, "--only", "entropy")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        (("--only", "colours"), "--only colours: choose from"),
+        (("--times", "0.5,2"), "--times 0.5,2.0: different numbers"),
+        (("--times", "x"), "--times x: write numbers"),
+        (("--count", "0"), "--count 0: give at least 1"),
+        (("--only", "entropy", "--pairs", "7"), "--pairs"),
+        (("--only", "entropy", "--data", "x"), "--data"),
+        (("--data", "x"), "--data"),
+        (("--names", "a,b"), "--names a,b: give 1 different names"),
+        (("--out", "tiny.yaml"), "--out tiny.yaml is a file"),
+    ],
+)
+def test_mistakes_are_one_line(run, monkeypatch, words, mistake):
+    monkeypatch.chdir(run.parent)
+    said = command_of(analyse.main, run, *words)
+    assert said.returncode == 2
+    assert said.stderr.count("\n") == 1
+    assert mistake in said.stderr

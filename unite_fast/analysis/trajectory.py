@@ -1,0 +1,84 @@
+"""What denoising gives back: predicted against clean latents over t (arXiv 2603.22283, Figure 6 right), and, of images,
+what the decoder makes of the prediction (Figure 7).
+
+Shape letters: B samples of a tile, T times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from unite_fast.analysis.walk import Denoised, Tile
+from unite_fast.flow import EPS
+from unite_fast.modality.images import psnr
+
+TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+DEFINITION = {
+    "cosine": "mean over samples and registers of the cosine between clean latents z and their prediction from "
+    "z_t = t z + (1 - t) eps, without a class",
+    "velocity_loss": "mean over samples and latents that are there of ((prediction - z) / max(1 - t, 0.05))^2",
+    "x0_loss": "mean of (prediction - z)^2",
+    "latent_std": "standard deviation over samples of each latent coordinate, mean over coordinates; absent registers "
+    "count as 0",
+    "psnr": "dB, mean over images: the decoder's image of the prediction at t, clamped to [0, 1], against the input; "
+    "psnr_clean: of the clean latents",
+}
+
+
+class Trajectory:
+    """Sums over samples for each time; ``images``: whether predictions are decoded and compared in pixels."""
+
+    def __init__(
+        self, device: torch.device, shape: tuple[int, int], images: bool, times: Sequence[float] = TIMES
+    ) -> None:
+        """shape: (K, C)."""
+        self.times, self.images = tuple(times), images
+        zeros = {"dtype": torch.float64, "device": device}
+        self.sums = torch.zeros(len(self.times), 6, **zeros)  # cosine, registers, velocity, x0, samples, PSNR
+        self.clean = torch.zeros(2, **zeros)  # PSNR, samples
+        self.moments = torch.zeros(2, *shape, **zeros)
+
+    def _psnr(self, tile: Tile, latents: Tensor) -> Tensor:
+        if not self.images:
+            return latents.new_zeros(())
+        return psnr(tile.content["images"], tile.model.decode(latents).float().clamp(0, 1)).double().sum()
+
+    def begin(self, tile: Tile) -> None:
+        z = tile.latents.double()
+        self.clean += torch.stack([self._psnr(tile, tile.latents).double(), z.new_tensor(len(z))])
+        self.moments += torch.stack([z.sum(0), z.square().sum(0)])
+
+    def add(self, tile: Tile, denoised: Denoised) -> None:
+        taken, z, x0 = tile.taken, tile.latents.double(), denoised.prediction.double()
+        cosine = cosine_similarity(z, x0, dim=2)[taken].sum()
+        squares = ((x0 - z).square().mean(2) * taken).sum(1) / taken.sum(1).clamp_min(1)
+        velocity = squares.sum() / max(1 - denoised.t, EPS) ** 2
+        counts = [z.new_tensor(float(taken.sum())), velocity, squares.sum(), z.new_tensor(float(len(z)))]
+        self.sums[self.times.index(denoised.t)] += torch.stack(
+            [cosine, *counts, self._psnr(tile, denoised.prediction).double()]
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.sums, self.clean, self.moments]
+
+    def result(self) -> dict[str, Any]:
+        """{"times", "samples", and by measure a number per time}."""
+        cosine, registers, velocity, x0, samples, decibels = self.sums.unbind(1)
+        n = float(self.clean[1])
+        variance = (self.moments[1] / n - (self.moments[0] / n).square()).clamp_min(0)
+        found: dict[str, Any] = {
+            "times": list(self.times),
+            "samples": int(n),
+            "cosine": (cosine / registers).tolist(),
+            "velocity_loss": (velocity / samples).tolist(),
+            "x0_loss": (x0 / samples).tolist(),
+            "latent_std": float(variance.sqrt().mean()),
+        }
+        if self.images:
+            found |= {"psnr": (decibels / samples).tolist(), "psnr_clean": float(self.clean[0]) / n}
+        return found
