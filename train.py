@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
 
     source: data.Source
     objective: Objective
-    scoring: monitor.Files | monitor.AtomFiles | None
+    scoring: monitor.Opened
     started: float
 
     @classmethod
@@ -157,7 +157,7 @@ def loop(
         grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None
     )
     how, scores = (settings.sample, settings.objective.tokenizer_t_max), None
-    if inputs.scoring is not None:
+    if inputs.scoring:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.objective.losses)
     session.begin(state.step)
     if state.step >= total and ranks.is_main:

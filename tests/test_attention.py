@@ -18,7 +18,10 @@ from unite_fast.config import ENCODER_SIZES, ModelConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.layers import attention as module
 from unite_fast.layers.attention import attention, attention_varlen
+from unite_fast.model.flops import attentions
 from unite_fast.model.unite import UNITE
+
+SIZES = [(20, 2, 16)]  # (keys, heads, head size)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
@@ -149,8 +152,8 @@ def test_packing_never_waits_for_the_device():
 
 
 def test_sizes_of_the_published_models():
-    assert {n for n, _, _ in module.sizes(ModelConfig())} == {256, 257, 288, 512, 544}
-    xl = module.sizes(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES["xl"]))
+    assert {n for n, _, _ in attentions(ModelConfig())} == {256, 257, 288, 512, 544}
+    xl = attentions(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES["xl"]))
     assert {e for n, _, e in xl if n != 257} == {72}
 
 
@@ -175,15 +178,14 @@ def test_table_of_preferences_is_complete():
 )
 def test_auto_on_cpus_goes_by_their_matrix_units(monkeypatch, tiles, half, expected):
     monkeypatch.setattr(module.kernels, "has_tiles", lambda: tiles)
-    assert module.resolve("auto", from_dict(parse_yaml(TINY, "tiny")).model, CPU, half) == expected
+    assert module.resolve("auto", SIZES, CPU, half) == expected
 
 
 def test_what_cannot_run_says_why(tiny):
-    model = from_dict(parse_yaml(TINY, "tiny")).model
-    assert module.resolve("math", model, CPU, half=False) == "math"
+    assert module.resolve("math", SIZES, CPU, half=False) == "math"
     for name in ("efficient", "cudnn"):
         with pytest.raises(UserError, match=f"attention={name}: it needs a CUDA device; or choose auto"):
-            module.resolve(name, model, CPU, half=True)
+            module.resolve(name, SIZES, CPU, half=True)
     absent = [name for name in module.MODULES if module._missing(name)]
     for name in absent:
         mend = module.MODULES[name][1]
@@ -249,9 +251,9 @@ def test_doctor_lists_the_backends():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("encoder", ["base", "xl"])
 def test_auto_runs_on_this_gpu(encoder):
-    model = dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES[encoder])
-    plan = module.resolve("auto", model, DEVICE, half=True)
-    for keys, heads, e in module.sizes(model):
+    sizes = attentions(dataclasses.replace(ModelConfig(), encoder=ENCODER_SIZES[encoder]))
+    plan = module.resolve("auto", sizes, DEVICE, half=True)
+    for keys, heads, e in sizes:
         require_close(
             lambda q, k, v: attention(q, k, v, backend=plan), *inputs(keys, keys, e, torch.bfloat16, 2, heads)
         )

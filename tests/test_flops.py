@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from stepping import backward
 from support import ROOT, command, command_of
 
 import unite_fast.doctor
-from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ModelConfig, ObjectiveConfig, yaml_text
+from unite_fast import data
+from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, DataConfig, ModelConfig, ObjectiveConfig, yaml_text
+from unite_fast.data.folder import Folder
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.flops import peak_flops, peak_of, training_flops
 from unite_fast.model.unite import UNITE
@@ -201,8 +203,9 @@ def test_doctor_times_the_configured_source(tiny, tmp_path):
 
 
 def test_expected_rate_of_a_source():
-    packed = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, source="packed", workers=1))
-    assert throughput.expected_rate(packed.data, packed.model.image_size) == throughput.PER_CORE["packed", "exact"]
-    small = dataclasses.replace(packed, model=dataclasses.replace(packed.model, image_size=64))
-    assert throughput.expected_rate(small.data, small.model.image_size) is None  # the table is of 256 x 256
-    assert throughput.expected_rate(dataclasses.replace(packed.data, source="digits"), 256) is None
+    exact, fast = (Folder(Path(), [], [], [], DataConfig(crop=crop), ModelConfig()) for crop in ("adm", "fast"))
+    assert throughput.expected_rate(exact, 1, 256) == 358
+    assert throughput.expected_rate(fast, 0, 256) == 892
+    assert throughput.expected_rate(exact, 1, 64) is None  # they are of 256 x 256
+    digits = data.open_source(DataConfig(source="digits", flip=False), ModelConfig(channels=1, num_classes=10))
+    assert throughput.expected_rate(digits, 1, 256) is None

@@ -10,6 +10,7 @@ from support import command
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import read
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, ModelConfig, ObjectiveConfig
+from unite_fast.modality import MODALITIES
 from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import build
 from unite_fast.optim.groups import freeze
@@ -89,7 +90,7 @@ def test_frozen_parameters_count_as_what_they_cost():
     assert everything == pytest.approx(executed["total"], rel=1e-3)
     assert cost.step_flops(config, o) == training_flops(config, 2, False)
     without_decoder = cost.step_flops(config, o, ("decoder",))["total"]
-    d, tokens = config.decoder, config.decoder_tokens
+    d, tokens = config.decoder, MODALITIES["images"].decoder_tokens(config)
     of_attention = d.depth * 4 * tokens**2 * d.width  # which has no weights
     assert everything - without_decoder == pytest.approx(executed["decode"] / 3 - of_attention, rel=0.01)
     parts = ("encoder", "encoder_layer_norm", "latent_tokens", "patch_embed")

@@ -56,6 +56,9 @@ class Points:
     def context_tokens(self, config):
         return config.num_latents
 
+    def decoder_tokens(self, config):
+        return config.num_latents + 1
+
     def embedder(self, config):
         return Embedder(2, config.encoder.width)
 

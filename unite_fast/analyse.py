@@ -27,7 +27,7 @@ from unite_fast.analysis import alignment, dynamics, entropy, plots, probe, traj
 from unite_fast.analysis.walk import NOISE_STREAM, TILE, chosen, denoised, significant, tokenized, walk
 from unite_fast.base import command, files, outputs, provenance
 from unite_fast.base.errors import UserError, idle
-from unite_fast.config import Config, DataConfig, EvaluationConfig, choices
+from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices
 from unite_fast.data.source import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import statistics
@@ -110,7 +110,9 @@ def of_samples(context: Context, wanted: list[str]) -> dict[str, Found]:
             blocks, width = m.encoder.depth, m.encoder.width
             opened["alignment"] = alignment.Alignment(places, blocks, width, device, a.times, a.neighbours, a.pairs)
         if "trajectory" in wanted:
-            opened["trajectory"] = trajectory.Trajectory(device, subject.model.latent_shape, m.modality == "images")
+            opened["trajectory"] = trajectory.Trajectory(
+                device, subject.model.latent_shape, "pixels" in subject.model.modality.analyses
+            )
         context.walk(subject, context.split, source, places, list(opened.values()))
         for name, analysis in opened.items():
             found[name][subject.name] = context.ranks.gather(analysis.result() if context.ranks.is_main else None)[0]
@@ -276,25 +278,25 @@ def load(a: argparse.Namespace, device: torch.device) -> list[Subject]:
     return subjects
 
 
-def open_samples(a: argparse.Namespace, config: Config) -> tuple[DataConfig, Source | None, str]:
+def open_samples(
+    a: argparse.Namespace, reading: DataConfig, model: ModelConfig
+) -> tuple[DataConfig, Source | None, str]:
     """The samples, held out if there are any, and the split that they are."""
-    reading = config.data
     if not set(a.only) & set(OF_SAMPLES):
         if a.data:
             raise idle("--data", f"with --only {','.join(a.only)}")
         return reading, None, ""
     if a.data:
-        if reading.source in ("digits", "synthetic"):
+        if not reading.reads_files:
             raise idle("--data", f"for a run of data.source={reading.source}")
         reading = dataclasses.replace(reading, heldout_path=a.data)
-    split = "heldout" if data.has_heldout(reading, config.model) else "train"
-    return reading, data.open_source(reading, config.model, split), split
+    return reading, *data.open_heldout(reading, model)
 
 
 def settle(a: argparse.Namespace, subjects: list[Subject], split: str) -> None:
     """Leaves out what these models do not have. Raises UserError where it was asked for by name."""
     missing = {}
-    if split == "train" or subjects[0].config.model.modality != "images":
+    if split == "train" or "probes" not in subjects[0].model.modality.analyses:
         missing["probes"] = "the probes need labelled held-out images; name some with --data"
     if not any(s.run is not None for s in subjects):
         missing["dynamics"] = "none of the models lies in a run folder with metrics"
@@ -328,7 +330,7 @@ def main(argv: list[str]) -> None:
     try:
         precision.setup(ranks.device)
         subjects = load(a, ranks.device)
-        reading, source, split = open_samples(a, subjects[0].config)
+        reading, source, split = open_samples(a, subjects[0].config.data, subjects[0].config.model)
         settle(a, subjects, split)
         out = ranks.decide(lambda: check_out(a, subjects))
         context = Context(a, subjects, ranks, reading, source, split)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from unite_fast import __version__, checkpoint, interop
+from unite_fast import __version__, checkpoint, interop, modality
 from unite_fast.base import files, outputs
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError, idle
@@ -32,38 +32,6 @@ from unite_fast.config.yaml_text import to_dict
 
 ABSOLUTE = re.compile(r"^(~|[A-Za-z]:\\|/)|[\\/]")
 PATHS = ("run_dir", "resume", "init_from", "path", "heldout_path", "perceptual_trunk")
-
-CARD = """\
----
-library_name: unite-fast
-tags: [image-tokenizer, flow-matching, image-generation]
----
-# {name}
-
-A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)): one transformer that tokenizes images and
-generates them. {parameters:,} parameters, images of {size}x{size}, {classes} classes, {latents} latents of width
-{width}. {weights}{step}, written by unite-fast {version}{commit}.
-
-{sampling}No FID is claimed here. A score means something only together with its protocol: Inception weights and
-reference statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw),
-dtype, rounding to 8 bits, seeds, and the commit.
-"""
-
-ATOMS_CARD = """\
----
-library_name: unite-fast
-tags: [flow-matching, molecule-generation]
----
-# {name}
-
-A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)) of atoms: one transformer that tokenizes molecules
-or crystals and generates them. {parameters:,} parameters, up to {latents} atoms, a latent of width {width} per atom,
-{classes} data sets. {weights}{step}, written by unite-fast {version}{commit}.
-
-{sampling}No score is claimed here. A score means something only together with its protocol: the rule by which bonds are
-perceived and its version, the held-out structures by hash, number of samples, solver, steps, guidance, weights (EMA or
-raw), seeds, and the commit.
-"""
 
 
 def scrub(values: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +122,7 @@ def export(source: str, out: Path, weights: str, trust_pickle: bool = False, ove
     facts |= {"config": json.dumps(values), "origin": kind, "provenance": json.dumps(provenance)}
     m, options = config.model, sampling_options(config.sample, kind)
     counted = "" if kind == "run" else " by its own count"  # the official code's is of micro-batches
-    card = (ATOMS_CARD if m.modality == "atoms" else CARD).format(
+    card = modality.of(m).card.format(
         name=values["name"], parameters=sum(v.numel() for v in state.values()), size=m.image_size,
         classes=m.num_classes, latents=m.num_latents, width=m.latent_dim,
         weights={"ema": "EMA weights", "model": "Raw weights"}.get(weights, f"Weights {weights}"),

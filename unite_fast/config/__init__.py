@@ -7,7 +7,9 @@ from unite_fast.base.errors import CommonError, RunError, Stopped, UserError
 from unite_fast.config.keys import (
     DECODER_SIZES,
     ENCODER_SIZES,
+    MADE_FROM,
     SIZES,
+    SOURCES,
     AtomDataConfig,
     AtomLossConfig,
     AtomsConfig,
@@ -30,7 +32,9 @@ from unite_fast.config.keys import (
 __all__ = [
     "DECODER_SIZES",
     "ENCODER_SIZES",
+    "MADE_FROM",
     "SIZES",
+    "SOURCES",
     "AtomDataConfig",
     "AtomLossConfig",
     "AtomsConfig",

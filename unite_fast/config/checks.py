@@ -62,7 +62,7 @@ def validate(config: Config) -> None:
 def _check_model(m: ModelConfig) -> None:
     e, d = m.encoder, m.decoder
     _require(
-        m.modality != "images" or m.image_size % m.patch_size == 0,
+        m.image_size % m.patch_size == 0,
         f"model.image_size {m.image_size} is not a multiple of model.patch_size {m.patch_size}",
     )
     for key, part in (("model.encoder", e), ("model.decoder", d)):

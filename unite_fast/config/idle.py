@@ -10,39 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config
+from unite_fast.config import MADE_FROM, Config
 
 Rule = tuple[tuple[str, ...], Callable[[Config], bool], str]
-RESIDENT = ("digits", "synthetic")
 
-# (keys or beginnings of keys, whether they are idle, beside what)
+# (keys or beginnings of keys, whether they are idle, beside what); keys of one modality say so themselves, by ``of``
 RULES: tuple[Rule, ...] = (
-    (("data.path", "data.heldout_path"), lambda c: c.data.source in RESIDENT, "data.source={0.data.source}"),
+    (("data.path", "data.heldout_path"), lambda c: not c.data.reads_files, "data.source={0.data.source}"),
     (
         ("data.workers", "data.timeout", "data.on_error"),
-        lambda c: c.model.modality == "images" and c.data.source in (*RESIDENT, "idx"),
+        lambda c: not c.data.has_workers,
         "data.source={0.data.source}",
-    ),
-    (
-        ("model.atoms.", "objective.atoms.", "data.atoms.", "evaluation.scorer"),
-        lambda c: c.model.modality != "atoms",
-        "model.modality={0.model.modality}",
-    ),
-    (
-        (
-            "model.image_size",
-            "model.patch_",
-            "model.channels",
-            "objective.pixel_",
-            "objective.perceptual_",
-            "data.crop",
-            "data.flip",
-            "evaluation.reference",
-            "evaluation.extractor",
-            "evaluation.inception",
-        ),
-        lambda c: c.model.modality != "images",
-        "model.modality={0.model.modality}",
     ),
     (
         (
@@ -79,12 +57,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def value_of(config: Config, key: str) -> Any:
-    """Of a whole key such as ``train.epochs``."""
+def value_of(config: Config, key: str) -> tuple[Any, str]:
+    """Of a whole key such as ``train.epochs``; and what a model must be made from to read it, "" if that is all one."""
     found: Any = config
+    of = ""
     for part in key.split("."):
+        of = type(found).__dataclass_fields__[part].metadata.get("of") or of
         found = getattr(found, part)
-    return found
+    return found, of
 
 
 def check(config: Config, asked: Sequence[str]) -> None:
@@ -94,9 +74,13 @@ def check(config: Config, asked: Sequence[str]) -> None:
     """
     default = Config()
     for key in asked:
-        value = value_of(config, key)
-        if dataclasses.is_dataclass(value) or value == value_of(default, key):
+        value, of = value_of(config, key)
+        if dataclasses.is_dataclass(value) or value == value_of(default, key)[0]:
             continue
+        if of not in ("", MADE_FROM[config.model.modality]):
+            raise UserError(
+                f"override {key}: it does nothing beside model.modality={config.model.modality}; leave it out"
+            )
         for beginnings, is_idle, beside in RULES:
             if key.startswith(beginnings) and is_idle(config):
                 raise UserError(f"override {key}: it does nothing beside {beside.format(config)}; leave it out")

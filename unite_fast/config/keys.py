@@ -24,10 +24,12 @@ def option(
     most: float | None = None,
     below: float | None = None,
     path: bool = False,
+    of: str = "",
 ) -> Any:
     """A field: its default, its line of ``--help``, its bounds. A number without a lower bound is at least 0.
 
     path: it names a file or folder, in which ~ and $NAME are replaced.
+    of: what a model must be made from (``MADE_FROM``) to read it.
     """
     if least is None and above is None:
         least = 0
@@ -35,6 +37,7 @@ def option(
     metadata = {
         "meaning": meaning,
         "path": path,
+        "of": of,
         "bounds": {words: bound for words, bound in bounds.items() if bound is not None},
     }
     return field(default=default, metadata=metadata)
@@ -43,6 +46,16 @@ def option(
 def choices(section: type, key: str) -> tuple[str, ...]:
     """The words that a key of a section may have, in the order of its type; they stand nowhere else."""
     return get_args(get_type_hints(section)[key])
+
+
+# What models are of; what each is made from, which decides the keys and the sources that go with it.
+MADE_FROM = {"images": "images", "atoms": "structures"}
+ImageSource = Literal["digits", "idx", "folder", "tar", "packed", "dali", "synthetic"]
+StructureSource = Literal["qm9", "mp20", "crystals", "structures", "joint"]
+SOURCES: dict[str, tuple[str, ...]] = {"images": get_args(ImageSource), "structures": get_args(StructureSource)}
+OF_STRUCTURES = {"of": "structures"}  # of a section
+WITHOUT_FILES = ("digits", "synthetic")  # sources that read none of the user's
+WITHOUT_WORKERS = (*WITHOUT_FILES, "idx")  # those whose samples are in memory at once
 
 
 @dataclass(frozen=True)
@@ -104,9 +117,9 @@ class ModelConfig:
     modality: Literal["images", "atoms"] = option(
         "images", "what the model is of; the next three keys and patch_positions are those of images"
     )
-    image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16)
-    patch_size: int = option(16, "pixels of a patch, height and width", above=0)
-    channels: int = option(3, "colour channels of the images", above=0)
+    image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16, of="images")
+    patch_size: int = option(16, "pixels of a patch, height and width", above=0, of="images")
+    channels: int = option(3, "colour channels of the images", above=0, of="images")
     num_classes: int = option(1000, "classes that labels can name", above=0)
     latent_dim: int = option(32, "width of a latent", above=0)
     num_latents: int = option(256, "latent register tokens; of atoms the most that a sample has", above=0)
@@ -115,22 +128,11 @@ class ModelConfig:
     )
     separate_denoiser: bool = option(False, "ablation: the denoiser gets its own weights")
     patch_positions: Literal["zeros", "learned"] = option(
-        "zeros", "positions of the patch tokens; published: frozen zeros"
+        "zeros", "positions of the patch tokens; published: frozen zeros", of="images"
     )
-    atoms: AtomsConfig = field(default_factory=AtomsConfig)
+    atoms: AtomsConfig = field(default_factory=AtomsConfig, metadata=OF_STRUCTURES)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-    @property
-    def context_tokens(self) -> int:
-        """The most tokens that a sample's content becomes: patches, or atoms."""
-        return self.num_latents if self.modality == "atoms" else (self.image_size // self.patch_size) ** 2
-
-    @property
-    def decoder_tokens(self) -> int:
-        """Tokens in the decoder's layers: its class token, latents, and queries where images need them."""
-        queried = self.modality == "images" and self.num_latents != self.context_tokens
-        return 1 + self.context_tokens + (self.num_latents if queried else 0)
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,22 @@ class AtomLossConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    atoms: AtomLossConfig = field(default_factory=AtomLossConfig)
-    pixel_loss: Literal["l1", "l2"] = option("l1", "loss on pixels: mean over images in [0, 1]")
-    pixel_weight: float = option(1.0, "weight of the pixel loss")
-    perceptual_weight: float = option(1.0, "weight of LPIPS; 0 leaves it out")
+    atoms: AtomLossConfig = field(default_factory=AtomLossConfig, metadata=OF_STRUCTURES)
+    pixel_loss: Literal["l1", "l2"] = option("l1", "loss on pixels: mean over images in [0, 1]", of="images")
+    pixel_weight: float = option(1.0, "weight of the pixel loss", of="images")
+    perceptual_weight: float = option(1.0, "weight of LPIPS; 0 leaves it out", of="images")
     perceptual_trunk: str = option(
-        "", "file of torchvision's VGG16 weights, .pth or .safetensors; required for LPIPS", path=True
+        "", "file of torchvision's VGG16 weights, .pth or .safetensors; required for LPIPS", path=True, of="images"
     )
-    perceptual_sha256: str = option("", "expected hash of that file; empty: of torchvision's vgg16-397923af.pth")
-    perceptual_range: Literal["0_1", "-1_1"] = option("0_1", "range of the images that LPIPS sees; official: 0_1")
-    perceptual_dropout: bool = option(False, "dropout in the heads of LPIPS; the official code leaves it active")
+    perceptual_sha256: str = option(
+        "", "expected hash of that file; empty: of torchvision's vgg16-397923af.pth", of="images"
+    )
+    perceptual_range: Literal["0_1", "-1_1"] = option(
+        "0_1", "range of the images that LPIPS sees; official: 0_1", of="images"
+    )
+    perceptual_dropout: bool = option(
+        False, "dropout in the heads of LPIPS; the official code leaves it active", of="images"
+    )
     tokenizer_t_max: float = option(0.01, "the times of tokenization are uniform between 0 and this", most=1)
     noising: Literal["interpolate", "add"] = option(
         "interpolate", "noise on the decoder's input: t z + (1 - t) eps, or the paper's z + sigma eps"
@@ -225,20 +233,7 @@ class AtomDataConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal[
-        "digits",
-        "idx",
-        "folder",
-        "tar",
-        "packed",
-        "dali",
-        "synthetic",
-        "qm9",
-        "mp20",
-        "crystals",
-        "structures",
-        "joint",
-    ] = option("folder", "where images, molecules or crystals come from")
+    source: Literal[ImageSource, StructureSource] = option("folder", "where images, molecules or crystals come from")
     path: str = option(
         "",
         "folder: one sub-folder per class; tar: of .tar, or train-{000..146}.tar; packed: what data.pack wrote; idx: "
@@ -249,9 +244,9 @@ class DataConfig:
         "", "held-out images of the same kind and classes; needed for evaluation only", path=True
     )
     crop: Literal["adm", "fast", "resize_random", "random_resized"] = option(
-        "adm", "adm: centre crop; fast: the same within 3 gray levels; the others are random"
+        "adm", "adm: centre crop; fast: the same within 3 gray levels; the others are random", of="images"
     )
-    flip: bool = option(True, "mirror half of the images")
+    flip: bool = option(True, "mirror half of the images", of="images")
     workers: int = option(8, "decoding processes per rank; threads for packed and dali")
     timeout: float = option(120.0, "seconds to wait for a batch before the run stops with an error", above=0)
     on_change: Literal["fail", "accept"] = option(
@@ -260,7 +255,17 @@ class DataConfig:
     on_error: Literal["fail", "skip"] = option(
         "fail", "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them"
     )
-    atoms: AtomDataConfig = field(default_factory=AtomDataConfig)
+    atoms: AtomDataConfig = field(default_factory=AtomDataConfig, metadata=OF_STRUCTURES)
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the source reads ``path`` or ``heldout_path``."""
+        return self.source not in WITHOUT_FILES
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether processes or threads read files, so that some can be slow or unreadable."""
+        return self.source not in WITHOUT_WORKERS
 
 
 @dataclass(frozen=True)
@@ -294,18 +299,25 @@ class EvaluationConfig:
     atoms_epoch: float = option(
         0.0, "epochs between scores of samples and reconstructions of molecules and crystals; 0: none"
     )
-    scorer: Literal["rdkit", "rdkit_tight"] = option("rdkit", "rule by which bonds of molecules are perceived")
+    scorer: Literal["rdkit", "rdkit_tight"] = option(
+        "rdkit", "rule by which bonds of molecules are perceived", of="structures"
+    )
     count: int = option(50_000, "generated samples per score; of images a multiple of the classes", above=0)
     weights: str = option("ema", "weights that are scored: ema, model, or another average that the run keeps")
     precision: Literal["fp32", "bf16"] = option(
         "bf16", "of the network while scoring; the ODE state is fp32; published: fp32"
     )
     reference: str = option(
-        "", "statistics of the real images; python -m unite_fast.evaluation.statistics makes them", path=True
+        "",
+        "statistics of the real images; python -m unite_fast.evaluation.statistics makes them",
+        path=True,
+        of="images",
     )
-    extractor: Literal["inception", "digits"] = option("inception", "network whose features are compared")
-    inception: str = option("", "file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth", path=True)
-    inception_sha256: str = option("6726825d", "first digits of that file's hash; its published ones")
+    extractor: Literal["inception", "digits"] = option("inception", "network whose features are compared", of="images")
+    inception: str = option(
+        "", "file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth", path=True, of="images"
+    )
+    inception_sha256: str = option("6726825d", "first digits of that file's hash; its published ones", of="images")
 
 
 @dataclass(frozen=True)

@@ -25,24 +25,25 @@ import importlib
 from collections.abc import Callable
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import DataConfig, ModelConfig, choices
+from unite_fast.config import MADE_FROM, SOURCES, DataConfig, ModelConfig, choices
 from unite_fast.data.atoms import source as atoms
 from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.order import Order
 from unite_fast.data.rate import Waits
-from unite_fast.data.source import BadImage, Source, WorkerError
+from unite_fast.data.source import BadImage, NoPath, Source, WorkerError
 from unite_fast.data.stream import all_images, stream
 
 __all__ = [
     "BadImage",
     "Batch",
+    "NoPath",
     "Order",
     "Source",
     "Waits",
     "WorkerError",
     "all_images",
     "batch_of_images",
-    "has_heldout",
+    "open_heldout",
     "open_source",
     "stream",
 ]
@@ -57,13 +58,6 @@ def opener(name: str) -> Opener:
     return getattr(importlib.import_module(f"unite_fast.data.{name}"), f"open_{name}")
 
 
-def has_heldout(data: DataConfig, model: ModelConfig) -> bool:
-    """Whether ``data`` says where held-out samples are."""
-    if model.modality == "atoms":
-        return bool(data.heldout_path) or not (data.source == "structures" and data.path.endswith(".safetensors"))
-    return data.source in ("digits", "idx") or bool(data.heldout_path)
-
-
 def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> Source:
     """The source that ``data.source`` names, producing what ``model`` takes.
 
@@ -76,10 +70,18 @@ def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> S
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
     if data.source not in choices(DataConfig, "source"):
         raise UserError(f"data.source {data.source!r} is not known; one of {', '.join(choices(DataConfig, 'source'))}")
-    if (data.source in atoms.NAMES) != (model.modality == "atoms"):
+    if data.source not in SOURCES[MADE_FROM[model.modality]]:
         raise UserError(f"data.source {data.source} does not give model.modality {model.modality}; change one of them")
     if data.workers < 0:
         raise UserError(f"data.workers must not be negative, got {data.workers}")
     if data.timeout <= 0:
         raise UserError(f"data.timeout must be positive (seconds), got {data.timeout}")
     return opener(data.source)(data, model, split)
+
+
+def open_heldout(data: DataConfig, model: ModelConfig) -> tuple[Source, str]:
+    """Held-out samples, where ``data`` says which those are, or else those that are trained on; and their split."""
+    try:
+        return open_source(data, model, "heldout"), "heldout"
+    except NoPath:
+        return open_source(data, model), "train"

@@ -40,6 +40,12 @@ def held_out(labels: Tensor) -> Tensor:
     return mask
 
 
+def require(reading: DataConfig, what: str) -> None:
+    """Raises UserError unless a run's samples are the digits, which ``what`` is for."""
+    if reading.source != "digits":
+        raise UserError(f"{what} is for data.source=digits, this is {reading.source}")
+
+
 def open_digits(data: DataConfig, model: ModelConfig, split: str) -> Digits:
     """The digits at model.image_size (antialiased bicubic, clamped to [0, 1]), gray or repeated to RGB."""
     if data.flip:

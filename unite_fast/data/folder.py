@@ -16,7 +16,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
 from unite_fast.data.listing import images_below, say_left_out
-from unite_fast.data.source import BadImage, check_channels, check_classes
+from unite_fast.data.source import BadImage, NoPath, check_channels, check_classes
 
 
 def read_file(path: str) -> bytes:
@@ -98,10 +98,10 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
 
 
 def place(data: DataConfig, split: str, what: str) -> tuple[str, Path]:
-    """The name and the value of the path field of a split. Raises UserError when it is empty."""
+    """The name and the value of the path field of a split. Raises NoPath when it is empty."""
     field, where = ("data.path", data.path) if split == "train" else ("data.heldout_path", data.heldout_path)
     if not where:
-        raise UserError(f"{field} is empty; set it to {what}")
+        raise NoPath(f"{field} is empty; set it to {what}")
     return field, Path(where)
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.folder import place
 from unite_fast.data.source import ResidentSource, check_channels, check_classes, numbered, to_device
 
 UNSIGNED_BYTE = 8
@@ -71,9 +72,8 @@ def open_idx(data: DataConfig, model: ModelConfig, split: str) -> Idx:
     if data.crop != "adm":
         raise UserError(f"data.crop={data.crop} is for image folders; set data.crop=adm for data.source=idx")
     check_channels(model.channels, "data.source idx")
-    key = "data.heldout_path" if split == "heldout" and data.heldout_path else "data.path"
-    folder = Path(data.heldout_path if key == "data.heldout_path" else data.path)
-    if not str(folder) or not folder.is_dir():
+    key, folder = place(data, split if data.heldout_path else "train", "a folder with the four files of a set")
+    if not folder.is_dir():
         raise UserError(f"{key}={folder}: no such folder; data.source=idx reads its four files there")
     images, labels = (
         read(folder, f"{PARTS[split]}-images-idx3-ubyte", 3),

@@ -190,6 +190,8 @@ class Shards:
 class Packed(Source):
     """uint8 images of uint8 shards."""
 
+    per_core = 37_669
+
     def __init__(self, root: Path, index: Index, flip: bool) -> None:
         if why := extension.obstacle("cpu"):
             raise UserError(f"data.source=packed: {why}")

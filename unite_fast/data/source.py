@@ -37,6 +37,10 @@ class BadImage(Exception):
     """A file that cannot be read as an image. The message is the reason, without the path."""
 
 
+class NoPath(UserError):
+    """data.path, or for held-out samples data.heldout_path, is empty, and the source needs one."""
+
+
 class WorkerError(RunError):
     """A decoding process died or hung: the machine's trouble rather than the data's. One line."""
 
@@ -64,6 +68,7 @@ class Source(ABC):
     """Labelled images of one size. Subclasses implement ``read`` and ``batches``."""
 
     lanes = 1  # uniform numbers per sample that ``read`` takes: the flip, then the crop
+    per_core: int | None = None  # images/s of 256 x 256 that a worker delivers (LOG.md, 2026-11-22), where it is known
 
     def __init__(self, labels: Tensor, class_names: list[str], flip: bool) -> None:
         self.labels = labels  # (n,) int64, on the CPU

@@ -140,7 +140,7 @@ def examine_run(config: Config) -> list[Finding]:
 
     def scores() -> str:
         files = monitor.open_files(config, launcher.world_size())
-        return "none are asked for" if files is None else "the extractor and the references fit"
+        return "what they need is there and fits" if files else "none are asked for"
 
     return [
         _asked("options", options),

@@ -217,7 +217,7 @@ def workers(reading: DataConfig) -> Finding:
     )
     wanted, have = reading.workers * ranks, cores()
     said = f"{reading.workers} workers x {ranks} ranks on {have:g} cores"
-    if wanted <= have or reading.source in ("digits", "idx", "synthetic"):
+    if wanted <= have or not reading.has_workers:
         return Finding("OK", "data workers", said)
     return Finding("WARN", "data workers", f"{said}; set data.workers={max(1, math.floor(have / ranks))}")
 

@@ -14,7 +14,7 @@ operations are those of ``model.use_kernels``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from unite_fast.config import EfficiencyConfig, ObjectiveConfig, TrainConfig
 from unite_fast.efficiency import compiling, graph, precision
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.layers import attention
@@ -176,11 +176,19 @@ class Execution:
 
     @classmethod
     def resolve(
-        cls, e: EfficiencyConfig, t: TrainConfig, model: ModelConfig, ranks: Ranks, needed: Callable[[], int]
+        cls,
+        e: EfficiencyConfig,
+        t: TrainConfig,
+        attentions: Sequence[attention.Size],
+        ranks: Ranks,
+        needed: Callable[[], int],
     ) -> Execution:
-        """What these mean for ``ranks``. needed: bytes of a rank that recomputes nothing. Raises UserError."""
+        """What these mean for ``ranks``. attentions: a step's. needed: bytes of a rank that recomputes nothing.
+
+        Raises UserError.
+        """
         check(e, t, ranks.world_size)
-        plan = attention.resolve(e.attention, model, ranks.device, e.precision != "fp32")
+        plan = attention.resolve(e.attention, attentions, ranks.device, e.precision != "fp32")
         return cls(e, t, ranks, plan, decide_recompute(e.recompute, ranks.device, needed))
 
     @property

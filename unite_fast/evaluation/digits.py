@@ -37,6 +37,7 @@ from unite_fast.base import files
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig, SampleConfig
+from unite_fast.data.digits import require
 from unite_fast.efficiency import precision
 from unite_fast.modality import pictures
 from unite_fast.modality.images import to_float
@@ -244,8 +245,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--samples {args.samples}: give a multiple of 10, at least 100")
     precision.setup(torch.device("cpu"))
     model, config = checkpoint.load_model(args.run)
-    if config.data.source != "digits":
-        raise UserError(f"{args.run} was trained on data.source={config.data.source}, not on the digits")
+    require(config.data, f"{args.run}: this command")
     figures, images = measure(model, config.data, config.sample, args.samples)
     folder = args.run / "report"
     paths = save_pictures(folder, images, digits(config.data, config.model, "heldout")[1])

@@ -20,6 +20,7 @@ from torch import Tensor
 from unite_fast import data
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data.digits import require
 from unite_fast.modality.images import to_float
 
 # The sha256 of torch-fidelity's weights, whose name has its first digits.
@@ -131,8 +132,7 @@ def open_extractor(
 ) -> Extractor:
     """The "inception" network with the weights of a file, or the "digits" one. Raises UserError."""
     if kind == "digits":
-        if reading.source != "digits":
-            raise UserError(f"the digits network is for data.source=digits, this is {reading.source}")
+        require(reading, "the digits network")
         return digits_network(reading, model, device)
     if not weights:
         raise UserError(f"FID needs {INCEPTION_FILE}: name it with --inception, or evaluation.inception of a run")

@@ -24,6 +24,7 @@ Shape letters: B batch, H heads, T queries, S keys, E head size, N all tokens of
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import EfficiencyConfig, ModelConfig, choices
+from unite_fast.config import EfficiencyConfig, choices
 from unite_kernels import attention as products
 from unite_kernels import backend as kernels
 
@@ -66,6 +67,7 @@ PREFERRED: dict[tuple[int, int], tuple[tuple[int, tuple[str, ...]], ...]] = {
     (8, 0): ((1 << 30, ("flash",)),),
 }
 
+Size = tuple[int, int, int]  # (keys, heads, head size) of an attention
 Plan = str | tuple[tuple[int, str], ...]  # one backend, or (most keys, backend) in rising order
 
 
@@ -244,16 +246,8 @@ def activate(backend: str) -> None:
         registry.restore_flash_attention_impl()
 
 
-def sizes(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """(keys, heads, head size) of every attention of a training step, without repetition."""
-    e, d = model.encoder, model.decoder
-    passes = (model.num_latents, model.num_latents + model.context_tokens)
-    found = {(n + c, e.heads, e.width // e.heads) for n in passes for c in (0, e.in_context_len)}
-    return sorted(found | {(model.decoder_tokens, d.heads, d.width // d.heads)})
-
-
-def resolve(choice: str, model: ModelConfig, device: torch.device, half: bool) -> Plan:
-    """What ``efficiency.attention=choice`` means for a model's training on ``device``.
+def resolve(choice: str, sizes: Sequence[Size], device: torch.device, half: bool) -> Plan:
+    """What ``efficiency.attention=choice`` means for attentions of these sizes on ``device``.
 
     half: whether the passes are in bfloat16. A backend that was asked for and cannot run raises UserError with the
     reason. ``auto`` takes what its table prefers; where that has no row for the device, or in float32, sdpa. On CPUs
@@ -263,9 +257,9 @@ def resolve(choice: str, model: ModelConfig, device: torch.device, half: bool) -
         if device.type != "cuda" or not half:
             return "products" if half and kernels.has_tiles() and not obstacle("products", device, half, 0) else "sdpa"
         rows = PREFERRED.get(torch.cuda.get_device_capability(device), ())
-        plan = tuple((most, _first_that_runs(names, model, device)) for most, names in rows)
+        plan = tuple((most, _first_that_runs(names, sizes, device)) for most, names in rows)
         return plan[0][1] if len(plan) == 1 else plan or "sdpa"
-    for keys, heads, head_size in sizes(model):
+    for keys, heads, head_size in sizes:
         why = obstacle(choice, device, half, head_size)
         if not why and device.type == "cuda":
             why = trial(choice, device, half, keys, heads, head_size)
@@ -274,11 +268,11 @@ def resolve(choice: str, model: ModelConfig, device: torch.device, half: bool) -
     return choice
 
 
-def _first_that_runs(names: tuple[str, ...], model: ModelConfig, device: torch.device) -> str:
+def _first_that_runs(names: tuple[str, ...], sizes: Sequence[Size], device: torch.device) -> str:
     for name in names:
         if not any(
             obstacle(name, device, True, head_size) or trial(name, device, True, keys, heads, head_size)
-            for keys, heads, head_size in sizes(model)
+            for keys, heads, head_size in sizes
         ):
             return name
     return "sdpa"

@@ -1,6 +1,7 @@
 """What UNITE is trained on: how it enters the encoder, what the decoder makes of latents, how the two are compared.
 
-A new modality is one file with a class that has the members of ``Modality``, and a row of ``MODALITIES``.
+A new modality is one file with a class that has the members of ``Modality``, a row of ``MODALITIES``, and in
+``config/keys.py`` its name and what it is made from. What is special to it anywhere else is asked of it here.
 
 Shape letters: B batch, M context tokens, D encoder width, K registers, F decoder input width.
 """
@@ -46,6 +47,10 @@ class Modality(Protocol):
     embedder_name: str  # of the embedder in checkpoints
     thing: str  # a sample, in a word; ``sampling.makers`` writes its files
     embedding: str  # what the embedder makes, in words
+    scores: tuple[str, ...]  # those of ``evaluation.scores`` that are of it
+    analyses: tuple[str, ...]  # what of ``analyse`` not every modality has: "probes" of classes, "pixels" compared
+    card: str  # an export's README, to be formatted (``export``)
+    assumed: tuple[int, str]  # samples of an epoch, and what they are, for plans of a run whose data are not there yet
 
     def embedder(self, config: ModelConfig, /) -> nn.Module:
         """(content, sizes) -> context (B, M, D)."""
@@ -73,6 +78,25 @@ class Modality(Protocol):
 
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         """A batch of the largest samples there are, for whoever counts sizes: its values mean nothing."""
+        ...
+
+    def context_tokens(self, model: ModelConfig, /) -> int:
+        """The most tokens that the embedder makes of a sample."""
+        ...
+
+    def decoder_tokens(self, model: ModelConfig, /) -> int:
+        """Tokens in the decoder's layers."""
+        ...
+
+    def missing(self, objective: ObjectiveConfig, /) -> str:
+        """Which file its losses need that no key names yet, for whoever plans a run; "" where there is none."""
+        ...
+
+    def epoch(self, model: ModelConfig, samples: int, /) -> tuple[int, str]:
+        """(samples of the epoch that projected speeds are told by, its name). samples: the run's, 0 if not known.
+
+        (0, "") where the model or its samples are so small that no GPU would be kept busy.
+        """
         ...
 
     def embedding_flops(self, model: ModelConfig, /) -> float:

@@ -34,6 +34,22 @@ SIZE_STREAM = 1 << 18  # of the numbers of atoms of samples
 TYPES = LARGEST + 1  # 0 is no atom
 NANOMETRE = 10.0  # Å
 Content = Mapping[str, Tensor]
+MP20 = 27_136  # crystals of MP20's training set
+CARD = """\
+---
+library_name: unite-fast
+tags: [flow-matching, molecule-generation]
+---
+# {name}
+
+A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)) of atoms: one transformer that tokenizes molecules
+or crystals and generates them. {parameters:,} parameters, up to {latents} atoms, a latent of width {width} per atom,
+{classes} data sets. {weights}{step}, written by unite-fast {version}{commit}.
+
+{sampling}No score is claimed here. A score means something only together with its protocol: the rule by which bonds are
+perceived and its version, the held-out structures by hash, number of samples, solver, steps, guidance, weights (EMA or
+raw), seeds, and the commit.
+"""
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:
@@ -165,6 +181,8 @@ class Atoms:
     """
 
     embedder_name, thing, embedding = "atom_embed", "structure", "atom embedding"
+    scores, analyses = ("atoms",), ()
+    card, assumed = CARD, (MP20, "crystals of MP20")
     embedder = staticmethod(AtomTokens)
     decoder = staticmethod(AtomDecoder)
 
@@ -193,9 +211,22 @@ class Atoms:
             seen[label] += torch.bincount(structures.sizes[own], minlength=seen.shape[1]).to(seen.device)
             model.embedder.periodic[label] = bool(structures.periodic[own].any())
 
+    def context_tokens(self, model: ModelConfig) -> int:
+        """Atoms."""
+        return model.num_latents
+
+    def decoder_tokens(self, model: ModelConfig) -> int:
+        return 1 + model.num_latents
+
+    def missing(self, objective: ObjectiveConfig) -> str:
+        return ""
+
+    def epoch(self, model: ModelConfig, samples: int) -> tuple[int, str]:
+        return (samples or MP20, "epoch") if model.encoder.width >= 256 else (0, "")
+
     def embedding_flops(self, model: ModelConfig) -> float:
         """An MLP for each atom's place, one for its place in the cell, one for that."""
-        tokens, width, lattice = model.context_tokens, model.encoder.width, int(model.atoms.lattice_input)
+        tokens, width, lattice = model.num_latents, model.encoder.width, int(model.atoms.lattice_input)
         return 2 * width * (2 * (tokens * 2 * 3 + lattice * 6) + 3 * (tokens * 2 + lattice) * width)
 
     def perceptual_flops(self, model: ModelConfig) -> float:
@@ -203,7 +234,7 @@ class Atoms:
 
     def outputs(self, model: ModelConfig) -> int:
         """Kinds, positions and places in the cell of each atom, and the cell."""
-        return model.context_tokens * (100 + 3 + 3) + 6
+        return model.num_latents * (100 + 3 + 3) + 6
 
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         slots = model.num_latents

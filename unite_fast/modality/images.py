@@ -21,6 +21,23 @@ from unite_fast.layers.vit import ViT
 from unite_fast.modality import pictures
 from unite_fast.modality.lpips import Perceptual, load_perceptual, perceptual_flops, pixel_loss
 
+IMAGENET = 1_281_167  # images of ImageNet-1k's training set
+CARD = """\
+---
+library_name: unite-fast
+tags: [image-tokenizer, flow-matching, image-generation]
+---
+# {name}
+
+A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)): one transformer that tokenizes images and
+generates them. {parameters:,} parameters, images of {size}x{size}, {classes} classes, {latents} latents of width
+{width}. {weights}{step}, written by unite-fast {version}{commit}.
+
+{sampling}No FID is claimed here. A score means something only together with its protocol: Inception weights and
+reference statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw),
+dtype, rounding to 8 bits, seeds, and the commit.
+"""
+
 
 def to_float(images: Tensor) -> Tensor:
     """float32 in [0, 1] on the same device, from uint8 (divided by 255) or float32 (returned as it is)."""
@@ -49,7 +66,7 @@ class ImagePatches(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.encoder.width
-        table = torch.zeros(1, config.context_tokens + 1, width)
+        table = torch.zeros(1, (config.image_size // config.patch_size) ** 2 + 1, width)
         learned = config.patch_positions == "learned"
         if learned:
             nn.init.normal_(table, std=0.5)
@@ -129,6 +146,8 @@ class Images:
     """The modality of images; see ``Modality``."""
 
     embedder_name, thing, embedding = "patch_embed", "image", "patch embedding"
+    scores, analyses = ("search", "sweep", "rfid"), ("probes", "pixels")
+    card, assumed = CARD, (IMAGENET, "images of ImageNet-1k")
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)
 
@@ -146,14 +165,32 @@ class Images:
     def prepare(self, model: Any, source: Source) -> None:
         pass
 
+    def context_tokens(self, model: ModelConfig) -> int:
+        """Patches."""
+        return (model.image_size // model.patch_size) ** 2
+
+    def decoder_tokens(self, model: ModelConfig) -> int:
+        """The class token and a token per patch, and the latents beside them where they are not the patches'."""
+        patches = self.context_tokens(model)
+        return 1 + patches + (model.num_latents if model.num_latents != patches else 0)
+
+    def missing(self, objective: ObjectiveConfig) -> str:
+        needed = objective.perceptual_weight > 0 and not objective.perceptual_trunk
+        return "objective.perceptual_trunk is not given: LPIPS is counted all the same" if needed else ""
+
+    def epoch(self, model: ModelConfig, samples: int) -> tuple[int, str]:
+        return (IMAGENET, "ImageNet epoch") if model.image_size >= 64 else (0, "")
+
     def embedding_flops(self, model: ModelConfig) -> float:
-        return 2 * 2 * model.context_tokens * model.patch_size**2 * model.channels * model.encoder.width
+        return 2 * 2 * self.context_tokens(model) * model.patch_size**2 * model.channels * model.encoder.width
 
     def perceptual_flops(self, model: ModelConfig) -> float:
         return perceptual_flops(model.image_size)
 
     def outputs(self, model: ModelConfig) -> int:
-        return (model.context_tokens + 1) * model.patch_size**2 * model.channels  # those of the class token are dropped
+        return (
+            (self.context_tokens(model) + 1) * model.patch_size**2 * model.channels
+        )  # those of the class token are dropped
 
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         images = torch.empty(batch, model.channels, model.image_size, model.image_size, device=device)

@@ -45,10 +45,18 @@ def encoder_forward(model: ModelConfig, tokens: int, pruned: bool = False) -> fl
 def decoder_forward(model: ModelConfig) -> float:
     """One pass of the decoder, FLOPs per image."""
     d = model.decoder
-    tokens = model.decoder_tokens
+    tokens = modality.of(model).decoder_tokens(model)
     layer = tokens * 2 * (4 * d.width**2 + 2 * d.width * d.mlp_hidden) + 4 * tokens**2 * d.width
     embed = 2 * model.num_latents * (model.latent_dim * d.in_features + d.in_features * d.width)
     return embed + d.depth * layer + 2 * d.width * modality.of(model).outputs(model)
+
+
+def attentions(model: ModelConfig) -> list[tuple[int, int, int]]:
+    """(keys, heads, head size) of every attention of a training step, without repetition."""
+    e, d, of = model.encoder, model.decoder, modality.of(model)
+    passes = (model.num_latents, model.num_latents + of.context_tokens(model))
+    found = {(n + c, e.heads, e.width // e.heads) for n in passes for c in (0, e.in_context_len)}
+    return sorted(found | {(of.decoder_tokens(model), d.heads, d.width // d.heads)})
 
 
 def sampling_flops(model: ModelConfig, passes: float) -> float:
@@ -61,20 +69,20 @@ def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned
 
     By definition of the model; with ``pruned`` as executed without recomputation.
     """
-    e = model.encoder
+    e, of = model.encoder, modality.of(model)
     registers_in = 2 * model.num_latents * model.latent_dim * e.width
     no_gradient = registers_in + 2 * 512 * e.width  # the inputs of these products need no gradient
     tokenize = (
-        3 * encoder_forward(model, model.num_latents + model.context_tokens, pruned)
+        3 * encoder_forward(model, model.num_latents + of.context_tokens(model), pruned)
         - no_gradient
-        + modality.of(model).embedding_flops(model)
+        + of.embedding_flops(model)
     )
     flow = 3 * encoder_forward(model, model.num_latents, pruned) - no_gradient
     parts: dict[str, float] = {
         "tokenize": tokenize,
         "flow": flow * flow_steps,
         "decode": 3 * decoder_forward(model),
-        "perceptual": modality.of(model).perceptual_flops(model) if perceptual else 0.0,
+        "perceptual": of.perceptual_flops(model) if perceptual else 0.0,
     }
     return parts | {"total": sum(parts.values())}
 

@@ -50,7 +50,7 @@ class UNITE(nn.Module):
 
     def _generative_encoder(self) -> GenerativeEncoder:
         c = self.config
-        tokens = c.num_latents + c.context_tokens
+        tokens = c.num_latents + self.modality.context_tokens(c)
         return GenerativeEncoder(c.encoder, c.latent_dim, c.num_classes, tokens)
 
     @property

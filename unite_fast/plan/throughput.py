@@ -8,32 +8,23 @@ from typing import NamedTuple
 import torch
 
 from unite_fast import data, modality
-from unite_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from unite_fast.config import Config, ModelConfig, ObjectiveConfig
 from unite_fast.data import rate
 from unite_fast.model.flops import peak_of
 from unite_fast.plan.cost import step_flops
 
-IMAGENET = 1_281_167  # images of ImageNet-1k's training set
-MP20 = 27_136  # crystals of MP20's
 NODE = 8  # GPUs
 PLANNED = "NVIDIA H200"  # the device of projections where there is no GPU
 OFFICIAL_MFU = 0.105  # the official code's UNITE-B with 3 flow steps on 8 H200: 26 minutes per epoch, by its README
 MFUS = (0.3, 0.4)
 
-# Images/s per core of 256 x 256 images, CPU time (LOG.md, 2026-11-22, AMD EPYC): data.source and data.crop. DALI's are
-# of its CPU pipeline. Random crops cost about what their exact sibling does.
-PER_CORE = {
-    ("folder", "exact"): 358, ("folder", "fast"): 892, ("tar", "exact"): 358, ("tar", "fast"): 892,
-    ("packed", "exact"): 37_669, ("dali", "exact"): 357,
-}  # fmt: skip
-
 
 class Projection(NamedTuple):
     mfu: float
     images_per_second: float  # on one GPU
-    official: bool = False  # the official code's
-    samples: int = IMAGENET  # of an epoch
-    words: tuple[str, str] = ("images", "ImageNet epoch")
+    official: bool  # the official code's
+    samples: int  # of an epoch
+    words: tuple[str, str]  # what they are; the epoch's name
 
     def minutes(self, gpus: int) -> float:
         """Per epoch."""
@@ -59,38 +50,29 @@ def official_is_known(model: ModelConfig, o: ObjectiveConfig) -> bool:
     return same and device_name() == PLANNED
 
 
-def assumed(modality: str) -> tuple[int, str]:
-    """Samples of an epoch where no path is given yet, and what they are."""
-    return (MP20, "crystals of MP20") if modality == "atoms" else (IMAGENET, "images of ImageNet-1k")
-
-
 def project(
     model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, samples: int = 0, frozen: tuple[str, ...] = ()
 ) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
-    samples: of an epoch of molecules or crystals. Empty where the device's peak is not known, and for images and models
+    samples: of the run's epoch, 0 where that is not known. Empty where the device's peak is not known, and for what is
     so small that no GPU would be kept busy.
     """
-    atoms = model.modality == "atoms"
-    large = model.encoder.width >= 256 if atoms else model.image_size >= 64
-    peak = peak_of(device_name()) if large else None
-    flops = step_flops(model, o, frozen)["total"]
-    if not peak:
+    of = modality.of(model)
+    (count, epoch), peak = of.epoch(model, samples), peak_of(device_name())
+    if not count or not peak:
         return []
-    known = official_is_known(model, o)
+    flops, known = step_flops(model, o, frozen)["total"], official_is_known(model, o)
     mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
-    if atoms:
-        return [Projection(m, m * peak / flops, False, samples or MP20, ("structures", "epoch")) for m in mfus]
-    return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU) for m in mfus]
+    words = (f"{of.thing}s", epoch)
+    return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU, count, words) for m in mfus]
 
 
-def expected_rate(d: DataConfig, image_size: int) -> float | None:
-    """Images/s that one rank's workers should deliver, from the table and the cores that they can have."""
-    per_core = PER_CORE.get((d.source, "fast" if d.crop == "fast" else "exact"))
-    if per_core is None or image_size != 256:
+def expected_rate(source: data.Source, workers: int, image_size: int) -> float | None:
+    """Images/s that one rank's workers should deliver, by what one is known to and the cores that they can have."""
+    if source.per_core is None or image_size != 256:
         return None
-    return per_core * min(max(1, d.workers), len(os.sched_getaffinity(0)))
+    return source.per_core * min(max(1, workers), len(os.sched_getaffinity(0)))
 
 
 def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: float = 2.0) -> str:
@@ -101,7 +83,7 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     batch = min(128, config.train.micro_batch)
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
-    expected = expected_rate(config.data, config.model.image_size)
+    expected = expected_rate(source, config.data.workers, config.model.image_size)
     said = f"expected {expected:,.0f} images/s, " if expected else ""
     projections = project(config.model, config.objective, mfu, 0, config.optim.frozen)
     demand = projections[0].images_per_second if projections else 0.0

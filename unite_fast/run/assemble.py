@@ -8,6 +8,7 @@ from unite_fast import checkpoint, interop
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency.execution import Execution
+from unite_fast.model.flops import attentions
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.groups import freeze
 from unite_fast.optim.optimizer import Optimizer
@@ -20,7 +21,7 @@ def resolve(config: Config, ranks: Ranks) -> Execution:
     """How ``ranks`` compute a step. Raises UserError."""
     m, e, t = config.model, config.efficiency, config.train
     needed = functools.partial(cost.needed, m, config.objective, config.optim, e, t, ranks.world_size)
-    return Execution.resolve(e, t, m, ranks, needed)
+    return Execution.resolve(e, t, attentions(m), ranks, needed)
 
 
 def fresh_state(

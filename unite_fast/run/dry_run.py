@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unite_fast import data
+from unite_fast import data, modality
 from unite_fast.base import launcher
 from unite_fast.config import Config, DataConfig, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
 from unite_fast.efficiency import execution
@@ -17,8 +17,6 @@ from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost, throughput
 from unite_fast.run import assemble, monitor, start, summary
-
-WITHOUT_PATH = ("digits", "synthetic", "qm9", "crystals", "joint")  # values of data.source
 
 
 def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int) -> str:
@@ -36,15 +34,15 @@ def open_inputs(
     reading: DataConfig, model: ModelConfig, o: ObjectiveConfig, efficiency: EfficiencyConfig
 ) -> tuple[data.Source | None, list[str]]:
     """The run's source, None where no path is given yet, and what is missing. A path that is wrong is a UserError."""
-    missing = []
-    if o.perceptual_weight > 0 and not o.perceptual_trunk:
-        missing.append("objective.perceptual_trunk is not given: LPIPS is counted all the same")
-    else:
+    of = modality.of(model)
+    missing = [why for why in [of.missing(o)] if why]
+    if not missing:
         Objective.open(model, o, efficiency)
-    if reading.source not in WITHOUT_PATH and not reading.path:
-        count, words = throughput.assumed(model.modality)
+    try:
+        return data.open_source(reading, model), missing
+    except data.NoPath:
+        count, words = of.assumed
         return None, [*missing, f"data.path is not given: {count:,} {words} are assumed"]
-    return data.open_source(reading, model), missing
 
 
 def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
@@ -72,7 +70,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
         dataclasses.replace(config, init_from=""), alone, model, dataclasses.replace(how, ranks=alone)
     )
     state.execution = how
-    samples = len(source) if source else throughput.assumed(config.model.modality)[0]
+    samples = len(source) if source else model.modality.assumed[0]
     lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples)]
     kept = cost.activation_bytes(config.model, config.objective, e, split[0])
     lines.append(activations_line(kept, cost.persistent_parts(config.model, config.optim, e, t, world), split[0]))

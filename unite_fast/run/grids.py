@@ -23,7 +23,7 @@ def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> B
 
     Held-out ones where the run has them.
     """
-    source = data.open_source(reading, model, "heldout" if data.has_heldout(reading, model) else "train")
+    source, _ = data.open_heldout(reading, model)
     present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)
     labels, occurrence = present[columns % len(present)], columns // len(present)
     indices = []

@@ -1,5 +1,5 @@
-"""Scores while a run trains, on all ranks, of averaged weights: FID with the published search for the guidance scale,
-its sweep over intervals and orders, and reconstructions of held-out images.
+"""Scores while a run trains, on all ranks, of averaged weights: when one of ``evaluation.scores`` is due, of what, and
+where it is kept.
 
     scores/training/step_0050040_search.json    {"kind", "step", "epoch", "protocol", "rows", "best", "result"}
 
@@ -15,78 +15,38 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unite_fast import data
+from unite_fast import modality
 from unite_fast.base import faults, files, provenance
 from unite_fast.base.errors import Stopped, UserError
-from unite_fast.base.files import digest as digest_of
-from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig
-from unite_fast.config.yaml_text import to_dict
-from unite_fast.data.atoms import Structures
-from unite_fast.data.atoms.source import AtomSource
-from unite_fast.efficiency import precision
-from unite_fast.evaluation import features, generation, guidance_search, reconstruction, statistics
-from unite_fast.evaluation.atoms import runs as atoms
-from unite_fast.evaluation.features import Extractor
-from unite_fast.evaluation.fid import Statistics
-from unite_fast.evaluation.generation import Options, Settings
+from unite_fast.config import Config, EvaluationConfig
+from unite_fast.evaluation.scores import SCORES, Moment
 from unite_fast.modality import Losses
-from unite_fast.modality.images import ImageLosses
 from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import weights_of
 
-NAMES = {
-    "search": "the guidance search", "sweep": "the guidance sweep", "rfid": "the reconstruction score",
-    "atoms": "the score of samples and reconstructions",
-}  # fmt: skip
+Opened = Mapping[str, Any]  # what each score that will be due is computed with, by its name
 
 
-class Files(NamedTuple):
-    """What scores of images are computed with, opened before the first step."""
-
-    extractor: Extractor
-    reference: Statistics | None
-    about: dict[str, Any]  # of the reference
-
-
-class AtomFiles(NamedTuple):
-    """What scores of molecules and crystals are computed with."""
-
-    heldout: AtomSource
-    training: Structures
-
-
-def _check_modality(e: EvaluationConfig, modality: str) -> None:
-    for key in ("fid_epoch", "sweep_epoch", "rfid_epoch") if modality == "atoms" else ("atoms_epoch",):
-        if getattr(e, key):
-            raise UserError(f"evaluation.{key} does not score model.modality={modality}; set it to 0")
-
-
-def _open_atoms(reading: DataConfig, model: ModelConfig, scorer: str) -> AtomFiles:
-    """Raises UserError."""
-    try:
-        atoms.ready(scorer)
-        return AtomFiles(atoms.open_heldout(reading, model), atoms.open_training(reading, model))
-    except UserError as error:
-        raise UserError(f"evaluation while training: {error}") from None
-
-
-def open_files(config: Config, world_size: int) -> Files | AtomFiles | None:
-    """None when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
-    e = config.evaluation
-    generates = e.fid_epoch > 0 or e.sweep_epoch > 0
-    _check_modality(e, config.model.modality)
-    if not generates and not e.rfid_epoch and not e.atoms_epoch:
-        return None
+def open_files(config: Config, world_size: int) -> Opened:
+    """Empty when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
+    e, fitting = config.evaluation, modality.of(config.model).scores
+    wanted = {name: score for name, score in SCORES.items() if getattr(e, score.key)}
+    for name, score in wanted.items():
+        if name not in fitting:
+            raise UserError(
+                f"evaluation.{score.key} does not score model.modality={config.model.modality}; set it to 0"
+            )
+    if not wanted:
+        return {}
     known = [*ema.names(config.optim), "model"]
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
@@ -96,23 +56,14 @@ def open_files(config: Config, world_size: int) -> Files | AtomFiles | None:
             f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
             "score its checkpoints with python -m unite_fast.evaluate"
         )
-    if e.atoms_epoch:
-        return _open_atoms(config.data, config.model, e.scorer)
+    opened: dict[Any, Any] = {}
     try:
-        if generates:
-            generation.of_run(config.sample, e, config.efficiency).check(config.model)
-            if not e.reference:
-                raise UserError("evaluation.reference names no statistics of the real images; make them with "
-                                "python -m unite_fast.evaluation.statistics")  # fmt: skip
-        if e.rfid_epoch:
-            data.open_source(config.data, config.model, "heldout")
-        reference, about = statistics.read(e.reference) if generates else (None, {})
-        extractor = features.open_extractor(config.data, config.model, e.extractor, e.inception, e.inception_sha256)
-        if reference is not None:
-            statistics.check_extractor(about, len(reference.mean), extractor, e.reference)
+        for score in wanted.values():
+            if score.open not in opened:
+                opened[score.open] = score.open(config.data, config.model, e, config.sample, config.efficiency)
     except UserError as error:
         raise UserError(f"evaluation while training: {error}") from None
-    return Files(extractor, reference, about)
+    return {name: opened[score.open] for name, score in wanted.items()}
 
 
 def due(e: EvaluationConfig, batch: int, images_seen: int, images_per_epoch: int, last: bool = False) -> list[str]:
@@ -126,8 +77,8 @@ def due(e: EvaluationConfig, batch: int, images_seen: int, images_per_epoch: int
         period = max(1, round(epochs * images_per_epoch))
         return epochs > 0 and images_seen > 0 and reached // period > max(0, images_seen - batch) // period
 
-    generated = ["sweep"] if ends(e.sweep_epoch) else ["search"] if ends(e.fid_epoch) else []
-    return generated + (["rfid"] if ends(e.rfid_epoch) else []) + (["atoms"] if ends(e.atoms_epoch) else [])
+    found = [name for name, score in SCORES.items() if ends(getattr(e, score.key))]
+    return [name for name in found if not any(SCORES[other].holds == name for other in found)]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -154,7 +105,7 @@ class Monitor:
         self,
         config: Config,
         session: Session,
-        files: Files | AtomFiles,
+        files: Opened,
         state: TrainState,
         images_per_epoch: int,
         last_step: int,
@@ -162,7 +113,7 @@ class Monitor:
     ) -> None:
         """Removes scores later than ``state``: they will come again. Unfinished ones are taken up then."""
         self.config, self.session, self.files = config, session, files
-        self.perceptual = losses.perceptual if isinstance(losses, ImageLosses) else None
+        self.losses = losses
         self.ranks: Ranks = session.ranks
         self.images_per_epoch, self.last_step = images_per_epoch, last_step
         self.folder = session.path / "scores" / "training"
@@ -186,7 +137,7 @@ class Monitor:
                     state.best_cfg_scale = finished["best"]["cfg_scale"]
                 continue
             try:
-                self.session.guarded(NAMES[kind], functools.partial(self._score, kind, state, path))
+                self.session.guarded(SCORES[kind].words, functools.partial(self._score, kind, state, path))
             except Stopped:
                 return self.session.settle()
         return ""
@@ -203,12 +154,12 @@ class Monitor:
         state.model.eval()
         try:
             with weights_of(state, tensors), torch.random.fork_rng(devices=devices), torch.no_grad():
-                if isinstance(self.files, AtomFiles):
-                    found = self._atoms(state, self.files)
-                elif kind == "rfid":
-                    found = self._rfid(state, self.files)
-                else:
-                    found = self._search(kind, state, path, weights, self.files)
+                scale = state.best_cfg_scale or self.config.sample.cfg_scale
+                at = Moment(
+                    self.config, state.model, self.ranks, self.losses, scale, weights, path.with_suffix(".jsonl"),
+                    self.session.stopping,
+                )  # fmt: skip
+                found = SCORES[kind].run(at, self.files[kind])
         finally:
             state.model.train()
         protocol = {"checkpoint": weights} | found.pop("protocol")
@@ -219,67 +170,14 @@ class Monitor:
         if "best" in found:
             state.best_cfg_scale = found["best"]["cfg_scale"]
 
-    def _atoms(self, state: TrainState, files: AtomFiles) -> dict[str, Any]:
-        """Of the weights in ``state``; the chemistry runs in rank 0's processes, as many as there are cores."""
-        c, e = self.config, self.config.evaluation
-        with precision.autocast(e.precision, self.ranks.device):
-            results, _ = atoms.score(
-                state.model, self.ranks, files.heldout, files.training, e.count, c.sample, c.objective.tokenizer_t_max,
-                scorer=e.scorer, workers=0, stopping=self.session.stopping,
-            )  # fmt: skip
-        protocol = {"heldout": files.heldout.pipeline_id(), "sample": to_dict(c.sample), "scorer": e.scorer}
-        protocol |= {"count": e.count, "precision": e.precision}
-        return {"protocol": protocol, "result": atoms.flat(results), "tables": results}
-
-    def _search(
-        self, kind: str, state: TrainState, path: Path, weights: dict[str, Any], files: Files
-    ) -> dict[str, Any]:
-        """The published search from the best scale so far; "sweep" also tries other intervals and cfg_first."""
-        extractor, reference, about = files
-        progress = path.with_suffix(".jsonl")
-        identity = digest_of([weights, extractor.identity(), about["sha256"]])
-        options = Options(progress, stopping=self.session.stopping)
-
-        def compute(chosen: Settings) -> dict[str, Any]:
-            return generation.score(state.model, chosen, extractor, reference, self.ranks, identity, options=options)
-
-        scored = guidance_search.Scored(progress, identity, compute, self.ranks, discard=True)
-        start = state.best_cfg_scale or self.config.sample.cfg_scale
-        c = self.config
-        best = guidance_search.search(scored, generation.of_run(c.sample, c.evaluation, c.efficiency, cfg_scale=start))
-        overall = guidance_search.sweep(scored, best) if kind == "sweep" else best
-        rows = [{"settings": row["settings"], "result": row["result"]} for row in scored.rows]
-        protocol = {"extractor": extractor.identity(), "reference": about}
-        protocol |= {"seeds": f"0-{overall.count - 1}", "inception_score_parts": 10}
-        return {
-            "protocol": protocol,
-            "rows": rows,
-            "best": best.described(),
-            "best_overall": overall.described(),
-            "result": scored.row(overall)["result"],
-        }
-
-    def _rfid(self, state: TrainState, files: Files) -> dict[str, Any]:
-        c, perceptual = self.config, self.perceptual
-        settings = reconstruction.of_run(c.objective, c.evaluation, c.efficiency)
-        source = data.open_source(c.data, c.model, "heldout")
-        said = statistics.described(c.data.source, c.model.image_size, "heldout", source, self.ranks.device)
-        with nullcontext() if perceptual is None else perceptual.without_dropout():
-            protocol = reconstruction.protocol(settings, files.extractor, perceptual, said)
-            result = reconstruction.score(
-                state.model, settings, source, c.data, files.extractor, self.ranks, perceptual,
-                stopping=self.session.stopping,
-            )  # fmt: skip
-        return {"protocol": protocol, "result": result}
-
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         if not self.ranks.is_main:
             return
         files.write_json(path, content)
         for left in self.folder.glob(f"{path.stem}.jsonl*"):  # of other numbers of ranks, too
             left.unlink(missing_ok=True)
-        wanted = ("fid", "is", "rfid", "psnr", "lpips")
-        shown = {k: v for k, v in content["result"].items() if k in wanted or content["kind"] == "atoms"}
+        score = SCORES[content["kind"]]
+        shown = {k: v for k, v in content["result"].items() if not score.shown or k in score.shown}
         scale = f" at w = {content['best_overall']['cfg_scale']:g}" if "best_overall" in content else ""
         said = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
-        print(f"{NAMES[content['kind']]} at step {content['step']}{scale}: {said}", flush=True)
+        print(f"{score.words} at step {content['step']}{scale}: {said}", flush=True)

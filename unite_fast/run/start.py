@@ -24,9 +24,9 @@ BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which re
 
 def check_paths(path: Path, resume: str, init_from: str, reading: DataConfig) -> None:
     """What can be wrong with a run's folder and the checkpoints that the command names, before any rank waits."""
-    # Folders of images become classes: a run within them would be one at the next start.
-    images = [reading.path, reading.heldout_path] if reading.source in ("folder", "dali") else []
-    outputs.check(path, "run_dir", [place for place in images if place])
+    # A run among its data would be data at the next start: folders of images become classes.
+    read = [reading.path, reading.heldout_path] if reading.reads_files else []
+    outputs.check(path, "run_dir", [place for place in read if place])
     if _is_named(resume) and not _began_there(path, resume):
         checkpoint.locate(resume, quiet=True)
     if resume == "must" and not checkpoint.newest_first(path / "checkpoints"):

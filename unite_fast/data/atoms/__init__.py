@@ -26,6 +26,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.data.atoms import crystals, files, qm9
 from unite_fast.data.atoms.checks import Read, admit, describe
 from unite_fast.data.atoms.structures import Padded, Structure, Structures, join, load, pack
+from unite_fast.data.source import NoPath
 
 __all__ = [
     "PARTS",
@@ -68,9 +69,7 @@ def open_structures(
             raise UserError(f"{name} {value!r} is not known; one of {', '.join(known)}")
     root = Path(path)
     if not str(path) and source in ("mp20", "files", "packed"):
-        raise UserError(
-            f"data.path is empty; data.source={source} needs a {'file' if source == 'packed' else 'folder'}"
-        )
+        raise NoPath(f"data.path is empty; data.source={source} needs a {'file' if source == 'packed' else 'folder'}")
     where = f"data.source {source}" + (f", {path}" if str(path) else "")
 
     def accepted(read: Read, policy: str = on_error) -> Structures:

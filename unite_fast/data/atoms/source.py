@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.config import SOURCES, DataConfig, ModelConfig
 from unite_fast.data.atoms import open_structures
 from unite_fast.data.atoms.augment import LANES, posed, reordered
 from unite_fast.data.atoms.structures import Padded, Structures, join
 from unite_fast.data.batch import Batch
-from unite_fast.data.source import Request, Source, check_classes, to_device
+from unite_fast.data.source import NoPath, Request, Source, check_classes, to_device
 
-NAMES = ("qm9", "mp20", "crystals", "structures", "joint")  # of data.source
+NAMES = SOURCES["structures"]
 
 
 class AtomSource(Source):
@@ -94,13 +94,14 @@ def read_structures(data: DataConfig, largest: int, split: str) -> tuple[Structu
     for entry in named:
         name, _, path = entry.partition(":")
         if name not in NAMES or name == "joint":
-            raise UserError(f"data.atoms.joint: {name!r} is not known; one of {', '.join(NAMES[:-1])}")
+            known = ", ".join(one for one in NAMES if one != "joint")
+            raise UserError(f"data.atoms.joint: {name!r} is not known; one of {known}")
         kind = name if name != "structures" else "packed" if path.endswith(".safetensors") else "files"
         wanted = part
         if split != "train" and data.heldout_path and data.source != "joint":
             path, wanted = data.heldout_path, "all"
         elif kind == "packed" and split != "train":
-            raise UserError("data.heldout_path is empty: a packed file is one part, so name another for the held-out")
+            raise NoPath("data.heldout_path is empty: a packed file is one part, so name another for the held-out")
         options = {"split": a.split, "max_heavy_atoms": a.max_heavy_atoms, "workers": data.workers}
         parts.append(open_structures(kind, path, wanted, largest, data.on_error, **options))
     return (parts[0] if data.source != "joint" else join(parts)), [entry.partition(":")[0] for entry in named]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast import checkpoint, data, sampling
+from unite_fast import checkpoint, data, modality, sampling
 from unite_fast.base import files, outputs, provenance
 from unite_fast.base.command import run
 from unite_fast.base.errors import Stopped, UserError
@@ -48,7 +48,7 @@ def never() -> bool:
 
 def open_heldout(reading: DataConfig, model: ModelConfig, part: str = "") -> AtomSource:
     """The held-out structures of a run, of another ``part`` if one is named. Raises UserError."""
-    if model.modality != "atoms":
+    if "atoms" not in modality.of(model).scores:
         raise UserError("these scores are of molecules and crystals, and this is a model of images")
     atoms = dataclasses.replace(reading.atoms, heldout_part=part or reading.atoms.heldout_part)
     source = data.open_source(dataclasses.replace(reading, atoms=atoms), model, "heldout")

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from unite_fast import checkpoint, data, sampling
-from unite_fast.base import command, files, outputs, provenance
+from unite_fast.base import files, outputs, provenance
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
@@ -355,7 +355,7 @@ def search_command(context: Context) -> None:
 def rfid_command(context: Context) -> None:
     a, config = context.arguments, context.config
     if a.data:
-        if config.data.source in ("digits", "synthetic"):
+        if not config.data.reads_files:
             raise idle("--data", f"for a run of data.source={config.data.source}")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
     asked = {"precision": a.precision, "kernels": a.kernels}
@@ -409,7 +409,3 @@ def main(argv: list[str]) -> None:
             COMMANDS[arguments.command](context)
     finally:
         distributed.stop()
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))
