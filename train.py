@@ -78,7 +78,8 @@ class Inputs(NamedTuple):
         world_size = launcher.world_size()
         config.batch_split(settings.train, world_size)
         execution.check(settings.efficiency, settings.train, world_size)
-        start.check_paths(settings.folder, settings.resume, settings.init_from, settings.data)
+        fine_tunes = settings.objective.adversarial.weight > 0
+        start.check_paths(settings.folder, settings.resume, settings.init_from, settings.data, fine_tunes)
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         objective = Objective.open(settings.model, settings.objective, settings.efficiency)
@@ -102,7 +103,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
         if ranks.is_main:
             start.tidy(settings.folder, settings.resume, choice, state.step)
-            summary.write_description(session.path, yaml_text.to_yaml(settings), ranks, inputs.source)
+            summary.write_description(session.path, yaml_text.to_yaml(settings), ranks, source, state.origin)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
     return state
@@ -151,7 +152,8 @@ def loop(
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
     flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen)["total"]
-    alarm, meter = stats.CollapseAlarm(t.collapse_std), open_meter(flops, t.global_batch, ranks, state, total)
+    alarms = stats.CollapseAlarm(t.collapse_std), stats.DuelAlarm()
+    meter = open_meter(flops, t.global_batch, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = (
         grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None
@@ -159,7 +161,10 @@ def loop(
     how, scores = (settings.sample, settings.objective.tokenizer_t_max), None
     if inputs.scoring:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.objective.losses)
+    pictures = functools.partial(grids.save_pictures, path, state, *how, ranks)
     session.begin(state.step)
+    if shown is not None and state.step == 0 and state.origin:  # what fine-tuning begins from
+        session.guarded("pictures", functools.partial(pictures, shown))
     if state.step >= total and ranks.is_main:
         print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
@@ -181,12 +186,12 @@ def loop(
             row |= {"data_wait": batches.share(), "checkpoint_stall": session.writer.stall()}
             row |= stats.peak_memory(device)
             if log is not None:
-                stats.tell(row, total, step.objective.terms, log, alarm, state.model.modality.thing)
+                stats.tell(row, total, step.objective.terms, log, alarms, state.model.modality.thing)
             health.check_skips(t, settings.seed, path, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)
         if shown is not None and not ending and (state.step % t.image_every == 0 or done):
-            session.guarded("pictures", functools.partial(grids.save_pictures, path, state, *how, ranks, shown))
+            session.guarded("pictures", functools.partial(pictures, shown))
         if scores is not None and not ending:
             with meter.paused():
                 ending = scores(state)

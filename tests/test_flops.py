@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -16,13 +17,13 @@ import unite_fast.doctor
 from unite_fast import data
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, DataConfig, ModelConfig, ObjectiveConfig, yaml_text
 from unite_fast.data.folder import Folder
-from unite_fast.modality.lpips import Perceptual
-from unite_fast.model.flops import peak_flops, peak_of, training_flops
+from unite_fast.modality.lpips import Perceptual, perceptual_flops
+from unite_fast.model.flops import decoder_forward, encoder_forward, peak_flops, peak_of, training_flops
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Draws
 from unite_fast.plan import throughput
 
-CONFIGS = sorted((ROOT / "configs").glob("imagenet_*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("imagenet_*.yaml") if "adversarial" not in p.stem)
 # GFLOP per image, counted on the official code.
 BUDGET = {"tokenize": 304.2, "decode": 140.1, "perceptual": 120.3}
 
@@ -142,6 +143,36 @@ def test_configurations_plan_without_a_gpu_data_or_weights(path, monkeypatch):
     assert [float(x) for x in stated.groups()] == pytest.approx(planned, rel=0.1)
     other = yaml_text.load(path, ["objective.flow_steps=14"])
     assert other.objective.flow_steps == 14
+
+
+def test_fine_tuning_against_a_discriminator_plans_and_costs_what_it_needs(monkeypatch):
+    """The header is the plan; beyond the encoder, the decoder, LPIPS and one pass of the discriminator (a real image, a
+    reconstruction, and the gradient of that) a step has less than a tenth."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = ROOT / "configs" / "imagenet_b_adversarial.yaml"
+    said = command("train.py", "--config", path, "--dry-run", "--ranks", "8")
+    assert said.returncode == 0, said.stderr
+    config, header = yaml_text.load(path), path.read_text()
+    flops, speed, minutes = (
+        re.search(pattern, said.stdout)
+        for pattern in (r"total ([\d.]+) GFLOP", r"MFU 40.0%: ([\d,]+) images/s", r"MFU 40.0%.*, ([\d.]+) on 8 GPUs")
+    )
+    assert flops is not None
+    assert speed is not None
+    assert minutes is not None
+    assert f"{float(flops[1]):,.0f} GFLOP per image; {speed[1]} images/s per GPU and" in header
+    hours = float(minutes[1]) * config.train.epochs / 60
+    assert f"{float(minutes[1]):.0f} minutes per epoch at an MFU of 40 %: 16 epochs in {hours:.1f} hours" in header
+    planned = [float(x) for x in re.findall(r"^(?:memory|activations) +([\d.]+) GiB", said.stdout, re.M)]
+    stated = re.search(r"([\d.]+) GiB of state and ([\d.]+) GiB of activations", header)
+    assert stated is not None
+    assert [float(x) for x in stated.groups()] == pytest.approx(planned, rel=0.05)
+    m, tokens = config.model, config.model.num_latents + config.model.context_tokens
+    trunk = dataclasses.replace(m, encoder=dataclasses.replace(m.encoder, depth=9))
+    needed = encoder_forward(m, tokens, pruned=True) + 3 * encoder_forward(trunk, tokens)
+    needed += 3 * decoder_forward(m) + perceptual_flops(m.image_size)
+    assert needed < float(flops[1]) * 1e9 < 1.1 * needed
+    assert "heads after blocks 3, 6, 9 of the model's own encoder, frozen" in said.stdout
 
 
 def test_dry_run_projects_one_utilisation_and_refuses_others(tiny):

@@ -36,6 +36,7 @@ IDLE = [
     ("train.py", "--config tiny.yaml data.on_error=skip", "override data.on_error"),
     ("train.py", "--config tiny.yaml model.atoms.registers=fixed", "override model.atoms.registers"),
     ("train.py", "--config tiny.yaml objective.perceptual_range=-1_1", "override objective.perceptual_range"),
+    ("train.py", "--config tiny.yaml objective.adversarial.trunk=trained", "override objective.adversarial.trunk"),
     ("train.py", "--config tiny.yaml objective.noising_sigma=0.5", "override objective.noising_sigma"),
     ("train.py", "--config tiny.yaml objective.noising=add objective.noising_t=[0,1]", "override objective.noising_t"),
     ("train.py", "--config tiny.yaml objective.flow_time=uniform objective.flow_time_std=2", "objective.flow_time"),
@@ -169,8 +170,8 @@ def test_rules_name_keys():
         assert all(any(key.startswith(beginning) for key in keys) for beginning in beginnings), beginnings
         assert beside.format(config.Config())
         assert not all(is_idle(one) for one in (config.Config(), yaml_text.from_dict(
-            {"data": {"source": "digits"}, "model": {"modality": "atoms"}, "objective": {"noising": "add"},
-             "train": {"wandb": True}})))  # fmt: skip
+            {"data": {"source": "digits"}, "model": {"modality": "atoms"}, "train": {"wandb": True},
+             "objective": {"noising": "add", "adversarial": {"weight": 1.0, "penalty": "r1"}}})))  # fmt: skip
 
 
 def flat(section: object, path: str = "") -> list[str]:

@@ -25,6 +25,11 @@ from unite_fast.run.stats import read_metrics
 CURVES = {
     "total": "loss",
     "latent_std": "standard deviation of the latents",
+    "discriminator": "the discriminator's loss",
+    "d_real": "its mean logit of real images",
+    "d_fake": "its mean logit of reconstructions",
+    "d_accuracy": "share of images that it judges rightly",
+    "adaptive_weight": "adaptive weight of the generator loss",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
     "images_per_second": "images per second",
@@ -272,7 +277,9 @@ def page(folder: Path) -> str:
     status, provenance = (read_json(folder / name) for name in ("status.json", "provenance.json"))
     steps = [row["step"] for row in rows]
     grids = spread(sorted((folder / "samples").glob("step_*.png")))
-    captions = {p: f"step {p.stem.removeprefix('step_').lstrip('0')}: real, reconstructed, EMA, raw" for p in grids}
+    captions = {
+        p: f"step {p.stem.removeprefix('step_').lstrip('0') or '0'}: real, reconstructed, EMA, raw" for p in grids
+    }
     captions |= {p: p.stem.replace("_", " ") for p in sorted((folder / "report").glob("*.png"))}
     shown = [readable(p.name, functools.partial(picture, p, caption)) for p, caption in captions.items()]
     about = f"{status.get('state', 'unknown')} at step {status.get('step', steps[-1] if steps else 0)}"

@@ -30,7 +30,7 @@ from unite_fast.base import files, launcher
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.checkpoint import shards
-from unite_fast.checkpoint.compare import changed_settings, check_same_model
+from unite_fast.checkpoint.compare import changed_settings, check_parts, check_same_model
 from unite_fast.checkpoint.shards import Stored
 from unite_fast.config import Config, ModelConfig
 from unite_fast.config.checks import validate
@@ -53,6 +53,7 @@ TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
 def counters_of(state: TrainState) -> dict[str, Any]:
     return {
         "format": FORMAT, "step": state.step, "images_seen": state.images_seen, "best_cfg_scale": state.best_cfg_scale,
+        "origin": state.origin,
     }  # fmt: skip
 
 
@@ -171,6 +172,12 @@ def reads(located: Path) -> list[Path]:
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return file_sha256(located if located.is_file() else located / "manifest.json")
+
+
+def described(path: str, weights: str, name: str) -> dict[str, Any]:
+    """What a run says of the ``weights`` of a checkpoint that it began with: no path. name: their run's, if known."""
+    located = locate(path, quiet=True)
+    return {"name": name, "step": recorded_step(located), "weights": weights, "sha256": identity(located)}
 
 
 def recorded_step(located: Path) -> int | None:
@@ -332,6 +339,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights without a training state; start from them with init_from={path}")
     if path.is_file():
+        check_parts(path, state.parts, [])
         content = interop.read_official(path)
         interop.load_training(content, state.model, state.optimizer, str(path))
         # The official counter counts micro-batches; the optimizer's counts updates.
@@ -340,6 +348,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
         state.best_cfg_scale = interop.best_scale(content)
         return {}
     counters = _read_counters(path)
+    check_parts(path, state.parts, counters)
     counts, means = _counters(counters, path, ("step", "images_seen", *(prefix(part) + STEPS for part in state.parts)))
     best = counters.get("best_cfg_scale", 0.0)
     if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
@@ -360,6 +369,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
         part.optimizer.restart(fresh[name])
         part.optimizer.steps.fill_(counts[prefix(name) + STEPS])
     state.step, state.images_seen, state.best_cfg_scale = counts["step"], counts["images_seen"], best
+    state.origin = counters["origin"] if isinstance(counters.get("origin"), dict) else {}  # older ones have none
     return means
 
 

@@ -4,6 +4,7 @@ UserError and its kin are found here, too: who reads a configuration meets them.
 """
 
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError
+from unite_fast.config.adversarial import AdversarialConfig
 from unite_fast.config.keys import (
     DECODER_SIZES,
     ENCODER_SIZES,
@@ -26,8 +27,8 @@ from unite_fast.config.keys import (
     SampleConfig,
     TrainConfig,
     batch_split,
-    choices,
 )
+from unite_fast.config.option import choices
 
 __all__ = [
     "DECODER_SIZES",
@@ -35,6 +36,7 @@ __all__ = [
     "MADE_FROM",
     "SIZES",
     "SOURCES",
+    "AdversarialConfig",
     "AtomDataConfig",
     "AtomLossConfig",
     "AtomsConfig",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import Config, ModelConfig, OptimConfig
+from unite_fast.config import MADE_FROM, Config, ModelConfig, ObjectiveConfig, OptimConfig
 
 HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -52,6 +52,8 @@ def validate(config: Config) -> None:
     o, s = config.objective, config.sample
     _check_model(config.model)
     _check_averages(config.optim)
+    if o.adversarial.weight:
+        _check_adversarial(o, config.model)
     low, high = o.noising_t
     _require(low <= high, f"objective.noising_t {[low, high]} must satisfy low <= high")
     low, high = s.cfg_interval
@@ -76,6 +78,40 @@ def _check_model(m: ModelConfig) -> None:
         e.in_context_start < e.depth,
         f"model.encoder.in_context_start {e.in_context_start} must be below its depth {e.depth}",
     )
+
+
+def _check_adversarial(o: ObjectiveConfig, m: ModelConfig) -> None:
+    """What fine-tuning with a discriminator needs of the other keys."""
+    a, depth, key = o.adversarial, m.encoder.depth, "objective.adversarial"
+    _require(
+        MADE_FROM[m.modality] == "images",
+        f"{key}.weight: the discriminator is of images, and model.modality is {m.modality}; set it to 0",
+    )
+    _require(
+        o.flow_steps == 0,
+        f"{key}.weight: the Generative Encoder is frozen then, so objective.flow_steps={o.flow_steps} would cost time "
+        "and teach nothing; set objective.flow_steps=0",
+    )
+    _require(
+        not a.adaptive or o.pixel_weight > 0 or o.perceptual_weight > 0,
+        f"{key}.adaptive measures by the reconstruction's gradient, and objective.pixel_weight and perceptual_weight "
+        f"are 0; give one of them, or set {key}.adaptive=false",
+    )
+    _require(
+        a.generator_start >= a.discriminator_start,
+        f"{key}.generator_start {a.generator_start} is before discriminator_start {a.discriminator_start}: the decoder "
+        "would learn from heads that know nothing; raise it",
+    )
+    _require(depth > 1, f"{key}.weight: the discriminator needs an encoder of 2 or more blocks, this has {depth}")
+    for block in a.blocks:
+        _require(
+            block < depth,
+            f"{key}.blocks: {block} is not below the encoder's depth {depth}, whose last block drops the patch tokens",
+        )
+    _require(len(set(a.blocks)) == len(a.blocks), f"{key}.blocks: {list(a.blocks)} names a block twice")
+    for kind in a.augment:
+        known = ("colour", "translation", "cutout")
+        _require(kind in known, f"{key}.augment: {kind!r} is not one of {', '.join(known)}")
 
 
 def _check_averages(o: OptimConfig) -> None:

@@ -32,6 +32,26 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.objective.perceptual_weight == 0,
         "objective.perceptual_weight=0",
     ),
+    (
+        ("objective.adversarial.",),
+        lambda c: c.objective.adversarial.weight == 0,
+        "objective.adversarial.weight=0",
+    ),
+    (
+        ("objective.adversarial.adaptive_cap",),
+        lambda c: not c.objective.adversarial.adaptive,
+        "objective.adversarial.adaptive=false",
+    ),
+    (
+        ("objective.adversarial.penalty_weight",),
+        lambda c: c.objective.adversarial.penalty == "none",
+        "objective.adversarial.penalty=none",
+    ),
+    (
+        ("objective.adversarial.augment_probability",),
+        lambda c: not c.objective.adversarial.augment,
+        "objective.adversarial.augment=[]",
+    ),
     (("objective.noising_t",), lambda c: c.objective.noising == "add", "objective.noising=add"),
     (("objective.noising_sigma",), lambda c: c.objective.noising != "add", "objective.noising={0.objective.noising}"),
     (

@@ -10,50 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from unite_fast.base.errors import UserError
-
-
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    path: bool = False,
-    of: str = "",
-) -> Any:
-    """A field: its default, its line of ``--help``, its bounds. A number without a lower bound is at least 0.
-
-    path: it names a file or folder, in which ~ and $NAME are replaced.
-    of: what a model must be made from (``MADE_FROM``) to read it.
-    """
-    if least is None and above is None:
-        least = 0
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    metadata = {
-        "meaning": meaning,
-        "path": path,
-        "of": of,
-        "bounds": {words: bound for words, bound in bounds.items() if bound is not None},
-    }
-    return field(default=default, metadata=metadata)
-
-
-def choices(section: type, key: str) -> tuple[str, ...]:
-    """The words that a key of a section may have, in the order of its type; they stand nowhere else."""
-    return get_args(get_type_hints(section)[key])
-
+from unite_fast.config.adversarial import AdversarialConfig
+from unite_fast.config.option import option
 
 # What models are of; what each is made from, which decides the keys and the sources that go with it.
 MADE_FROM = {"images": "images", "atoms": "structures"}
 ImageSource = Literal["digits", "idx", "folder", "tar", "packed", "dali", "synthetic"]
 StructureSource = Literal["qm9", "mp20", "crystals", "structures", "joint"]
 SOURCES: dict[str, tuple[str, ...]] = {"images": get_args(ImageSource), "structures": get_args(StructureSource)}
-OF_STRUCTURES = {"of": "structures"}  # of a section
+OF_IMAGES, OF_STRUCTURES = {"of": "images"}, {"of": "structures"}  # of a section
 WITHOUT_FILES = ("digits", "synthetic")  # sources that read none of the user's
 WITHOUT_WORKERS = (*WITHOUT_FILES, "idx")  # those whose samples are in memory at once
 
@@ -150,6 +118,7 @@ class AtomLossConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     atoms: AtomLossConfig = field(default_factory=AtomLossConfig, metadata=OF_STRUCTURES)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig, metadata=OF_IMAGES)
     pixel_loss: Literal["l1", "l2"] = option("l1", "loss on pixels: mean over images in [0, 1]", of="images")
     pixel_weight: float = option(1.0, "weight of the pixel loss", of="images")
     perceptual_weight: float = option(1.0, "weight of LPIPS; 0 leaves it out", of="images")

@@ -109,11 +109,28 @@ def check_device(
 
     planned: nothing will run; a plan made on a machine without a GPU is for one that has it.
     """
+    if o.adversarial.weight:
+        _check_adversarial(efficiency, train)
     if not (planned and device.type == "cpu"):
         _check_graph(efficiency, train, o, device)
     if why := backend.obstacle(efficiency.kernels, device, update=True):
         raise UserError(f"efficiency.kernels={efficiency.kernels}: {why}; or set efficiency.kernels=eager")
     precision.check(efficiency.precision, device)
+
+
+def _check_adversarial(e: EfficiencyConfig, t: TrainConfig) -> None:
+    """Raises UserError for what a step with a discriminator cannot be computed with."""
+    refused = (
+        # the gradient at the decoder's last layer is taken outside the passes that gather its weights
+        (f"train.strategy={t.strategy}", t.strategy != "ddp", "train.strategy=ddp"),
+        # whether each of the two networks learns is decided on the host
+        (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
+        # its layers keep state between passes, of which there are more than one through the same encoder
+        (f"efficiency.precision={e.precision}", e.precision in precision.TE, "efficiency.precision=bf16"),
+    )
+    for key, asked, neutral in refused:
+        if asked:
+            raise UserError(f"objective.adversarial does not work with {key}; set {neutral}")
 
 
 def _check_graph(e: EfficiencyConfig, train: TrainConfig, o: ObjectiveConfig, device: torch.device) -> None:

@@ -104,6 +104,11 @@ class ImageDecoder(ViT):
             self.latent_positions = adamw_parameter(torch.randn(1, model.num_latents, config.width) * 0.5)
             self.query_token = nn.Parameter(torch.zeros(config.width))
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights that make pixels."""
+        return self.decoder_pred.weight
+
     def forward(self, z: Tensor, sizes: Tensor | None = None) -> Tensor:
         if sizes is not None:
             raise ValueError("images have as many latents as the model: leave out sizes")

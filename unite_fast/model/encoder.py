@@ -9,7 +9,7 @@ D width, H heads, E head size. Key names are those of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -249,6 +249,39 @@ class GenerativeEncoder(nn.Module):
         key_mask: optional bool (B, K + M), true for real tokens (registers, then context). The in-context
         class tokens are always visible.
         """
+        modulated: Any = None
+        for _, modulated in self._run(x, t, labels, positions, context, key_mask, len(self.blocks), prune=True):  # noqa: B007
+            pass
+        return self.final_layer.linear(modulated)
+
+    def features(
+        self, x: Tensor, t: Tensor, labels: Tensor, positions: Tensor, context: Tensor, after: Sequence[int]
+    ) -> list[Tensor]:
+        """The context tokens (B, M, D) of the residual stream after each of the blocks ``after``, which count from 1.
+
+        Other arguments: as for ``forward``. Blocks beyond the last of them do not run.
+        """
+        found = []
+        for number, (h, _) in enumerate(self._run(x, t, labels, positions, context, None, max(after)), 1):
+            if number in after:
+                found.append(h[:, h.shape[1] - context.shape[1] :])
+        return found
+
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        context: Tensor | None,
+        key_mask: Tensor | None,
+        depth: int,
+        prune: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """After each of the first ``depth`` blocks: the residual stream, and the modulated input of what follows.
+
+        prune: the last block computes the registers alone.
+        """
         registers = x.shape[1]
         y = self.y_embedder(labels)
         c = self.t_embedder(t) + y
@@ -257,25 +290,27 @@ class GenerativeEncoder(nn.Module):
             h = torch.cat([h, context], dim=1)
         if self.residual is not None and self.training:
             h = h.to(self.residual)
-        blocks: list[Any] = list(self.blocks)
+        blocks: list[Any] = list(self.blocks)[: depth + 1]
         keys = self._keys(key_mask, 0)
         layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, keys)
         activated = F.silu(c)  # the first module of every adaLN_modulation
         chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
         inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
-        shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
-        inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
+        if depth == len(blocks):
+            shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
+            inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
         modulated = adaln(h, *inputs[0], backend=self.backend)
         if torch.is_autocast_enabled(h.device.type):  # as the other blocks get it
             modulated = modulated.to(torch.get_autocast_dtype(h.device.type))
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(blocks[:depth]):
             if i == self.config.in_context_start and self.config.in_context_len:
                 tokens = (y[:, None] + self.in_context_posemb).to(h.dtype)
                 modulated_tokens = adaln(tokens, *inputs[i], backend=self.backend).to(modulated.dtype)
                 h, modulated = torch.cat([tokens, h], dim=1), torch.cat([modulated_tokens, modulated], dim=1)
                 prefix = tokens.shape[1]
                 layout = layout._replace(prefix=prefix, keys=self._keys(key_mask, prefix))
-            kept = registers if block is blocks[-1] and registers < h.shape[1] else 0  # the others are dropped after it
+            last = prune and i == depth - 1
+            kept = registers if last and registers < h.shape[1] else 0  # the others are dropped after it
             arguments = (h, modulated, chunks[i], inputs[i + 1], layout, self.backend, kept)
             if self.recompute and torch.is_grad_enabled():
                 # Blocks draw nothing: keeping the generator's state would read it back from the device.
@@ -284,4 +319,4 @@ class GenerativeEncoder(nn.Module):
                 )
             else:
                 h, modulated = self.run_block(block, *arguments)
-        return self.final_layer.linear(modulated)
+            yield h, modulated

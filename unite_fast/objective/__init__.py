@@ -13,11 +13,11 @@ Shape letters: B batch, N flow steps, n of them in a mini-batch, K registers, C 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unite_fast import modality
 from unite_fast.config import EfficiencyConfig, ModelConfig, ObjectiveConfig
@@ -27,7 +27,10 @@ from unite_fast.modality import Losses
 from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import adversarial
+from unite_fast.objective.adversarial import Adversarial
 from unite_fast.objective.draws import Draws, SeededDraws
+from unite_fast.parallel.distributed import Ranks
 
 __all__ = ["Draws", "FlowPass", "Objective", "SeededDraws", "joint_loss"]
 
@@ -45,7 +48,11 @@ class Objective:
         self, config: ObjectiveConfig, losses: Losses, kernels: str = "eager", flow_mini_batch: int = 1
     ) -> None:
         self.config, self.losses, self.kernels, self.flow_mini_batch = config, losses, kernels, flow_mini_batch
+        self.adversarial = Adversarial(config.adversarial) if config.adversarial.weight else None
         self.terms = (*losses.weights, *((FLOW,) if config.flow_steps else ()))
+        self.measures: tuple[str, ...] = ()  # what else is told of a step
+        if self.adversarial is not None:
+            self.terms, self.measures = (*self.terms, adversarial.TERM), adversarial.MEASURES
 
     @classmethod
     def open(cls, model: ModelConfig, objective: ObjectiveConfig, efficiency: EfficiencyConfig) -> Objective:
@@ -57,12 +64,35 @@ class Objective:
         """Every random number of a micro-batch, from its global sample positions (B,)."""
         return SeededDraws(model, self.config, seed, samples, self.kernels)
 
+    # --- around the micro-batches of a step, for a discriminator that is trained beside the model ---
+
+    def join(self, modules: Mapping[str, nn.Module]) -> None:
+        """Takes the modules of the training state's other parts, by their names."""
+        if self.adversarial is not None:
+            self.adversarial.discriminator = modules["discriminator"]
+
+    def begin(self, number: int) -> None:
+        """Before the first micro-batch of the step ``number``."""
+        if self.adversarial is not None:
+            self.adversarial.begin(number)
+
+    def settle(self, losses: dict[str, Tensor], ranks: Ranks) -> None:
+        """After the last one, on all ranks. losses: of all of this rank's; what is no loss is taken out."""
+        if self.adversarial is not None:
+            self.adversarial.settle(losses, ranks)
+
+    # --- a micro-batch ---
+
+    def decoded(self, model: UNITE, batch: Batch, draws: Draws | SeededDraws) -> tuple[Tensor, Any]:
+        """(latents (B, K, C), the decoder's prediction) with their graph."""
+        z = model.tokenize(batch.content, *draws.tokenizer(), batch.sizes)
+        return z, model.decode(draws.decoder_input(z, self.config), batch.sizes)
+
     def reconstruction(
         self, model: UNITE, batch: Batch, draws: Draws | SeededDraws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(latents (B, K, C), the modality's terms) with their graph."""
-        z = model.tokenize(batch.content, *draws.tokenizer(), batch.sizes)
-        prediction = model.decode(draws.decoder_input(z, self.config), batch.sizes)
+        z, prediction = self.decoded(model, batch, draws)
         return z, self.losses(batch.content, prediction, batch.sizes)
 
     def flow_loss(
@@ -132,6 +162,8 @@ class Objective:
         ``flow_backward`` with this model and scale, the same from a CUDA graph.
         """
         o = self.config
+        if self.adversarial is not None:
+            return self._against(self.adversarial, model, batch, draws, scale)
         if not o.stop_gradient:
             losses = self.joint(model, batch, draws)
             _propagate(losses["total"] * scale)
@@ -151,6 +183,20 @@ class Objective:
                 terms[FLOW] += self.flow_backward(model, scale, **step) if flow_pass is None else flow_pass(**step)
             total = total + o.flow_weight * terms[FLOW]
         return terms | {"total": total, "latents": z}
+
+    def _against(
+        self, opponent: Adversarial, model: UNITE, batch: Batch, draws: Draws | SeededDraws, scale: float
+    ) -> dict[str, Tensor]:
+        """``backward`` of the decoder beside a discriminator."""
+        assert isinstance(draws, SeededDraws)  # it draws more than a training step of UNITE
+        z, prediction = self.decoded(model, batch, draws)
+
+        def reconstruct(fake: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            terms = self.losses(batch.content, fake, batch.sizes)
+            return terms, self._weighted(terms)
+
+        images = batch.content["images"]
+        return opponent.backward(model, images, prediction, draws, reconstruct, scale) | {"latents": z.detach()}
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         first, *others = (weight * terms[name] for name, weight in self.losses.weights.items())

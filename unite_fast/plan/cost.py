@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ from unite_fast.config import (
     batch_split,
 )
 from unite_fast.efficiency import execution, precision
+from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import Draws, Objective
+from unite_fast.objective import Draws, Objective, SeededDraws
+from unite_fast.objective.adversarial import opened
 from unite_fast.optim.groups import freeze, split_parameters
 from unite_fast.parallel.sharding import shard_size
 from unite_kernels.backend import as_on_a_gpu
@@ -57,12 +59,22 @@ def counted_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = 
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
+        target = _with_opponent(Objective(o, losses, EfficiencyConfig().kernels), model)
         freeze(model, frozen)
         batch = model.modality.example(m, 1)
-        draws = Draws.make(model, o, 0, batch.samples)
+        draws = target.draws(model, 0, batch.samples)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            Objective(o, losses, EfficiencyConfig().kernels).backward(model, batch, draws)
+            target.backward(model, batch, draws)
     return float(counter.get_total_flops())
+
+
+def _with_opponent(objective: Objective, model: UNITE) -> Objective:
+    """``objective`` with the discriminator of a step in which both networks learn, if it has one."""
+    if objective.adversarial is not None:
+        a = objective.config.adversarial
+        objective.join({"discriminator": Discriminator(model, a)})
+        objective.begin(1 + max(a.discriminator_start, a.generator_start))
+    return objective
 
 
 class Saved:
@@ -84,31 +96,24 @@ class Saved:
 
 @functools.cache
 def activation_bytes(
-    m: ModelConfig, o: ObjectiveConfig, e: EfficiencyConfig, micro_batch: int
-) -> dict[Literal["reconstruction", "flow"], int]:
-    """Bytes kept for backward by the two passes, that of one flow mini-batch among them, without recomputation.
+    m: ModelConfig, o: ObjectiveConfig, e: EfficiencyConfig, micro_batch: int, frozen: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """Bytes kept for backward by each pass, without recomputation: "reconstruction", "flow" (of one mini-batch), and
+    with a discriminator "generator" and "discriminator", each beside what the decoder keeps.
 
-    Only the larger of them is ever there: each pass's backward follows its forward.
+    Only the largest of them is ever there. frozen: of ``optim.frozen``.
     """
     losses: Any = modality.of(m).losses(m, o, e, files=False)
-    target = Objective(o, losses, e.kernels)
-    sizes: dict[Literal["reconstruction", "flow"], int] = {}
+    sizes: dict[str, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = UNITE(m)
         model.use_kernels(e.kernels)
         execution.use_residual(model, e.residual)
-        batch = model.modality.example(m, micro_batch)
-        draws = Draws.make(model, o, 0, batch.samples)
-        count = micro_batch * min(e.flow_mini_batch, max(o.flow_steps, 1))
-        zt, t, labels = torch.empty(count, *model.latent_shape), torch.empty(count), torch.arange(count)
-        repeated = None if batch.sizes is None else batch.sizes.repeat(count // micro_batch)
+        target = _with_opponent(Objective(o, losses, e.kernels), model)
+        freeze(model, frozen)
         parameters = [*model.parameters(), *losses.parameters()]
-        passes: dict[Literal["reconstruction", "flow"], Callable[[], object]] = {
-            "reconstruction": lambda: target.reconstruction(model, batch, draws),
-            "flow": lambda: target.flow_loss(model, zt, zt, t, labels, repeated),
-        }
-        for name, run in passes.items():
+        for name, run in _passes(target, model, e, micro_batch).items():
             saved = Saved(parameters)
             with precision.autocast(e.precision, torch.device("cpu")), saved_tensors_hooks(saved.pack, lambda x: x):
                 kept = run()
@@ -117,10 +122,39 @@ def activation_bytes(
     return sizes
 
 
+def _passes(target: Objective, model: UNITE, e: EfficiencyConfig, micro_batch: int) -> dict[str, Callable[[], object]]:
+    """The forward passes of a step, by the names of ``activation_bytes``."""
+    o, opponent = target.config, target.adversarial
+    batch = model.modality.example(model.config, micro_batch)
+    draws = Draws.make(model, o, 0, batch.samples)
+    passes: dict[str, Callable[[], object]] = {"reconstruction": lambda: target.reconstruction(model, batch, draws)}
+    if o.flow_steps:
+        count = micro_batch * min(e.flow_mini_batch, o.flow_steps)
+        zt, t, labels = torch.empty(count, *model.latent_shape), torch.empty(count), torch.arange(count)
+        repeated = None if batch.sizes is None else batch.sizes.repeat(count // micro_batch)
+        passes["flow"] = lambda: target.flow_loss(model, zt, zt, t, labels, repeated)
+    if opponent is not None:
+        seeded, images = SeededDraws(model, o, 0, batch.samples, "eager"), batch.content["images"]
+
+        def against(judging: bool) -> object:
+            _, prediction = target.decoded(model, batch, draws)
+            shown = opponent.shown(images, opened(prediction), seeded)
+            return prediction, (opponent.judged if judging else opponent.generator)(model, shown)
+
+        passes |= {"generator": lambda: against(False), "discriminator": lambda: against(True)}
+    return passes
+
+
 def persistent_parts(
-    m: ModelConfig, optim: OptimConfig, e: EfficiencyConfig, train: TrainConfig, world_size: int
+    m: ModelConfig,
+    o: ObjectiveConfig,
+    optim: OptimConfig,
+    e: EfficiencyConfig,
+    train: TrainConfig,
+    world_size: int,
 ) -> dict[str, int]:
-    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies.
+    """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies. With
+    ``optim.frozen`` the parameters that are so, too.
 
     Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
     rank's part (gathered layers aside). The linear layers' copies (``efficiency.precision``) take 2 bytes per weight,
@@ -128,8 +162,11 @@ def persistent_parts(
     """
     with torch.device("meta"):
         model = UNITE(m)
+        opponent = Discriminator(model, o.adversarial) if o.adversarial.weight else None
     freeze(model, optim.frozen)
     muon, adamw = split_parameters(model, optim.muon)
+    if opponent is not None:  # all of it AdamW's
+        adamw |= {f"discriminator.{name}": p for name, p in split_parameters(opponent, muon=False)[1].items()}
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)
     sent = 1 + execution.sends_copies(train, world_size)
@@ -137,8 +174,11 @@ def persistent_parts(
     parts = {"parameters": each, "gradients": sent * each, "optimizer": 4 * (matrices + 2 * others)}
     shards = shard_size(train, world_size)
     parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
+    if optim.frozen:
+        parts["frozen"] = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad) // shards
     if execution.keeps_copies(e, train, world_size):
-        copied = [module for module in model.modules() if hasattr(module, "products")]
+        networks = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
+        copied = [module for module in networks if hasattr(module, "products")]
         parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
     return parts
 
@@ -147,9 +187,9 @@ def needed(
     m: ModelConfig, o: ObjectiveConfig, optim: OptimConfig, e: EfficiencyConfig, train: TrainConfig, world_size: int
 ) -> int:
     """Bytes of a rank that recomputes nothing: what stays, a micro-batch's activations, and what libraries take."""
-    stays = sum(persistent_parts(m, optim, e, train, world_size).values())
+    stays = sum(persistent_parts(m, o, optim, e, train, world_size).values())
     micro_batch, _ = batch_split(train, world_size)
-    return stays + max(activation_bytes(m, o, e, micro_batch).values()) + WORKSPACE
+    return stays + max(activation_bytes(m, o, e, micro_batch, optim.frozen).values()) + WORKSPACE
 
 
 def amount(size: int) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from unite_fast import checkpoint, interop
-from unite_fast.config import Config
+from unite_fast.base.errors import UserError
+from unite_fast.config import AdversarialConfig, Config, OptimConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency.execution import Execution
+from unite_fast.efficiency.precision import Recipe
+from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.flops import attentions
 from unite_fast.model.unite import FORWARDS, UNITE, build
 from unite_fast.optim.groups import freeze
@@ -15,6 +19,8 @@ from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost
 from unite_fast.training.state import Part, TrainState
+
+DECODER = ("decoder.", "up_sample_decoder.")  # what is trained against a discriminator
 
 
 def resolve(config: Config, ranks: Ranks) -> Execution:
@@ -34,13 +40,41 @@ def fresh_state(
     """
     execution = execution or resolve(config, ranks)
     model = model or build(config.model, config.seed, ranks.device)
+    origin = {}
     if config.init_from:
         weights, saved = checkpoint.load_weights(config.init_from, "ema")
+        origin = checkpoint.described(config.init_from, "ema", "" if saved is None else saved.name)
         if saved is not None:
             checkpoint.check_same_model(to_dict(saved), config.model, config.init_from)
         interop.load_weights(model, weights, config.init_from)
+    opponent = None
+    if config.objective.adversarial.weight:
+        opponent = Discriminator(model, config.objective.adversarial, config.seed)
     freeze(model, config.optim.frozen)
     recipe = execution.apply(model)
     execution.shard(model, FORWARDS, config.comm.train_timeout)
     optimizer = Optimizer(model, config.optim, execution.efficiency.kernels, execution.muon_group)
-    return TrainState({"": Part(model, optimizer, recipe)}, execution=execution)
+    parts = {"": Part(model, optimizer, recipe)}
+    if opponent is not None:
+        _check_frozen(model)
+        parts["discriminator"] = _discriminator(opponent, config.objective.adversarial, config.optim, execution)
+    return TrainState(parts, origin=origin, execution=execution)
+
+
+def _check_frozen(model: UNITE) -> None:
+    """Raises UserError where more than the decoder would be trained against a discriminator."""
+    learning = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(DECODER)]
+    if learning:
+        parts = dict.fromkeys(n.split(".")[0] for n, _ in model.named_parameters() if not n.startswith(DECODER))
+        raise UserError(
+            f"objective.adversarial trains the decoder alone, and {learning[0]} would be trained as well: set "
+            f"optim.frozen=[{', '.join(parts)}]"
+        )
+
+
+def _discriminator(module: Discriminator, a: AdversarialConfig, optim: OptimConfig, execution: Execution) -> Part:
+    """With AdamW for all of it; the trunk of its own, where it has one, computes as the model does."""
+    name = execution.efficiency.precision
+    optim = dataclasses.replace(optim, muon=False, betas=a.betas, ema_extra=(), frozen=())
+    recipe = execution.apply(module) if module.trunk is not None else Recipe(name, execution.ranks.device)
+    return Part(module, Optimizer(module, optim, execution.efficiency.kernels), recipe, a.lr_ratio)

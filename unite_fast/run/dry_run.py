@@ -31,13 +31,15 @@ def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_ba
 
 
 def open_inputs(
-    reading: DataConfig, model: ModelConfig, o: ObjectiveConfig, efficiency: EfficiencyConfig
+    reading: DataConfig, model: ModelConfig, o: ObjectiveConfig, efficiency: EfficiencyConfig, init_from: str = ""
 ) -> tuple[data.Source | None, list[str]]:
     """The run's source, None where no path is given yet, and what is missing. A path that is wrong is a UserError."""
     of = modality.of(model)
     missing = [why for why in [of.missing(o)] if why]
     if not missing:
         Objective.open(model, o, efficiency)
+    if o.adversarial.weight and not init_from:
+        missing.append("init_from is not given: its weights are those that are fine-tuned")
     try:
         return data.open_source(reading, model), missing
     except data.NoPath:
@@ -59,7 +61,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     execution.check(e, t, world)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     execution.check_device(e, t, config.objective, device, planned=True)
-    source, missing = open_inputs(config.data, config.model, config.objective, e)
+    source, missing = open_inputs(config.data, config.model, config.objective, e, config.init_from)
     monitor.open_files(config, world)
     planned = Ranks(0, world, device)
     with torch.device("meta"):
@@ -72,8 +74,9 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     state.execution = how
     samples = len(source) if source else model.modality.assumed[0]
     lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples)]
-    kept = cost.activation_bytes(config.model, config.objective, e, split[0])
-    lines.append(activations_line(kept, cost.persistent_parts(config.model, config.optim, e, t, world), split[0]))
+    m, o = config.model, config.objective
+    kept = cost.activation_bytes(m, o, e, split[0], config.optim.frozen)
+    lines.append(activations_line(kept, cost.persistent_parts(m, o, config.optim, e, t, world), split[0]))
     lines += [
         f"projection     {throughput.device_name()}, {p.line()}"
         for p in throughput.project(config.model, config.objective, mfu, samples, config.optim.frozen)

@@ -251,14 +251,21 @@ def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str],
     left = int(row["seconds_left"])
     speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
     losses = "  ".join(f"{name} {row[name]:.4f}" for name in terms)
+    right = f"  judged rightly {row['d_accuracy']:.0%}" if "d_accuracy" in row else ""
     skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
     memory = f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""
     return (
         f"step {row['step']:.0f}/{total_steps}  {thing}s {row['images_seen']:.0f}  loss {row['total']:.4f}  "
-        f"{losses}  latent std {row['latent_std']:.3f}  "
+        f"{losses}{right}  latent std {row['latent_std']:.3f}  "
         f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} {thing}s/s  "
         f"{speed}  data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
     )
+
+
+class Alarm(Protocol):
+    def check(self, row: dict[str, float]) -> str:
+        """A warning about a log line, or an empty string."""
+        ...
 
 
 class CollapseAlarm:
@@ -287,11 +294,40 @@ class CollapseAlarm:
         )
 
 
+class DuelAlarm:
+    """A discriminator that is always right, or that only guesses, has nothing to teach.
+
+    Speaks once of each: after ``patience`` log lines in a row. Rows without a discriminator that learns say nothing.
+    """
+
+    HIGH, LOW = 0.99, 0.51  # share of images that are judged rightly
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self.lines = {"wins": 0, "loses": 0}
+
+    def check(self, row: dict[str, float]) -> str:
+        """The warning, or an empty string."""
+        accuracy = row.get("d_accuracy", math.nan)
+        if math.isnan(accuracy) or not row["discriminator"]:
+            return ""
+        for outcome, there in {"wins": accuracy >= self.HIGH, "loses": accuracy <= self.LOW}.items():
+            self.lines[outcome] = self.lines[outcome] + 1 if there else 0
+            if self.lines[outcome] == self.patience:
+                mend = "lower" if outcome == "wins" else "raise"
+                return (
+                    f"warning: the discriminator {outcome} outright: it judged {accuracy:.0%} of the images rightly in "
+                    f"{self.patience} log lines; {mend} objective.adversarial.lr_ratio"
+                )
+        return ""
+
+
 def tell(
-    row: dict[str, float], total_steps: int, terms: Sequence[str], log: Log, alarm: CollapseAlarm, thing: str
+    row: dict[str, float], total_steps: int, terms: Sequence[str], log: Log, alarms: Sequence[Alarm], thing: str
 ) -> None:
-    """A log line: to the files and services of the run, and to the terminal, with the alarm if it goes off."""
+    """A log line: to the files and services of the run, and to the terminal, with the alarms that go off."""
     log.write(row)
     print(progress_line(row, total_steps, terms, thing), flush=True)
-    if warning := alarm.check(row):
-        print(warning, file=sys.stderr)
+    for alarm in alarms:
+        if warning := alarm.check(row):
+            print(warning, file=sys.stderr)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from unite_fast import data
 from unite_fast.base import files, provenance
 from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig
+from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.flops import training_flops
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost
@@ -14,12 +16,25 @@ from unite_fast.run.start import last_step
 from unite_fast.training.state import TrainState
 
 
-def write_description(path: Path, resolved: str, ranks: Ranks, source: data.Source) -> None:
-    """Writes into the run folder what the run is; resolved: its YAML. Raises UserError when the disk refuses."""
+def write_description(path: Path, resolved: str, ranks: Ranks, source: data.Source, began_with: dict[str, Any]) -> None:
+    """Writes into the run folder what the run is; resolved: its YAML; began_with: ``TrainState.origin``. Raises
+    UserError when the disk refuses."""
     with files.refusals(f"run folder {path}", "; choose another with run_dir=PATH"):
         files.write(path / "config.resolved.yaml", resolved)
         described = provenance.of(ranks.device, ranks.world_size) | {"pipeline": source.pipeline_id(ranks.device.type)}
+        described |= {"fine_tuned_from": began_with} if began_with else {}
         files.write_json(path / "provenance.json", described)
+
+
+def _discriminator(state: TrainState) -> list[str]:
+    """A line on what is trained beside the model, where there is such a part."""
+    if "discriminator" not in state.parts:
+        return []
+    module = cast(Discriminator, state.parts["discriminator"].module)
+    learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    trunk = "the model's own encoder, frozen" if module.trunk is None else "a copy of the encoder that learns as well"
+    after = ", ".join(str(block) for block in module.after)
+    return [f"discriminator  {learned:,} trainable, AdamW; heads after blocks {after} of {trunk}"]
 
 
 def describe(
@@ -47,13 +62,14 @@ def describe(
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
-    stay = cost.persistent_parts(model.config, optim, how.efficiency, t, ranks.world_size)
+    stay = cost.persistent_parts(model.config, o, optim, how.efficiency, t, ranks.world_size)
     kept = ", ".join(f"{name} {cost.amount(size)}" for name, size in stay.items())
     total = last_step(t, state, images)
     computed = how.lines(state.recipe)
     return "\n".join(
         (
             f"parameters     {count:,} trainable ({sizes}, ...)",
+            *_discriminator(state),
             f"optimizers     Muon {moments} tensors (Newton-Schulz in {orthogonal}), "
             f"AdamW {len(state.optimizer.adamw)} tensors",
             f"{'FLOPs/' + thing:<14} {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",

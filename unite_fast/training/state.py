@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,11 +17,19 @@ STEPS = "optimizer_steps"  # among the tensors of a save; goes into state.json
 
 @dataclass
 class Part:
-    """A module that is trained, with its own optimizer and averages, and its precision."""
+    """A module that is trained, with its own optimizer and averages, and its precision.
+
+    lr_ratio: its learning rate over that of the run.
+    """
 
     module: nn.Module
     optimizer: Optimizer
     recipe: Recipe = field(default_factory=Recipe)  # not saved
+    lr_ratio: float = 1.0  # not saved
+
+    def step(self, lr: Tensor) -> Tensor:
+        """One update by the run's learning rate (0-d); the gradient norm before the clip."""
+        return self.optimizer.step(lr if self.lr_ratio == 1 else lr * self.lr_ratio)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{k}": v for k, v in self.module.state_dict().items()}
@@ -35,14 +43,15 @@ class TrainState:
     """What a run carries from step to step. ``images_seen`` fixes the data order, every draw and the schedule.
 
     ``parts[""]`` is UNITE. Another part, say "discriminator", is updated in every step in which the objective has given
-    it gradients, and a checkpoint holds it as discriminator.model.*, discriminator.ema.*, ... Several ranks average
-    what the first step gave gradients to, so there every part needs them in every step.
+    it gradients, and a checkpoint holds it as discriminator.model.*, discriminator.ema.*, ... All ranks must give
+    gradients to the same parts in a step, and to the same parameters of a part in all steps that give it any.
     """
 
     parts: dict[str, Part]
     step: int = 0
     images_seen: int = 0
     best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
+    origin: dict[str, Any] = field(default_factory=dict)  # of the weights that the run began with; empty: of none
     execution: Execution = field(default_factory=Execution)  # how a step is computed, as resolved; not saved
 
     @property

@@ -22,7 +22,7 @@ from unite_fast.parallel.overlap import Averager
 from unite_fast.parallel.tensors import local
 from unite_fast.training.guards import SkipCounter
 from unite_fast.training.means import SKIPPED
-from unite_fast.training.state import TrainState
+from unite_fast.training.state import Part, TrainState
 
 log = logging.getLogger("unite_fast.training.step")
 
@@ -41,12 +41,12 @@ class TrainStep:
     ) -> None:
         """split: (micro-batch, accumulation steps) of ``config.batch_split``."""
         self.state, self.config, self.ranks, self.objective = state, config, ranks, objective
-        self.metrics = ("total", *objective.terms, "latent_std", "grad_norm", "lr", SKIPPED)
+        self.metrics = ("total", *objective.terms, *objective.measures, "latent_std", "grad_norm", "lr", SKIPPED)
         self.micro_batch, _ = split
         self.images_per_epoch = images_per_epoch
         self.skips = SkipCounter(ranks.device)
-        parameters = list(state.parameters.values())
-        self.averager = Averager(parameters, ranks, state.execution.overlaps, state.optimizer.sharded)
+        objective.join({name: part.module for name, part in state.parts.items()})
+        self.averagers = {name: self._averager(part) for name, part in state.parts.items()}
         self.graphs = Graphs(self) if state.execution.captures else None
 
     # --- The step: a batch in, new weights. ``Graphs`` may replay what these functions do. ------------------------
@@ -58,8 +58,10 @@ class TrainStep:
         metrics are 0 and "skipped" is 1.
         """
         state, number = self.state, self.state.step + 1
+        self.objective.begin(number)
         losses = self.within_memory(batch, number)
-        self.averager.finish()
+        for name in self.due():
+            self.averagers[name].finish()
         update = self.update if self.graphs is None else self.graphs.update
         metrics = update(*self.scalars(), losses)
         faults.strike("opt", number, list(state.optimizer.parameters.values()))
@@ -73,7 +75,8 @@ class TrainStep:
         micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.split(self.micro_batch)):
-            self.averager.begin(number, last=i == parts - 1)
+            for averager in self.averagers.values():
+                averager.begin(number, last=i == parts - 1)
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
             for name, value in micro_step(part, 1 / parts).items():
@@ -88,11 +91,12 @@ class TrainStep:
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
+        self.objective.settle(losses, self.ranks)
         latents = torch.stack([value for name, value in losses.items() if name.startswith("latent_")])
         self.ranks.average_([latents])  # over the global batch, however it is split
-        due = {name: part.optimizer for name, part in self.state.parts.items() if part.optimizer.due}
-        norms = {name: optimizer.step(lr) for name, optimizer in due.items()}
-        skip = torch.stack([optimizer.skip for optimizer in due.values()]).any()
+        due = self.due()
+        norms = {name: part.step(lr) for name, part in due.items()}
+        skip = torch.stack([part.optimizer.skip for part in due.values()]).any()
         self.skips.record(skip, position)
         metrics = {name: value for name, value in losses.items() if name in self.metrics}
         metrics |= {"latent_std": spread(*latents), "grad_norm": norms[""], "lr": lr}
@@ -100,6 +104,14 @@ class TrainStep:
         return metrics | {SKIPPED: skip.to(lr.dtype)}
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def due(self) -> dict[str, Part]:
+        """The parts to which this step's backward has given gradients: the same on all ranks."""
+        return {name: part for name, part in self.state.parts.items() if part.optimizer.due}
+
+    def _averager(self, part: Part) -> Averager:
+        overlaps, optimizer = self.state.execution.overlaps, part.optimizer
+        return Averager(list(optimizer.parameters.values()), self.ranks, overlaps, optimizer.sharded)
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train

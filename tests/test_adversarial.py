@@ -1,0 +1,478 @@
+"""The decoder's fine-tuning against a discriminator: losses and gradients, the step of both networks, whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from stepping import load_tiny, trainer
+from support import command, command_of
+from torch import Tensor
+
+import unite_fast.export
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import load_model, load_weights, read
+from unite_fast.config import AdversarialConfig
+from unite_fast.data import Batch
+from unite_fast.efficiency import compiling
+from unite_fast.interop import load_reference, save_reference
+from unite_fast.objective import adversarial, augment
+from unite_fast.objective.adversarial import Adversarial
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.stats import DuelAlarm, read_metrics
+from unite_fast.training.state import tensors_of
+from unite_fast.training.step import TrainStep
+from unite_kernels import copied_linear
+
+FROZEN = ("encoder", "encoder_layer_norm", "latent_tokens", "patch_embed")
+STAGE = (
+    "objective.flow_steps=0",
+    "objective.adversarial.weight=0.5",
+    "objective.adversarial.channels=8",
+    f"optim.frozen=[{', '.join(FROZEN)}]",
+)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def stage(*overrides: str, ranks: Ranks | None = None) -> tuple[TrainStep, Batch]:
+    """A step of both networks and this rank's share of a batch of 16; no weight of the encoder is zero any more."""
+    step, batch = trainer(*STAGE, "optim.warmup_epochs=0", *overrides, ranks=ranks)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in step.state.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        if (trunk := step.state.parts["discriminator"].module.trunk) is not None:
+            trunk.encoder.load_state_dict(step.state.model.encoder.state_dict(), strict=False)
+    return step, batch()
+
+
+def duel(step: TrainStep) -> Adversarial:
+    assert step.objective.adversarial is not None
+    return step.objective.adversarial
+
+
+# --- one step against plain autograd ---------------------------------------------------------------------------------
+
+
+def plain_losses(step: TrainStep, batch: Batch, ratio: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(the reconstruction's loss, the generator's, both together as the decoder's, the discriminator's)."""
+    model, opponent, o = step.state.model, step.state.parts["discriminator"].module, step.config.objective
+    c, images = o.adversarial, batch.content["images"]
+    draws = step.objective.draws(model, step.config.seed, batch.samples)
+    registers = draws.tokenizer()
+    z = model.tokenize(images, *registers)
+    fake = model.decode(draws.decoder_input(z, o))
+    reconstruction = o.pixel_weight * (fake - images).square().mean()
+    held = fake + ((fake.clamp(0, 1) * 255).round() / 255 - fake).detach()
+    numbers = augment.draw(step.config.seed, batch.samples)
+
+    def scores(x: Tensor) -> Tensor:
+        labels = torch.full((len(x),), model.null_class)
+        source = opponent.trunk or model
+        context = source.embedder({"images": x})
+        found = source.encoder.features(*registers, labels, source.latent_tokens, context, opponent.after)
+        return torch.cat([head(f) for head, f in zip(opponent.heads, found, strict=True)], dim=1)
+
+    seen = augment.augment(images, numbers, c.augment)
+    real, against = scores(seen), scores(augment.augment(held.detach(), numbers, c.augment))
+    pull = scores(augment.augment(held, numbers, c.augment))
+    if c.loss == "hinge":
+        generator, judge = -pull.mean(), ((1 - real).clamp_min(0).mean() + (1 + against).clamp_min(0).mean()) / 2
+    else:
+        generator, judge = F.softplus(-pull).mean(), (F.softplus(-real) + F.softplus(against)).mean() / 2
+    if c.penalty == "lecam":
+        a_real, a_fake = opponent.anchors
+        judge = judge + c.penalty_weight * (
+            (real - a_fake).clamp_min(0).square().mean() + (a_real - against).clamp_min(0).square().mean()
+        )
+    elif c.penalty == "r1":
+        moved = scores(seen + 0.01 * augment.direction(step.config.seed, batch.samples, tuple(images.shape[1:])))
+        slope = (moved.mean(1) - real.mean(1)) / 0.01
+        judge = judge + c.penalty_weight * slope.square().mean() / 2
+    return reconstruction, generator, reconstruction + c.weight * ratio * generator, judge
+
+
+@pytest.mark.parametrize(
+    ("kind", "trunk", "penalty"),
+    [("hinge", "frozen", "none"), ("non_saturating", "trained", "lecam"), ("hinge", "trained", "r1")],
+)
+def test_gradients_of_both_networks(kind, trunk, penalty):
+    options = {"loss": kind, "trunk": trunk, "penalty": penalty, "penalty_weight": "0.3" if penalty != "none" else "1"}
+    step, batch = stage(*(f"objective.adversarial.{key}={value}" for key, value in options.items()))
+    model, opponent = step.state.model, step.state.parts["discriminator"].module
+    opponent.ratio.fill_(0.7)
+    opponent.anchors.copy_(torch.tensor([0.1, -0.1]))
+    opponent.anchored.fill_(1.0)
+    step.objective.begin(1)
+    draws = step.objective.draws(model, step.config.seed, batch.samples)
+    found = step.objective.backward(model, batch, draws)
+    ours = {name: p.grad.clone() for name, p in step.state.parameters.items() if p.grad is not None}
+    for p in step.state.parameters.values():
+        p.grad = None
+    reconstruction, generator, decoders, judges = plain_losses(step, batch, 0.7)
+    assert found["l2"] * step.config.objective.pixel_weight == pytest.approx(reconstruction.item(), rel=1e-6)
+    assert found["generator"] == pytest.approx(generator.item(), rel=1e-5, abs=1e-6)
+    assert found["total"] == pytest.approx(decoders.item(), rel=1e-6)
+    parts = {name: part.optimizer.parameters for name, part in step.state.parts.items()}
+    for part, loss in (("", decoders), ("discriminator", judges)):
+        names = [n for n, p in parts[part].items() if p.requires_grad]
+        given = torch.autograd.grad(loss, [parts[part][n] for n in names], retain_graph=True, allow_unused=True)
+        whole = torch.cat([g.flatten() for g in given if g is not None]).norm()
+        for name, expected in zip(names, given, strict=True):
+            if expected is not None:
+                actual = ours[f"{part}.{name}" if part else name]
+                assert (actual - expected).norm() <= 1e-6 * whole, (part, name)
+    assert len(ours) == sum(
+        g is not None
+        for part, loss in (("", decoders), ("discriminator", judges))
+        for g in torch.autograd.grad(loss, list(parts[part].values()), retain_graph=True, allow_unused=True)
+    )
+
+
+def test_the_adaptive_weight_is_that_of_the_whole_batch():
+    """|dL/dW| / (|dG/dW| + 1e-6) at the decoder's last layer, though the batch is cut in two; in force a step later."""
+    step, batch = stage("objective.adversarial.spectral_norm=false")  # whose iteration begins a step
+    reconstruction, generator, _, _ = plain_losses(step, batch, 0.0)
+    last = step.state.model.decoder.decoder_pred.weight
+    norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (reconstruction, generator)]
+    first, second = step(batch), None
+    ratio = float(norms[0] / (norms[1] + 1e-6))
+    assert 0.01 < ratio < 1e4
+    held = step.state.parts["discriminator"].module.ratio
+    assert float(held) == pytest.approx(ratio, rel=1e-5)
+    second = step(batch)
+    assert (float(first["adaptive_weight"]), float(second["adaptive_weight"])) == (0, pytest.approx(0.5 * ratio))
+    assert float(adversarial.adaptive_ratio(torch.ones(4), torch.zeros(4), 10.0)) == 10
+    fixed, batch = stage("objective.adversarial.adaptive=false")
+    assert float(fixed(batch)["adaptive_weight"]) == 0.5
+    assert float(fixed.state.parts["discriminator"].module.ratio) == 0
+
+
+def test_the_difference_is_the_slope():
+    """r1's squared difference is that of the directional derivative, of which autograd has the exact value."""
+    step, batch = stage("objective.adversarial.penalty=r1", "objective.adversarial.augment=[]")
+    model, opponent = step.state.model, duel(step).discriminator
+    draws = step.objective.draws(model, step.config.seed, batch.samples)
+    images = batch.content["images"]
+    penalty = duel(step).judged(model, duel(step).shown(images, images, draws)).penalty
+    moved = images.clone().requires_grad_()
+    scores = opponent.logits(opponent.features(model, moved, *draws.tokenizer())).mean(1)
+    (slope,) = torch.autograd.grad(scores.sum(), moved)
+    direction = augment.direction(step.config.seed, batch.samples, tuple(images.shape[1:]))
+    exact = (slope * direction).flatten(1).sum(1).square().mean() / 2
+    assert float(penalty) == pytest.approx(float(exact), rel=0.05)
+
+
+# --- the images that it sees ---
+
+
+def test_rounding_passes_the_gradient():
+    x = torch.tensor([-0.2, 0.1, 0.5, 1.3], requires_grad=True)
+    held = adversarial.rounded(x)
+    assert torch.equal((held * 255).round(), held * 255)
+    assert (held.min(), held.max()) == (0, 1)
+    (gradient,) = torch.autograd.grad((held * torch.arange(4.0)).sum(), x)
+    assert torch.equal(gradient, torch.arange(4.0))
+
+
+def test_changes_of_images():
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    middle = torch.full((3, augment.NUMBERS), 0.5)
+    assert torch.allclose(augment.augment(x, middle, ("colour", "translation")), x, atol=1e-6)  # these change nothing
+    numbers = middle.clone()
+    numbers[:, 4], numbers[:, 5] = 0.99, 0.0  # two rows down, two columns to the left
+    moved = augment.translation(x, numbers)
+    assert torch.equal(moved[:, :, 2:, :-2], x[:, :, :-2, 2:])
+    assert not moved[:, :, :2].any()
+    assert not moved[:, :, :, -2:].any()
+    holes = augment.cutout(torch.ones(3, 1, 16, 16), middle)
+    assert int((holes == 0).sum()) == 3 * 64
+    drawn = augment.draw(0, torch.arange(400))
+    bright = augment.colour(torch.zeros(400, 3, 2, 2), drawn)
+    assert bright.abs().max() <= 0.25
+    assert bright.min() < -0.2
+    some = augment.augment(torch.ones(400, 1, 16, 16), drawn, ("cutout",), 0.3)
+    assert float((some == 0).flatten(1).any(1).float().mean()) == pytest.approx(0.3, abs=0.08)
+    assert torch.equal(augment.draw(0, torch.arange(100, 103)), drawn[100:103])
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_generative_encoder_stays_and_costs_no_gradients(precision, monkeypatch):
+    shapes, original = [], copied_linear._layer_weight_gradient
+    monkeypatch.setattr(
+        copied_linear, "_layer_weight_gradient", lambda *a: (shapes.append(tuple(a[4])), original(*a))[1]
+    )
+    step, batch = stage(f"efficiency.precision={precision}", "efficiency.kernels=fused")
+    before = {n: p.detach().clone() for n, p in step.state.model.named_parameters()}
+    heads = {n: p.detach().clone() for n, p in step.state.parts["discriminator"].module.named_parameters()}
+    rows = [step(batch) for _ in range(3)]
+    assert all(row["skipped"] == 0 and row["d_accuracy"] > 0 for row in rows)
+    for name, parameter in step.state.model.named_parameters():
+        frozen = name.split(".")[0] in FROZEN
+        assert torch.equal(parameter, before[name]) or not frozen, name
+        assert (name in step.state.optimizer.parameters) != frozen, name
+        assert parameter.grad is None
+    moved = [n for n, p in step.state.optimizer.parameters.items() if not torch.equal(p, before[n])]
+    assert len(moved) == len(step.state.optimizer.parameters)
+    assert not any(n.startswith("encoder") for n in step.state.optimizer.state_dict())
+    still = [n for n, p in duel(step).discriminator.named_parameters() if torch.equal(p, heads[n])]
+    assert all(n.endswith("leave.bias") for n in still)  # where hinge's two sides cancel
+    encoders = {tuple(p.shape) for n, p in before.items() if n.startswith("encoder.") and p.ndim == 2}
+    decoders = {tuple(p.shape) for n, p in before.items() if "decoder." in n and p.ndim == 2}
+    assert not set(shapes) & (encoders - decoders)
+    assert bool(shapes) == (precision == "bf16")
+
+
+def run_steps(ranks: Ranks, count: int, *overrides: str) -> dict[str, Tensor]:
+    """The state after ``count`` steps in which the discriminator begins with the second, the decoder with the third."""
+    starts = ("objective.adversarial.discriminator_start=1", "objective.adversarial.generator_start=2")
+    step, batch = stage(*starts, "objective.adversarial.penalty=lecam", *overrides, ranks=ranks)
+    rows = [step(batch) for _ in range(count)]
+    told = {
+        f"told.{n}": torch.stack([row[n] for row in rows]) for n in ("total", "d_accuracy", "d_real", "adaptive_weight")
+    }
+    averaged = list(told.values())
+    ranks.average_(averaged)
+    return {n: t.detach().clone() for n, t in tensors_of(step.state).items()} | told
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    return run_steps(ALONE, 4)
+
+
+def test_the_starts(alone):
+    assert alone["told.adaptive_weight"].tolist()[:3] == [0, 0, 0]
+    assert alone["told.adaptive_weight"][3] > 0  # in force in the step after it was measured
+    assert alone["told.d_accuracy"][0] == 0
+    assert bool((alone["told.d_accuracy"][1:] > 0).all())
+    assert (int(alone["optimizer_steps"]), int(alone["discriminator.optimizer_steps"])) == (4, 3)
+
+
+def test_two_ranks_are_one(alone):
+    """Also where gradients of one network come later than those of the other, and leave during the backward."""
+    first, second = on_ranks(2, run_steps, 4)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_the_cut_of_a_batch_does_not_matter(alone):
+    whole = run_steps(ALONE, 4, "train.micro_batch=16")
+    for name, tensor in alone.items():
+        torch.testing.assert_close(whole[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone_on_a_copy() -> dict[str, Tensor]:
+    return run_steps(ALONE, 4, "objective.adversarial.trunk=trained")
+
+
+@pytest.mark.parametrize("trunk", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("efficiency.recompute=blocks", "efficiency.kernels=fused"),
+        ("efficiency.compile=all",),
+        ("efficiency.precision=bf16", "efficiency.recompute=blocks", "efficiency.kernels=fused"),
+    ],
+    ids=["fused", "compiled", "bf16"],
+)
+def test_however_it_is_computed(alone, alone_on_a_copy, how, trunk, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    if trunk == "frozen" and "compile" in how[0]:
+        how = ("efficiency.compile=decoder",)
+    found = run_steps(ALONE, 4, f"objective.adversarial.trunk={trunk}", *how)
+    tolerance = 0.05 if "bf16" in how[0] else 2e-3
+    for name in ("told.total", "told.d_real", "told.adaptive_weight", "discriminator.model.ratio"):
+        expected = (alone if trunk == "frozen" else alone_on_a_copy)[name]
+        close = {"rtol": tolerance, "atol": tolerance * 0.1, "msg": name}
+        torch.testing.assert_close(found[name], expected, **close)
+
+
+def test_a_gradient_that_is_not_finite_stops_its_own_network_alone():
+    step, batch = stage()
+    step(batch)
+    weight = next(iter(duel(step).discriminator.parameters()))
+    held, decoder = weight.detach().clone(), step.state.model.decoder.decoder_pred.weight
+    broken, before = weight.register_hook(lambda gradient: gradient * torch.nan), decoder.detach().clone()
+    assert float(step(batch)["skipped"]) == 1
+    assert torch.equal(weight, held)
+    assert not torch.equal(decoder, before)
+    broken.remove()
+    ratio = float(duel(step).discriminator.ratio)
+    bad = {name: torch.full((2, 2), torch.nan) for name in adversarial.LAST_LAYER}
+    duel(step).settle(bad, ALONE)
+    assert float(duel(step).discriminator.ratio) == ratio
+
+
+def test_alarms():
+    def said(*values: float) -> list[str]:
+        alarm = DuelAlarm(patience=3)
+        rows = [{"d_accuracy": value, "discriminator": 0.5} for value in values]
+        return [words for row in rows if (words := alarm.check(row))]
+
+    assert not said(1.0, 1.0, 0.9, 1.0, 1.0)
+    assert ["wins outright" in words for words in said(1.0, 1.0, 1.0, 1.0)] == [True]
+    assert ["loses outright" in words for words in said(0.5, 0.5, 0.5)] == [True]
+    assert not said(float("nan"), 1.0, 1.0)
+    assert not DuelAlarm(1).check({"total": 1.0})
+    assert not DuelAlarm(1).check({"d_accuracy": 0.0, "discriminator": 0.0})  # before it learns
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def train(config: Path, folder: Path, *arguments: str) -> str:
+    outcome = command("train.py", "--config", config, f"run_dir={folder}", *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout + outcome.stderr
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> tuple[Path, Path]:
+    """A configuration, and a run of it of three steps."""
+    from support import TINY
+
+    folder = tmp_path_factory.mktemp("adversarial")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    train(config, folder / "base", "train.max_steps=3", "optim.warmup_epochs=0")
+    return config, folder / "base"
+
+
+LATER = (
+    *("train.checkpoint_every=1", "train.keep_last=9", "train.max_steps=6", "optim.warmup_epochs=0", "optim.lr=1e-3"),
+    *("objective.adversarial.discriminator_start=1", "objective.adversarial.generator_start=3"),
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(base) -> Path:
+    config, folder = base
+    path = folder.parent / "tuned"
+    train(config, path, *STAGE, *LATER, f"init_from={folder}", "train.image_every=6")
+    return path
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])  # before the discriminator's first step, the decoder's first with it, after
+def test_a_run_resumes_bit_for_bit(base, tuned, tmp_path, stop):
+    path = tmp_path / "run"
+    shutil.copytree(tuned, path)
+    for step in range(stop + 1, 7):
+        shutil.rmtree(path / "checkpoints" / f"step-{step:07d}")
+    assert f"at step {stop}" in train(base[0], path, *STAGE, *LATER, "init_from=gone")  # of which nothing is needed
+    one, two = (read(folder / "checkpoints" / "step-0000006") for folder in (tuned, path))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    rows = [[{k: v for k, v in row.items() if k in ("total", "d_accuracy", "adaptive_weight", "generator")}
+             for row in read_metrics(folder / "metrics.jsonl")] for folder in (tuned, path)]  # fmt: skip
+    assert rows[0] == rows[1]
+    assert json.loads((path / "provenance.json").read_text())["fine_tuned_from"]["step"] == 3
+
+
+def test_the_result_is_an_ordinary_checkpoint(base, tuned, tmp_path):
+    weights, config = load_weights(tuned)
+    before, _ = load_weights(base[1])
+    assert config is not None
+    same = {name for name, value in before.items() if torch.equal(value, weights[name])}
+    assert weights.keys() == before.keys()
+    assert before.keys() - same == {n for n in before if n.startswith(("decoder.", "up_sample_decoder."))}
+    origin = json.loads((tuned / "provenance.json").read_text())["fine_tuned_from"]
+    assert origin.keys() == {"name", "step", "weights", "sha256"}
+    assert (origin["name"], origin["step"], origin["weights"], len(origin["sha256"])) == ("tiny", 3, "ema", 64)
+    state = json.loads((tuned / "checkpoints" / "step-0000006" / "state.json").read_text())
+    assert state["origin"] == origin
+    assert sorted(p.name for p in (tuned / "samples").glob("*.png")) == ["step_0000000.png", "step_0000006.png"]
+    grid = tmp_path / "grid.png"
+    drawn = command("sample.py", "--checkpoint", tuned, "--seeds", "0-3", "--out", grid)
+    assert drawn.returncode == 0, drawn.stderr
+    out = tmp_path / "export"
+    assert command_of(unite_fast.export.main, tuned, "--out", out).returncode == 0
+    exported, _ = load_model(out)
+    model, _ = load_model(tuned)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, exported.state_dict()[name]), name
+    save_reference(tmp_path / "official.pt", model)
+    again = load_reference(tmp_path / "official.pt", in_context_start=1, decoder_heads=2)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(again.decode(again.tokenize(x)), model.decode(model.tokenize(x)))
+
+
+def refused(config: Path, folder: Path, *overrides: str) -> str:
+    outcome = command("train.py", "--config", config, f"run_dir={folder}", *overrides)
+    assert outcome.returncode == 2, outcome.stdout + outcome.stderr
+    lines = outcome.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_mistakes_are_one_line(base, tuned, tmp_path):
+    config, trained = base
+    run, began = tmp_path / "run", f"init_from={base[1]}"
+    assert "init_from names none; give a run" in refused(config, run, *STAGE)
+    assert "no checkpoint at" in refused(config, run, *STAGE, "init_from=nowhere")
+    assert "holds no discriminator" in refused(config, run, *STAGE, f"resume={trained}")
+    assert "holds a discriminator as well" in refused(config, run, f"resume={tuned}", "train.max_steps=9")
+    another = (*STAGE, began, "model.encoder.depth=4")
+    assert "holds another model: model.encoder.depth is 3 there and 4 here" in refused(config, run, *another)
+    some = "optim.frozen=[encoder, patch_embed]"
+    said = refused(config, run, *STAGE, began, some)
+    assert "latent_tokens would be trained as well: set optim.frozen=[latent_tokens, patch_embed, encoder, " in said
+    assert "no parameter's name begins with decodr" in refused(config, run, *STAGE, began, "optim.frozen=[decodr]")
+    assert "leaves no parameter" in refused(
+        config, run, *STAGE, began, f"{STAGE[-1][:-1]}, decoder, up_sample_decoder]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("objective.flow_steps=3",), "set objective.flow_steps=0"),
+        (("objective.pixel_weight=0",), "objective.pixel_weight and perceptual_weight are 0"),
+        (("objective.adversarial.discriminator_start=5",), "generator_start 0 is before discriminator_start 5"),
+        (("objective.adversarial.blocks=[3]",), "blocks: 3 is not below the encoder's depth 3"),
+        (("objective.adversarial.blocks=[1, 1]",), "names a block twice"),
+        (("objective.adversarial.augment=[color]",), "augment: 'color' is not one of colour, translation, cutout"),
+        (("objective.adversarial.penalty=r1", "objective.adversarial.penalty_weight=0"), "must be above 0, got 0"),
+        (("objective.adversarial.adaptive_cap=0",), "adaptive_cap must be above 0"),
+        (("objective.adversarial.weight=0",), "does nothing beside objective.adversarial.weight=0"),
+        (("objective.adversarial.penalty_weight=2",), "does nothing beside objective.adversarial.penalty=none"),
+        (("objective.adversarial.weight=-1",), "weight must be at least 0"),
+        (("model.modality=atoms",), "the discriminator is of images"),
+    ],
+)
+def test_what_does_not_go_together(overrides, said):
+    with pytest.raises(UserError, match=said.replace("[", r"\[")) as error:
+        load_tiny(*STAGE, *overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "mend"),
+    [
+        ("train.strategy=fsdp2", "set train.strategy=ddp"),
+        ("efficiency.cuda_graph=step", "set efficiency.cuda_graph=none"),
+    ],
+)
+def test_ways_of_computing_that_are_refused(base, tmp_path, option, mend):
+    said = refused(base[0], tmp_path / "run", *STAGE, f"init_from={base[1]}", option)
+    assert f"objective.adversarial does not work with {option}; {mend}" in said
+
+
+def test_without_it_nothing_changes():
+    """No discriminator, no further numbers, no other parts."""
+    step, batch = trainer()
+    assert step.state.parts.keys() == {""}
+    assert step.objective.measures == ()
+    assert dataclasses.asdict(load_tiny().objective.adversarial) == dataclasses.asdict(AdversarialConfig())
+    assert not any(name.startswith("d_") for name in step(batch()))
