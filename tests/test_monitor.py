@@ -13,7 +13,7 @@ import torch
 from support import TINY, command, command_of, process
 from test_evaluation_fid import weights  # noqa: F401  (a fixture)
 
-from unite_fast import checkpoint, evaluate
+from unite_fast import checkpoint, evaluate, export
 from unite_fast.config import EvaluationConfig
 from unite_fast.evaluation import statistics
 from unite_fast.run import monitor
@@ -113,6 +113,28 @@ def test_scores_are_those_of_the_commands(folder):
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert json.loads(out.read_text())["result"]["fid"] == search["result"]["fid"]
+
+
+def test_a_score_while_training_is_repeated_from_its_file(folder, tmp_path):
+    """Of the checkpoint of its step, or of an export of that; another step's weights are refused."""
+    run = folder / "scored"
+    file, step = run / "scores" / "training" / "step_0000010_search.json", run / "checkpoints" / "step-0000010"
+    words = ("fid", "--protocol", file, "--reference", folder / "real.npz", "--extractor", "digits", "--checkpoint")
+    out = tmp_path / "again.json"
+    assert command_of(export.main, step, "--out", tmp_path / "export").returncode == 0
+    for source in (step, tmp_path / "export"):
+        said = command_of(evaluate.main, *words, source, "--out", out)
+        assert said.returncode == 0, said.stderr
+        score, content = json.loads(file.read_text()), json.loads(out.read_text())
+        assert content["result"]["fid"] == score["result"]["fid"]
+        assert content["protocol"]["settings"] == score["best_overall"]
+    said = command_of(evaluate.main, *words, run, "--out", out)
+    assert said.returncode == 2
+    assert "--checkpoint has sha256" in said.stderr
+    assert said.stderr.endswith("... (step 10 of training)\n")
+    other = file.with_name("step_0000019_rfid.json")
+    said = command_of(evaluate.main, "fid", "--protocol", other, "--checkpoint", run)
+    assert "nor a search while training" in said.stderr
 
 
 def test_the_best_scale_is_kept(folder):

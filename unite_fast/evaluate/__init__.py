@@ -3,7 +3,8 @@
     python -m unite_fast.evaluate fid --checkpoint runs/imagenet_b --reference imagenet256.npz \\
         --inception weights-inception-2015-12-05-6726825d.pth
 
-    fid --protocol scores/fid_a.json ...  the same weights and settings again; the files' hashes are compared
+    fid --protocol scores/fid_a.json ...  the same weights and settings again; the files' hashes are compared.
+                                          scores/training/step_N_search.json: its best, of checkpoints/step-N
     table ...                             the paper's protocols: Heun 50 balanced, dopri5 balanced, dopri5 random;
                                           and, not the paper's, exp3 with 32 steps
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
@@ -47,6 +48,7 @@ from unite_fast.evaluation.generation import PLAIN, Options, Settings, of_run, s
 from unite_fast.evaluation.results import beside_other_commits, compare, is_result, read_result, timeless
 from unite_fast.modality import lpips
 from unite_fast.model.unite import UNITE
+from unite_fast.optim.groups import freeze
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.sampling.generate import parse_interval
@@ -128,6 +130,11 @@ class Context:
 
     def weights(self) -> dict[str, str]:
         return {"sha256": checkpoint.identity(self.located), "weights": self.arguments.weights}
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that the run trains, which its scores while training know."""
+        freeze(self.model, self.config.optim.frozen)
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def folder(self) -> Path:
         """Where results lie."""
@@ -283,7 +290,7 @@ def fid_command(context: Context) -> None:
     scorer, settings = Scorer(context), context.settings()
     protocol, earlier = scorer.protocol(settings), context.earlier
     if earlier is not None:
-        compare(protocol, earlier)
+        compare(protocol, earlier, context.trained)
     path = context.out(protocol, short(settings))
     result = scorer.score(settings, path)
     if context.ranks.is_main:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from unite_fast.base import outputs
 from unite_fast.base.errors import UserError
@@ -29,9 +34,26 @@ def beside_other_commits(path: Path, environment: dict[str, Any]) -> Path:
     return path if before == commit else path.with_name(f"{path.stem}_at_{commit[:8] or 'unknown'}.json")
 
 
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values: what tells weights apart that are in no file."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _is_training(content: dict[str, Any]) -> bool:
+    """Whether a score is one of a run's own searches, of weights that were in no file then."""
+    return content.get("kind") in ("search", "sweep")
+
+
 def read_result(path: str) -> dict[str, Any]:
+    """What --protocol names: a score of ``evaluate fid``, or the best of a search while training. Raises UserError."""
     try:
         content = json.loads(Path(path).read_text())
+        if _is_training(content):
+            content["protocol"] |= {"settings": content["best_overall"], "kid_subset": None}
         protocol = content["protocol"]
         read = [protocol[part]["sha256"] for part in ("checkpoint", "extractor", "reference")]
         read += [protocol["checkpoint"]["weights"], protocol["extractor"]["layers"], protocol["kid_subset"]]
@@ -39,17 +61,25 @@ def read_result(path: str) -> dict[str, Any]:
             return content
     except OSError as error:
         raise UserError(f"--protocol {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"--protocol {path}: not a result of python -m unite_fast.evaluate fid")
+    raise UserError(
+        f"--protocol {path}: not a result of python -m unite_fast.evaluate fid, nor a search while training"
+    )
 
 
-def compare(protocol: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Raises UserError naming the first file, set of weights or layers that is not the protocol's."""
+def compare(protocol: dict[str, Any], earlier: dict[str, Any], trained: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Raises UserError naming the first file, set of weights or layers that is not the protocol's.
+
+    trained: the weights now, those that a run trains, by which a score while training knows its own.
+    """
+    if _is_training(earlier):
+        protocol = protocol | {"checkpoint": protocol["checkpoint"] | {"sha256": weights_sha256(trained())}}
     for part, name in (("checkpoint", "--checkpoint"), ("extractor", "the extractor"), ("reference", "--reference")):
         now, before = protocol[part]["sha256"], earlier["protocol"][part]["sha256"]
         if now != before:
-            raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...")
+            at = f" (step {earlier.get('step')} of training)" if part == "checkpoint" and _is_training(earlier) else ""
+            raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...{at}")
     for part, key in (("checkpoint", "weights"), ("extractor", "layers")):
         now, before = protocol[part][key], earlier["protocol"][part][key]
         if now != before:

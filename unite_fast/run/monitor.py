@@ -12,19 +12,17 @@ all and is dealt with by train.on_eval_error.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unite_fast import modality
 from unite_fast.base import faults, files, provenance
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config, EvaluationConfig
+from unite_fast.evaluation.results import weights_sha256
 from unite_fast.evaluation.scores import SCORES, Moment
 from unite_fast.modality import Losses
 from unite_fast.optim import ema
@@ -79,15 +77,6 @@ def due(e: EvaluationConfig, batch: int, images_seen: int, images_per_epoch: int
 
     found = [name for name, score in SCORES.items() if ends(getattr(e, score.key))]
     return [name for name in found if not any(SCORES[other].holds == name for other in found)]
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names and values."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
@@ -148,7 +137,7 @@ class Monitor:
         tensors = state.optimizer.parameters if name == "model" else state.optimizer.averages[name]
         weights = {
             "run": self.config.name, "step": state.step, "weights": name,
-            "sha256": self.ranks.decide(functools.partial(digest, tensors)),
+            "sha256": self.ranks.decide(functools.partial(weights_sha256, tensors)),
         }  # fmt: skip
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         state.model.eval()
