@@ -101,6 +101,8 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
         # Under the lock: an earlier start that is ending may still save.
         choice = ranks.decide(lambda: start.choose(settings, images))
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
+        same_images = choice.path is not None and checkpoint.saved_images(choice.path) == images
+        health.recall_unreadable(state, source, ranks, same_images)
         if ranks.is_main:
             start.tidy(settings.folder, settings.resume, choice, state.step)
             summary.write_description(session.path, yaml_text.to_yaml(settings), ranks, source, state.origin)
@@ -187,6 +189,7 @@ def loop(
             row |= stats.peak_memory(device)
             if log is not None:
                 stats.tell(row, total, step.objective.terms, log, alarms, state.model.modality.thing)
+            health.check_unreadable(state, source, ranks)
             health.check_skips(t, settings.seed, path, step.skips, source, ranks)
         if t.replica_check_every and state.step % t.replica_check_every == 0:
             health.check_replicas(state, ranks)
@@ -197,6 +200,7 @@ def loop(
                 ending = scores(state)
         if state.step % t.checkpoint_every == 0 or done or ending:
             health.check_finite(state, ranks)
+            health.check_unreadable(state, source, ranks)
             session.save(state, means.sums())
     session.finish_saving()
     if log is not None:

@@ -24,6 +24,7 @@ from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import execution, precision
 from unite_fast.layers import Linear
+from unite_fast.model.encoder import SwiGLU
 from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Draws, Objective
 from unite_fast.parallel.distributed import Ranks
@@ -74,6 +75,20 @@ def test_the_published_large_models_mlp_is_padded():
         assert (mlp.w12.products.outputs, mlp.w3.products.outputs) == (2 * 2736, 1024)
         assert not recipe.left
     assert len(recipe.scaled) == 24 * 4 + 12 * 4
+
+
+@pytest.mark.parametrize(("hidden", "theirs"), [(24, 0), (40, 0), (32, 2), (12, 0)])
+def test_both_layers_of_a_swiglu_compute_in_one_place(hidden, theirs):
+    """Transformer Engine takes w12 of 2 * 24 rows and not w3 of 24 columns: w3's copy is padded, so must w12's be."""
+    mlp, recipe = SwiGLU(16, hidden).train(), precision.Recipe("fp8_te")
+    for name, layer in mlp.named_modules():
+        if hasattr(layer, "products"):
+            layer.products = precision._products(recipe, name, layer)
+    assert len(recipe.engines) == theirs
+    if not theirs:
+        recipe.refresh()
+        with precision.autocast(recipe.name, recipe.device):
+            assert mlp(torch.randn(2, 3, 16), "eager").product.shape == (2, 3, 16)
 
 
 def test_only_large_layers_are_in_float8():

@@ -82,6 +82,32 @@ def test_too_many_damaged(jobs, images):
     assert "more than" in said
 
 
+@fault("F16", "truncated JPEG", "too many over ranks, or over starts, end the run; mended ones no longer count")
+def test_too_many_damaged_together(jobs, images):
+    """Six of 160, of which five may be: each rank meets three, then each start does."""
+    from unite_fast.data import Order
+
+    paths = sorted(images.rglob("*.*"))
+    order = [paths[i] for i in Order(160, 0).indices(0, 160).tolist()]  # 16 of a step, of which a rank has eight
+    whole = {path: path.read_bytes() for path in order}
+    harm = lambda places: [order[i].write_bytes(b"no image") for i in places]  # noqa: E731
+    skip = ("train.epochs=10", "train.checkpoint_every=5", "data.on_error=skip")
+    harm([0, 1, 2, 8, 9, 10])
+    said = folder_job(jobs, images, "ranks").train(*skip, "train.max_steps=1", code=2)
+    assert said.count("error: 6 of 160 images are unreadable, more than the 5 that") == 1
+    for path, content in whole.items():
+        path.write_bytes(content)
+    job = folder_job(jobs, images, "starts")
+    harm([0, 1, 2])
+    job.train(*skip, "train.max_steps=5", ranks=1)
+    harm([80, 81, 82])
+    said = job.train(*skip, "train.max_steps=10", ranks=1, code=2)
+    assert "error: 6 of 160 images are unreadable" in said
+    order[0].write_bytes(whole[order[0]])
+    job.train(*skip, "train.max_steps=10", ranks=1)
+    assert len(job.counters(10)["unreadable"]) == 5
+
+
 @fault("F18", "decompression bomb", "refused before a pixel is decoded, then as F16; memory stays bounded")
 def test_bomb(jobs, images):
     path = images / "c4" / "03.png"

@@ -54,6 +54,7 @@ def counters_of(state: TrainState) -> dict[str, Any]:
     return {
         "format": FORMAT, "step": state.step, "images_seen": state.images_seen, "best_cfg_scale": state.best_cfg_scale,
         "origin": state.origin,
+        "unreadable": state.unreadable,
     }  # fmt: skip
 
 
@@ -323,6 +324,14 @@ def _counters(state: dict[str, Any], path: Path, names: Iterable[str]) -> tuple[
     return counts, _sums(state["means"], state.get("config"))
 
 
+def _unreadable(state: dict[str, Any], path: Path) -> dict[int, str]:
+    """The images that had been replaced by then. Raises UserError."""
+    try:
+        return {int(index): str(reason) for index, reason in state.get("unreadable", {}).items()}
+    except (AttributeError, ValueError):
+        raise UserError(f"checkpoint {path}: unreadable in state.json is malformed") from None
+
+
 def _sums(means: dict[str, float], config: Any) -> dict[str, float]:
     """Running sums under the names of today's terms: the pixel loss was called "l1" once, whatever its kind."""
     objective = config.get("objective") if isinstance(config, dict) else None
@@ -353,6 +362,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
     best = counters.get("best_cfg_scale", 0.0)
     if not isinstance(best, (int, float)) or not 0 <= best < math.inf:
         raise UserError(f"checkpoint {path}: best_cfg_scale in state.json is malformed")
+    unreadable = _unreadable(counters, path)
     found, wanted, fresh = _expected(stored(path), state)
     if wrong := _misfits(found, wanted):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -370,6 +380,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
         part.optimizer.steps.fill_(counts[prefix(name) + STEPS])
     state.step, state.images_seen, state.best_cfg_scale = counts["step"], counts["images_seen"], best
     state.origin = counters["origin"] if isinstance(counters.get("origin"), dict) else {}  # older ones have none
+    state.unreadable = unreadable
     return means
 
 

@@ -222,7 +222,8 @@ class DataConfig:
         "fail", "what other labels or class names than those of the checkpoint do to a run that resumes"
     )
     on_error: Literal["fail", "skip"] = option(
-        "fail", "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them"
+        "fail",
+        "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them over ranks and starts",
     )
     atoms: AtomDataConfig = field(default_factory=AtomDataConfig, metadata=OF_STRUCTURES)
 

@@ -7,7 +7,8 @@ place in the batch's device tensor (from pinned memory when that is a GPU).
 Unreadable images. Workers report them instead of raising; the policy is applied here, in the training process:
 ``fail`` stops with the path and the reason. ``skip`` puts the next readable image of the source (and its label) in
 the place, logs each path once, and stops when more than 0.1 % of the source's images (but at least MIN_SKIPPED)
-have turned out unreadable. The replacement is a function of the index, so runs repeat.
+have turned out unreadable: distinct ones, which each process counts here, and a run over its ranks and starts
+(``run.health``). The replacement is a function of the index, so runs repeat.
 """
 
 from __future__ import annotations
@@ -105,20 +106,26 @@ def _as_is(item: Any) -> Any:
 
 def apply_policy(source: Source, bad: list[tuple[int, str]]) -> None:
     """Stops, or logs and counts. Raises UserError."""
-    limit = skip_limit(len(source))
     for index, reason in bad:
         path = source.name(index)
         if source.on_error == "fail":
             raise UserError(f"{path}: {reason}; mend or remove it, or set data.on_error=skip")
-        if path in source.skipped:
+        if index in source.skipped:
             continue
-        source.skipped[path] = reason
+        source.skipped[index] = reason
         log.warning("unreadable image replaced by the next one: %s: %s", path, reason)
-        if len(source.skipped) > limit:
-            raise UserError(
-                f"{len(source.skipped)} of {len(source)} images are unreadable, more than the {limit} that "
-                f"data.on_error=skip allows; the last is {path}: {reason}"
-            )
+        check_skipped(source)
+
+
+def check_skipped(source: Source) -> None:
+    """Raises UserError when more images are unreadable than on_error=skip allows; names the last one found."""
+    limit = skip_limit(len(source))
+    if len(source.skipped) > limit:
+        index, reason = list(source.skipped.items())[-1]
+        raise UserError(
+            f"{len(source.skipped)} of {len(source)} images are unreadable, more than the {limit} that "
+            f"data.on_error=skip allows; the last is {source.name(index)}: {reason}"
+        )
 
 
 def _explain(

@@ -75,7 +75,7 @@ class Source(ABC):
         self.class_names = class_names
         self.flip = flip  # mirror half of the images when augmenting
         self.on_error = "fail"  # or "skip": see loader.py
-        self.skipped: dict[str, str] = {}  # path -> reason, of images that were replaced so far in this process
+        self.skipped: dict[int, str] = {}  # index -> reason, of images that were replaced so far: see loader.py
 
     def __len__(self) -> int:
         return len(self.labels)

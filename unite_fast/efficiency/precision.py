@@ -226,10 +226,11 @@ def _products(recipe: Recipe, path: str, layer: Any) -> Products:
         return all(size % copied_linear.MULTIPLE == 0 for size in shape)
 
     shape = layer.weight.shape
-    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape))):
+    padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
+    # Transformer Engine pads nothing: what is padded here, and the layer behind it, are both ours.
+    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape) and padded == shape)):
         recipe.engines.append(engine := TransformerEngine(layer))
         return engine
-    padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
     if layer.large and recipe.name in SCALED and fits(padded) and not slower(padded, recipe.device):
         products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
         recipe.scaled.append((products, layer.weight))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from unite_fast import data
 from unite_fast.base import files
-from unite_fast.base.errors import RunError
+from unite_fast.base.errors import CommonError, RunError, UserError
 from unite_fast.config import TrainConfig
+from unite_fast.data.loader import check_skipped
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.tensors import copies_group, local
 from unite_fast.run.session import Diverged
@@ -35,6 +36,36 @@ def check_skips(t: TrainConfig, seed: int, path: Path, skips: SkipCounter, sourc
             f"the gradient was not finite in {longest} steps in a row (train.max_skipped={t.max_skipped}); the batches "
             "are in bad_batches.json, the last checkpoint is from before; lower optim.lr or look at those images"
         )
+
+
+def check_unreadable(state: TrainState, source: data.Source, ranks: Ranks) -> None:
+    """With the log line and before a save, on all ranks: the images that data.on_error=skip has replaced are the run's,
+    each once, whichever rank found it and in whichever start. Raises CommonError for more than it allows."""
+    if source.on_error != "skip":
+        return
+    for found in ranks.gather(source.skipped):
+        state.unreadable |= found
+    source.skipped |= state.unreadable
+    try:
+        check_skipped(source)
+    except UserError as error:
+        raise CommonError(str(error)) from None
+
+
+def recall_unreadable(state: TrainState, source: data.Source, ranks: Ranks, same_images: bool) -> None:
+    """At the start, on all ranks: what earlier starts replaced counts on, unless it can be read by now."""
+
+    def still() -> dict[int, str]:
+        found = {}
+        for index in state.unreadable if same_images else ():  # else their numbers are those of other images
+            try:
+                source.read(index, None, 0)
+            except data.BadImage as error:
+                found[index] = str(error)
+        return found
+
+    state.unreadable = ranks.decide(still)
+    source.skipped |= state.unreadable
 
 
 def _on_any_rank(name: str, state: TrainState, ranks: Ranks) -> str:

@@ -52,6 +52,7 @@ class TrainState:
     images_seen: int = 0
     best_cfg_scale: float = 0.0  # that the evaluation during training found; 0 before the first
     origin: dict[str, Any] = field(default_factory=dict)  # of the weights that the run began with; empty: of none
+    unreadable: dict[int, str] = field(default_factory=dict)  # images that were replaced by others, and why
     execution: Execution = field(default_factory=Execution)  # how a step is computed, as resolved; not saved
 
     @property
