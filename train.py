@@ -95,7 +95,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
-        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, len(source)))
+        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, len(source), source.lengths))
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
@@ -153,7 +153,7 @@ def loop(
     log = None
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
-    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen)["total"]
+    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen, source.lengths)["total"]
     alarms = stats.CollapseAlarm(t.collapse_std), stats.DuelAlarm()
     meter = open_meter(flops, t.global_batch, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all

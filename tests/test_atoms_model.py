@@ -19,6 +19,7 @@ from unite_fast.modality.atoms import AtomLosses
 from unite_fast.model.flops import training_flops
 from unite_fast.model.unite import UNITE, build
 from unite_fast.objective import Objective
+from unite_fast.plan import cost
 from unite_fast.sampling.reconstruct import reconstruct
 from unite_kernels.philox import uniform
 
@@ -99,6 +100,21 @@ def test_padding_never_counts():
         for x in (noise, torch.where(slots_taken(sizes, SLOTS)[..., None], noise, 9.0))
     ]
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def test_a_batch_padded_to_its_largest_sample_is_the_same():
+    """Losses and gradients of crystals and molecules, with class tokens and rotary positions."""
+    settings = config()
+    few = structures().select(torch.tensor([0, 1, 2, 12, 13, 14, 6, 18]))
+    whole = next(stream(AtomSource(few, SLOTS, ("molecules", "crystals")), 3, global_batch=8))
+    assert int(whole.sizes.max()) == 4
+    cut = whole._replace(content={k: v if k == "lattice" else v[:, :4] for k, v in whole.content.items()})
+    (a, b) = (gradients(settings, [x]) for x in (whole, cut))
+    for name, value in a[0].items():
+        assert b[0][name] == pytest.approx(value, rel=1e-5), name
+    scale = max(float(g.abs().max()) for g in a[1].values())
+    for name, gradient in a[1].items():
+        torch.testing.assert_close(b[1][name], gradient, rtol=1e-5, atol=1e-6 * scale, msg=name)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
@@ -219,3 +235,13 @@ def test_flops_are_counted():
         objective.backward(model, batch._replace(content=content), objective.draws(model, 0, batch.samples))
     expected = training_flops(settings.model, 2, False, pruned=True)["total"]
     assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
+
+
+def test_flops_are_those_of_the_atoms_that_are_there():
+    settings, lengths = config(), torch.tensor([2, 7, 7, 3])
+    alone = [
+        training_flops(dataclasses.replace(settings.model, num_latents=n), 2, False)["total"] for n in lengths.tolist()
+    ]
+    mean = cost.step_flops(settings.model, settings.objective, lengths=lengths)["total"]
+    assert mean == pytest.approx(sum(alone) / 4)
+    assert mean < 0.8 * cost.step_flops(settings.model, settings.objective)["total"]

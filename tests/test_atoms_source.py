@@ -62,6 +62,29 @@ def test_resume_and_ranks_give_the_same_samples():
             assert torch.equal(value, torch.cat([share[k].tensors()[name] for share in shares])), name
 
 
+def test_batches_of_similar_sizes():
+    """Each structure once per epoch, in few slots; the same on any number of ranks and after a resume."""
+    source = AtomSource(structures(), SLOTS, pad_multiple=3)
+    whole = taken(source, 46, global_batch=8)  # 16 epochs in windows of 16 batches
+    plain, places = taken(AtomSource(structures(), SLOTS), 46, global_batch=8), torch.arange(46 * 8)
+    assert torch.equal(torch.cat([batch.samples for batch in whole]), places)
+    for first, last in ((0, 16), (16, 32)):  # a window's samples are those that come without sorting
+        sizes = [torch.cat([b.sizes for b in batches[first:last]]).sort().values for batches in (whole, plain)]
+        assert torch.equal(*sizes)
+    for batch in whole:
+        assert batch.content["species"].shape[1] == -(-int(batch.sizes.max()) // 3) * 3
+        assert batch.content["positions"].shape[1] == batch.content["species"].shape[1]
+    slots = [batch.content["species"].shape[1] for batch in whole]
+    assert set(slots) == {3, 6, 9}
+    assert slots[:16] != sorted(slots[:16])
+    assert sum(slots) < 0.8 * SLOTS * len(slots)
+    assert all(map(equal, taken(source, 29, start=17 * 8, global_batch=8), whole[17:]))
+    shares = [taken(source, 46, global_batch=8, rank=rank, world_size=2) for rank in range(2)]
+    for k, batch in enumerate(whole):
+        assert torch.equal(batch.sizes, torch.cat([share[k].sizes for share in shares]))
+    assert source.pipeline_id() != AtomSource(structures(), SLOTS).pipeline_id()
+
+
 def test_every_structure_once_and_as_it_is():
     source = AtomSource(structures(), SLOTS)
     batches = list(all_images(source, 10))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import atoms_support
 import pytest
 import torch
 from ranks import on_ranks
@@ -11,10 +14,13 @@ from tape import Tape
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
+from unite_fast.data import stream
+from unite_fast.data.atoms.source import AtomSource
 from unite_fast.efficiency import execution, graph
 from unite_fast.model.unite import build
 from unite_fast.objective import Draws, Objective
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble
 from unite_fast.training.step import TrainStep
 
 STEPS = 20
@@ -59,9 +65,31 @@ def test_replayed_steps_equal_plain_ones(tape, mode, overrides):
     assert actual == expected
     for name, value in end.items():
         assert torch.equal(replayed[name], value), name
-    captured = step.graphs.flow if mode == "flow" else step.graphs.micro
+    (captured,) = (step.graphs.flow if mode == "flow" else step.graphs.micro).values()
     assert isinstance(captured.recording, Tape)
     assert (step.graphs.last.recording is not None) == (mode == "step")
+
+
+def test_one_graph_for_each_number_of_registers(tape):
+    """Molecules padded to few sizes, as in plain steps, to the bit."""
+    ends = []
+    for mode in ("none", "step", "flow"):
+        settings = atoms_support.config()
+        settings = dataclasses.replace(settings, efficiency=dataclasses.replace(settings.efficiency, cuda_graph=mode))
+        source = AtomSource(atoms_support.structures(), 7, ("molecules", "crystals"), pad_multiple=3)
+        state = assemble.fresh_state(settings, Ranks(0, 1, torch.device("cpu")))
+        objective = Objective.open(settings.model, settings.objective, settings.efficiency)
+        step = TrainStep(state, settings, Ranks(0, 1, torch.device("cpu")), (4, 2), len(source), objective)
+        state.model.train()
+        batches = stream(source, 0, global_batch=8)
+        losses = [float(step(next(batches))["total"]) for _ in range(16)]
+        ends.append((losses, {name: p.detach().clone() for name, p in state.model.named_parameters()}))
+        captured = {} if step.graphs is None else step.graphs.micro or step.graphs.flow
+        assert set(captured) == (set() if mode == "none" else {3, 6, 7})
+        assert all(one.recording is not None for one in captured.values())
+    for losses, parameters in ends[1:]:
+        assert losses == ends[0][0]
+        assert all(torch.equal(value, ends[0][1][name]) for name, value in parameters.items())
 
 
 def test_a_skipped_step_is_skipped_in_replay(tape):
@@ -95,7 +123,8 @@ def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Ten
     rows, end, step = run(
         "efficiency.kernels=fused", "train.micro_batch=4", f"efficiency.cuda_graph={mode}", ranks=ranks
     )
-    recorded = [c.recording is not None for c in (step.graphs.micro, step.graphs.last)] if step.graphs else []
+    captured = (*step.graphs.micro.values(), step.graphs.last) if step.graphs else ()
+    recorded = [one.recording is not None for one in captured]
     return rows, end, recorded
 
 
@@ -211,7 +240,7 @@ def test_graphs_on_a_gpu(mode, compiled, precision):
     options = ("efficiency.kernels=fused", f"efficiency.compile={compiled}", f"efficiency.precision={precision}")
     expected, end, _ = run(*options, device="cuda")
     actual, replayed, step = run(*options, f"efficiency.cuda_graph={mode}", device="cuda")
-    captured = step.graphs.flow if mode == "flow" else step.graphs.micro
+    (captured,) = (step.graphs.flow if mode == "flow" else step.graphs.micro).values()
     assert isinstance(captured.recording, graph.CudaRecording)
     for a, e in zip(actual, expected, strict=True):
         assert a == pytest.approx(e, rel=1e-4 if precision == "fp32" else 2e-2)

@@ -65,6 +65,9 @@ class Points:
     def decoder(self, config):
         return Decoder(config)
 
+    def registers(self, config, content):
+        return content["points"].shape[1]
+
     def content(self, given):
         return {"points": given} if isinstance(given, Tensor) else dict(given)
 

@@ -196,6 +196,10 @@ class AtomDataConfig:
     max_heavy_atoms: int = option(0, "leaves out structures with more atoms other than hydrogen; 0: none")
     # The order is part of what is learned: a register belongs to the atom of its number.
     order: Literal["file", "random"] = option("file", "atoms as in the file, as ADiT; or another order at each sight")
+    # Molecules of 14 of 23 atoms on average fill 89 % of such a batch's slots, and 61 % of all.
+    pad_multiple: int = option(
+        0, "above 0: similar sizes share a batch, padded to a multiple of this; 0: all are padded to num_latents"
+    )
     poses: bool = option(True, "random rotations of each sample, and translations of crystals in their cells")
     joint: tuple[str, ...] = option((), "joint: sources together, the k-th with label k, as [qm9, mp20:FOLDER]")
 

@@ -3,6 +3,9 @@
 Position p = 0, 1, 2, ... counts the images of the whole run. It belongs to epoch p // n, and its image is
 permutation(seed, epoch)[p % n]. No epoch drops a remainder; a batch may hold the end of one epoch and the start
 of the next. To resume at the same place, one integer is enough: the number of images seen.
+
+Where batches are to hold samples of a kind (molecules of similar sizes), the samples of every WINDOW batches, counted
+from position 0, are sorted by kind before they are cut into batches, and these batches come in a random order.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import torch
 from torch import Tensor
 
 CACHED_EPOCHS = 2  # a batch usually spans at most two
+WINDOW = 16  # batches
 
 
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
+def permutation(n: int, seed: int, epoch: int | str) -> Tensor:
     """A permutation of range(n), int64 (n,), on the CPU. (seed, epoch) are hashed, so neighbours share nothing."""
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -24,10 +28,14 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 class Order:
-    """Maps sample positions to indices of a source with ``n`` samples."""
+    """Maps sample positions to indices of a source with ``n`` samples.
 
-    def __init__(self, n: int, seed: int) -> None:
-        self.n, self.seed = n, seed
+    kinds (n,) int64, None where any samples may share a batch, which is of ``batch`` samples over all ranks.
+    """
+
+    def __init__(self, n: int, seed: int, kinds: Tensor | None = None, batch: int = 1) -> None:
+        self.n, self.seed, self.kinds, self.batch = n, seed, kinds, batch
+        self._window: tuple[int, Tensor] | None = None  # the last one
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
 
     def _epoch(self, epoch: int) -> Tensor:
@@ -39,6 +47,25 @@ class Order:
 
     def indices(self, start: int, stop: int) -> Tensor:
         """Indices of positions start .. stop - 1, int64 (stop - start,)."""
+        if self.kinds is None:
+            return self._shuffled(start, stop)
+        length, parts = WINDOW * self.batch, []
+        while start < stop:
+            window, offset = divmod(start, length)
+            part = self._sorted(window, self.kinds)[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def _sorted(self, window: int, kinds: Tensor) -> Tensor:
+        """The indices of a window, int64 (WINDOW batch,)."""
+        if self._window is None or self._window[0] != window:
+            found = self._shuffled(window * WINDOW * self.batch, (window + 1) * WINDOW * self.batch)
+            batches = found[kinds[found].argsort(stable=True)].reshape(WINDOW, self.batch)
+            self._window = window, batches[permutation(WINDOW, self.seed, f"window {window}")].flatten()
+        return self._window[1]
+
+    def _shuffled(self, start: int, stop: int) -> Tensor:
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.n)

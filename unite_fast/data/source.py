@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.data.batch import Batch, batch_of_images
+from unite_fast.data.order import Order
 from unite_fast.data.transforms import is_mirrored
 from unite_kernels.philox import uniform
 
@@ -75,10 +76,16 @@ class Source(ABC):
         self.class_names = class_names
         self.flip = flip  # mirror half of the images when augmenting
         self.on_error = "fail"  # or "skip": see loader.py
+        self.lengths: Tensor | None = None  # (n,) int64: registers of each sample, where they differ
+        self.kinds: Tensor | None = None  # (n,) int64: samples of near kinds share a batch; None: any do
         self.skipped: dict[int, str] = {}  # index -> reason, of images that were replaced so far: see loader.py
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def order(self, seed: int, global_batch: int) -> Order:
+        """That of a run's samples."""
+        return Order(len(self), seed, self.kinds, global_batch)
 
     @property
     def num_classes(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.batch import Batch
-from unite_fast.data.order import Order, share
+from unite_fast.data.order import share
 from unite_fast.data.source import Request, Source
 
 
@@ -35,7 +35,7 @@ def stream(
         raise UserError(f"train.global_batch {global_batch} does not divide over {world_size} ranks")
     if start < 0:
         raise UserError(f"the number of images seen must not be negative, got {start}")
-    order = Order(len(source), seed)
+    order = source.order(seed, global_batch)
 
     def plan() -> Iterator[Request]:
         position = start

@@ -9,7 +9,8 @@ What a capture demands, and how it is met:
     fixed addresses   inputs are copied into buffers; gradients are kept and zeroed (``Gradients``) instead of dropped;
                       the learning rate, sample positions and step counts are tensors; parameters, states and averages
                       are only ever changed in place
-    fixed shapes      checked at every replay; a step of another micro-batch size is an error
+    fixed shapes      checked at every replay; a step of another micro-batch size is an error; one graph for each
+                      number of registers
     no waiting        nothing in a step reads the device (tests/test_efficiency.py)
     own stream        the first calls run on the stream of the capture, doing their work as usual: libraries choose
                       their kernels, the compilers compile; no autograd node of another stream lives on into a capture

@@ -103,6 +103,10 @@ class Modality(Protocol):
         """Of the embedder, per sample, forward and backward; its inputs need no gradient."""
         ...
 
+    def registers(self, config: ModelConfig, content: Mapping[str, Tensor], /) -> int:
+        """How many registers a content is padded to, at most those of the model."""
+        ...
+
     def perceptual_flops(self, model: ModelConfig, /) -> float:
         """Of the perceptual loss, per sample, forward and backward; 0 where there is none."""
         ...

@@ -88,7 +88,8 @@ class AtomTokens(nn.Module):
 
     def forward(self, content: Content, sizes: Tensor | None = None) -> Tensor:
         crystal = content["lattice"].flatten(1).any(1)[:, None, None]
-        x = self.species(content["species"]) + self.positions(content["positions"]) + self.places
+        x = self.species(content["species"]) + self.positions(content["positions"])
+        x = x + self.places[:, : x.shape[1]]
         cell = self.fractional(content["fractional"])
         if self.lattice is not None:
             cell = cell + self.lattice(content["cell"])[:, None]
@@ -111,7 +112,7 @@ class AtomDecoder(ViT):
         self.cell = use_adamw(Linear(width, 6))
 
     def forward(self, z: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
-        x = self.with_class_token(self.decoder_embed(z) + self.latent_positions)
+        x = self.with_class_token(self.decoder_embed(z) + self.latent_positions[:, : z.shape[1]])
         x = self.run(x, None if sizes is None else slots_taken(sizes + 1, x.shape[1]))
         with torch.autocast(x.device.type, enabled=False):
             x = self.decoder_norm(x.float())
@@ -228,6 +229,9 @@ class Atoms:
         """An MLP for each atom's place, one for its place in the cell, one for that."""
         tokens, width, lattice = model.num_latents, model.encoder.width, int(model.atoms.lattice_input)
         return 2 * width * (2 * (tokens * 2 * 3 + lattice * 6) + 3 * (tokens * 2 + lattice) * width)
+
+    def registers(self, config: ModelConfig, content: Content) -> int:
+        return content["species"].shape[1]
 
     def perceptual_flops(self, model: ModelConfig) -> float:
         return 0.0

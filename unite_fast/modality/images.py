@@ -189,6 +189,9 @@ class Images:
     def embedding_flops(self, model: ModelConfig) -> float:
         return 2 * 2 * self.context_tokens(model) * model.patch_size**2 * model.channels * model.encoder.width
 
+    def registers(self, config: ModelConfig, content: Mapping[str, Tensor]) -> int:
+        return config.num_latents
+
     def perceptual_flops(self, model: ModelConfig) -> float:
         return perceptual_flops(model.image_size)
 

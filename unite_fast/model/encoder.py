@@ -244,8 +244,10 @@ class GenerativeEncoder(nn.Module):
         context: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, K, C), t (B,), labels int64 (B,), positions (1, K, D), context (B, M, D) -> (B, K, C).
+        """x (B, K, C), t (B,), labels int64 (B,), positions (1, P >= K, D), context (B, M, D) -> (B, K, C).
 
+        A batch with fewer registers than there are positions is one whose last slots were cut off: the others, and
+        the context, keep the positions that they have without the cut.
         key_mask: optional bool (B, K + M), true for real tokens (registers, then context). The in-context
         class tokens are always visible.
         """
@@ -285,14 +287,17 @@ class GenerativeEncoder(nn.Module):
         registers = x.shape[1]
         y = self.y_embedder(labels)
         c = self.t_embedder(t) + y
-        h = self.up_sample(x) + positions
+        h = self.up_sample(x) + positions[:, :registers]
+        cos, sin = self.rotary_cos, self.rotary_sin
         if context is not None:
             h = torch.cat([h, context], dim=1)
+            if registers < (first := positions.shape[1]):
+                cos, sin = (torch.cat([table[:registers], table[first:]]) for table in (cos, sin))
         if self.residual is not None and self.training:
             h = h.to(self.residual)
         blocks: list[Any] = list(self.blocks)[: depth + 1]
         keys = self._keys(key_mask, 0)
-        layout = Layout(self.rotary_cos, self.rotary_sin, self.config.rope, 0, keys)
+        layout = Layout(cos, sin, self.config.rope, 0, keys)
         activated = F.silu(c)  # the first module of every adaLN_modulation
         chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
         inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]

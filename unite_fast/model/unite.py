@@ -115,16 +115,17 @@ class UNITE(nn.Module):
         content = self.modality.content(content)
         first = next(iter(content.values()))
         b, device = len(first), first.device
+        shape = self.modality.registers(self.config, content), self.config.latent_dim
         if noise is None or t is None:
             places = torch.arange(b, device=device)
-            drawn = corruption.draw_tokenizer(TOKENIZE_SEED, places, self.latent_shape, TOKENIZE_T_MAX)
+            drawn = corruption.draw_tokenizer(TOKENIZE_SEED, places, shape, TOKENIZE_T_MAX)
             noise = drawn[0] if noise is None else noise
             t = drawn[1] if t is None else t
         labels = torch.full((b,), self.null_class, device=device)
         context = self.embedder(content, sizes)
         if sizes is None:
             return self.normalise(self.encoder(noise, t, labels, self.latent_tokens, context))
-        taken = [slots_taken(sizes, slots) for slots in (self.config.num_latents, context.shape[1])]
+        taken = [slots_taken(sizes, slots) for slots in (shape[0], context.shape[1])]
         z = self.normalise(self.encoder(noise, t, labels, self.latent_tokens, context, torch.cat(taken, dim=1)))
         return z * taken[0][:, :, None]
 

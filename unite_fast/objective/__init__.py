@@ -60,9 +60,12 @@ class Objective:
         losses = modality.of(model).losses(model, objective, efficiency)
         return cls(objective, losses, efficiency.kernels, efficiency.flow_mini_batch)
 
-    def draws(self, model: UNITE, seed: int, samples: Tensor) -> SeededDraws:
-        """Every random number of a micro-batch, from its global sample positions (B,)."""
-        return SeededDraws(model, self.config, seed, samples, self.kernels)
+    def draws(self, model: UNITE, seed: int, samples: Tensor, registers: int = 0) -> SeededDraws:
+        """Every random number of a micro-batch, from its global sample positions (B,).
+
+        registers: that the batch has (``Modality.registers``); 0: as many as the model.
+        """
+        return SeededDraws(model, self.config, seed, samples, self.kernels, registers)
 
     # --- around the micro-batches of a step, for a discriminator that is trained beside the model ---
 

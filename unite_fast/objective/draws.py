@@ -29,9 +29,12 @@ class Draws:
     flow_class_dropped: Tensor  # (N, B) bool
 
     @classmethod
-    def make(cls, model: UNITE, objective: ObjectiveConfig, seed: int, samples: Tensor) -> Draws:
-        """The draws of the global sample positions ``samples`` (B,) int64, on their device."""
-        shape, o = model.latent_shape, objective
+    def make(cls, model: UNITE, objective: ObjectiveConfig, seed: int, samples: Tensor, registers: int = 0) -> Draws:
+        """The draws of the global sample positions ``samples`` (B,) int64, on their device.
+
+        registers: K of the batch, 0: the model's. Fewer have the first of the same numbers.
+        """
+        shape, o = (registers or model.latent_shape[0], model.latent_shape[1]), objective
         noise, t = corruption.draw_tokenizer(seed, samples, shape, o.tokenizer_t_max)
         mask, noising_t, noising_noise = corruption.draw_noising(
             seed, samples, shape, o.noising_probability, *o.noising_t
@@ -66,21 +69,28 @@ class SeededDraws:
     seed: int
     samples: Tensor  # (B,) int64, global sample positions
     backend: str = "fused"
+    registers: int = 0  # as of ``Draws.make``
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, C)."""
+        registers, width = self.model.latent_shape
+        return self.registers or registers, width
 
     def tokenizer(self) -> tuple[Tensor, Tensor]:
         t_max = self.objective.tokenizer_t_max
-        return corruption.draw_tokenizer(self.seed, self.samples, self.model.latent_shape, t_max, backend=self.backend)
+        return corruption.draw_tokenizer(self.seed, self.samples, self.shape, t_max, backend=self.backend)
 
     def decoder_input(self, z: Tensor, objective: ObjectiveConfig) -> Tensor:
         p, (low, high) = objective.noising_probability, objective.noising_t
         if objective.noising == "add":  # an ablation without a kernel of its own
-            drawn = corruption.draw_noising(self.seed, self.samples, self.model.latent_shape, p, low, high)
+            drawn = corruption.draw_noising(self.seed, self.samples, self.shape, p, low, high)
             return noised(z, *drawn, objective)
         return corruption.noise_injection(z, self.samples, self.seed, p, low, high, backend=self.backend)
 
     def flow(self, z: Tensor, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor, Tensor]:
         if z.requires_grad:  # the kernels take detached latents
-            made = Draws.make(self.model, self.objective, self.seed, self.samples)
+            made = Draws.make(self.model, self.objective, self.seed, self.samples, self.registers)
             return made.flow(z, labels, null_class)
         o = self.objective
         return corruption.flow_corruption(

@@ -7,6 +7,7 @@ storage, without the parameters, as the operations of a GPU keep them. Compiled 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,14 +41,30 @@ from unite_kernels.backend import as_on_a_gpu
 WORKSPACE = 2 << 30  # bytes of libraries, contexts and what lives within one operation
 
 
-def step_flops(m: ModelConfig, o: ObjectiveConfig, frozen: tuple[str, ...] = ()) -> dict[str, float]:
+def step_flops(
+    m: ModelConfig,
+    o: ObjectiveConfig,
+    frozen: tuple[str, ...] = (),
+    lengths: Tensor | None = None,
+    pruned: bool = False,
+) -> dict[str, float]:
     """FLOPs per sample that utilisation counts, by part: those of the model by definition (``model.flops``).
 
     frozen: of ``optim.frozen``, whose backward is left out. The total is then what is executed, on fake tensors.
+    lengths: int64 (n,), the registers of each sample of a training set where they differ: the mean over them, since
+    what pads a batch is no work. pruned: as executed.
     """
-    if not frozen:
-        return training_flops(m, o.flow_steps, o.perceptual_weight > 0)
-    return {"total": counted_flops(m, o, frozen)}
+
+    def of(m: ModelConfig) -> dict[str, float]:
+        if not frozen:
+            return training_flops(m, o.flow_steps, o.perceptual_weight > 0, pruned)
+        return {"total": counted_flops(m, o, frozen)}
+
+    if lengths is None:
+        return of(m)
+    counts = enumerate(lengths.bincount().tolist())
+    parts = [(of(dataclasses.replace(m, num_latents=size)), count) for size, count in counts if size and count]
+    return {name: sum(part[name] * count for part, count in parts) / len(lengths) for name in parts[0][0]}
 
 
 @functools.cache

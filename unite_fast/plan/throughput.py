@@ -51,18 +51,23 @@ def official_is_known(model: ModelConfig, o: ObjectiveConfig) -> bool:
 
 
 def project(
-    model: ModelConfig, o: ObjectiveConfig, mfu: float | None = None, samples: int = 0, frozen: tuple[str, ...] = ()
+    model: ModelConfig,
+    o: ObjectiveConfig,
+    mfu: float | None = None,
+    samples: int = 0,
+    frozen: tuple[str, ...] = (),
+    lengths: torch.Tensor | None = None,
 ) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
-    samples: of the run's epoch, 0 where that is not known. Empty where the device's peak is not known, and for what is
-    so small that no GPU would be kept busy.
+    samples, lengths: of the run's epoch, 0 and None where that is not known. Empty where the device's peak is not known,
+    and for what is so small that no GPU would be kept busy.
     """
     of = modality.of(model)
     (count, epoch), peak = of.epoch(model, samples), peak_of(device_name())
     if not count or not peak:
         return []
-    flops, known = step_flops(model, o, frozen)["total"], official_is_known(model, o)
+    flops, known = step_flops(model, o, frozen, lengths)["total"], official_is_known(model, o)
     mfus = (mfu,) if mfu else (OFFICIAL_MFU, *MFUS) if known else MFUS
     words = (f"{of.thing}s", epoch)
     return [Projection(m, m * peak / flops, known and m == OFFICIAL_MFU, count, words) for m in mfus]
@@ -85,7 +90,7 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
     expected = expected_rate(source, config.data.workers, config.model.image_size)
     said = f"expected {expected:,.0f} images/s, " if expected else ""
-    projections = project(config.model, config.objective, mfu, 0, config.optim.frozen)
+    projections = project(config.model, config.objective, mfu, 0, config.optim.frozen, source.lengths)
     demand = projections[0].images_per_second if projections else 0.0
     said += f"measured {found.line(demand, modality.of(config.model).thing)}"
     return said + (f" at MFU {mfu:.0%} on one {device_name()}" if projections else "")

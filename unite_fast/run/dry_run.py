@@ -73,13 +73,14 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     )
     state.execution = how
     samples = len(source) if source else model.modality.assumed[0]
-    lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples)]
+    lengths = source.lengths if source else None
+    lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples, lengths)]
     m, o = config.model, config.objective
     kept = cost.activation_bytes(m, o, e, split[0], config.optim.frozen)
     lines.append(activations_line(kept, cost.persistent_parts(m, o, config.optim, e, t, world), split[0]))
     lines += [
         f"projection     {throughput.device_name()}, {p.line()}"
-        for p in throughput.project(config.model, config.objective, mfu, samples, config.optim.frozen)
+        for p in throughput.project(config.model, config.objective, mfu, samples, config.optim.frozen, lengths)
     ]
     if source is not None:
         lines.append(

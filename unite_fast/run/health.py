@@ -18,7 +18,7 @@ from unite_fast.training.state import TrainState, tensors_of
 
 def bad_batches(path: Path, source: data.Source, positions: list[int], seed: int, n: int) -> None:
     """Writes bad_batches.json: which samples were in the skipped steps, of ``n``, that began at ``positions``."""
-    order = data.Order(len(source), seed)
+    order = source.order(seed, n)
     rows = [
         {"step": p // n + 1, "first_position": p, "images": n, "samples": order.indices(p, p + n).tolist()}
         for p in positions

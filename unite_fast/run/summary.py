@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from unite_fast import data
 from unite_fast.base import files, provenance
 from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig
 from unite_fast.model.discriminator import Discriminator
-from unite_fast.model.flops import training_flops
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost
 from unite_fast.run.start import last_step
@@ -45,8 +46,12 @@ def describe(
     ranks: Ranks,
     split: tuple[int, int],
     images: int,
+    lengths: Tensor | None = None,
 ) -> str:
-    """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``."""
+    """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``.
+
+    images, lengths: of the training set, as of ``Source``.
+    """
     model, how = state.model, state.execution
     thing = model.modality.thing
     count = model.trainable_parameters()
@@ -56,9 +61,9 @@ def describe(
         model.modality.embedding: model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
-    flops = cost.step_flops(model.config, o, optim.frozen)
-    pruned = training_flops(model.config, o.flow_steps, o.perceptual_weight > 0, pruned=True)["total"]
-    executed = flops["total"] if optim.frozen else pruned
+    flops = cost.step_flops(model.config, o, optim.frozen, lengths)
+    executed = cost.step_flops(model.config, o, optim.frozen, lengths, pruned=True)["total"]
+    mean = "" if lengths is None else f", mean of {lengths.double().mean():.1f} atoms"
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())
     moments = len(state.optimizer.muon)
     orthogonal = str(state.optimizer.newton_schulz_dtype(ranks.device)).removeprefix("torch.")
@@ -72,7 +77,8 @@ def describe(
             *_discriminator(state),
             f"optimizers     Muon {moments} tensors (Newton-Schulz in {orthogonal}), "
             f"AdamW {len(state.optimizer.adamw)} tensors",
-            f"{'FLOPs/' + thing:<14} {by_part} GFLOP (forward and backward, N = {o.flow_steps}; MFU counts these)",
+            f"{'FLOPs/' + thing:<14} {by_part} GFLOP "
+            f"(forward and backward, N = {o.flow_steps}{mean}; MFU counts these)",
             f"executed       {executed / 1e9:.4g} GFLOP/{thing}: the encoder's last block computes the registers alone",
             f"batch          {t.global_batch} = {ranks.world_size} ranks x {split[1]} accumulation x {split[0]}",
             f"memory         {cost.amount(sum(stay.values()))} per rank that stay: {kept}",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unite_fast.base import faults
@@ -85,9 +86,14 @@ class TrainStep:
 
     def micro_step(self, batch: Batch, scale: float, flow_pass: FlowPass | None = None) -> dict[str, Tensor]:
         """Forward and backward of a micro-batch: adds the gradients of scale x its mean loss; losses and moments."""
-        draws = self.objective.draws(self.state.model, self.config.seed, batch.samples)
-        losses = self.objective.backward(self.state.model, batch, draws, scale, flow_pass)
-        return losses | moments(losses.pop("latents").double(), batch.sizes)
+        model = self.state.model
+        registers = model.modality.registers(model.config, batch.content)
+        draws = self.objective.draws(model, self.config.seed, batch.samples, registers)
+        losses = self.objective.backward(model, batch, draws, scale, flow_pass)
+        latents = losses.pop("latents").double()
+        if cut := model.latent_shape[0] - registers:
+            latents = F.pad(latents, (0, 0, 0, cut))
+        return losses | moments(latents, batch.sizes)
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, Muon, AdamW and EMA from gradients that are the same on all ranks; the step's metrics."""
@@ -188,15 +194,19 @@ def spread(mean: Tensor, square: Tensor, share: Tensor | None = None) -> Tensor:
 
 
 class Graphs:
-    """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``."""
+    """What ``efficiency.cuda_graph`` captures of a step, in place of the same of ``TrainStep``.
+
+    A graph has fixed shapes: molecules that are padded to few sizes (``data.atoms.pad_multiple``) have one for each.
+    """
 
     def __init__(self, step: TrainStep) -> None:
         self.step, self.execution = step, step.state.execution
         self.gradients = graph.Gradients(step.state.parameters)
         place = graph.Place.on(step.ranks.device)
         self.scale = step.micro_batch / (step.config.train.global_batch // step.ranks.world_size)
-        self.flow = graph.Captured("the flow mini-batch", self._flow, place)
-        self.micro = graph.Captured("the micro-batch", self._micro, place)
+        self.flow: dict[int, graph.Captured] = {}
+        self.micro: dict[int, graph.Captured] = {}  # by the registers that its batches are padded to
+        self.place = place
         self.last = graph.Captured("the update", self._update, place)
 
     def micro_step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
@@ -204,8 +214,19 @@ class Graphs:
         if scale != self.scale:
             raise RuntimeError("a captured step goes on with the micro-batch that it began with")
         if self.execution.captures_flow_alone:
-            return self.step.micro_step(batch, scale, lambda **tensors: self.flow(**tensors)["loss"])
-        return self.micro(**batch.tensors())
+            return self.step.micro_step(batch, scale, self.flow_pass)
+        model = self.step.state.model
+        registers = model.modality.registers(model.config, batch.content)
+        if registers not in self.micro:
+            self.micro[registers] = graph.Captured("the micro-batch", self._micro, self.place)
+        return self.micro[registers](**batch.tensors())
+
+    def flow_pass(self, **tensors: Tensor) -> Tensor:
+        """As ``Objective.flow_backward`` of one flow mini-batch, from a graph."""
+        registers = tensors["z"].shape[1]
+        if registers not in self.flow:
+            self.flow[registers] = graph.Captured("the flow mini-batch", self._flow, self.place)
+        return self.flow[registers](**tensors)["loss"]
 
     def update(self, lr: Tensor, position: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """As ``TrainStep.update``; it communicates where there are several ranks, and is not captured then."""

@@ -28,7 +28,9 @@ class AtomSource(Source):
 
     A batch's content: species (B, M) int64, positions (B, M, 3) in Å, fractional (B, M, 3), lattice (B, 3, 3), as in
     ``Padded``; its sizes are the numbers of atoms, or None with ``sizes`` false. ``poses``, ``shuffle``: whether each
-    sample has a pose, and an order of its atoms, of its own. Raises ValueError for structures larger than ``slots``.
+    sample has a pose, and an order of its atoms, of its own. ``pad_multiple``: where above 0, a training batch holds
+    similar sizes, and only as many slots as its largest sample needs, rounded up to a multiple of it. Raises
+    ValueError for structures larger than ``slots``.
     """
 
     def __init__(
@@ -39,12 +41,16 @@ class AtomSource(Source):
         poses: bool = True,
         shuffle: bool = False,
         sizes: bool = True,
+        pad_multiple: int = 0,
     ) -> None:
         if slots < structures.largest:
             raise ValueError(f"{slots} slots cannot hold structures of up to {structures.largest} atoms")
         super().__init__(structures.labels.cpu(), list(class_names), flip=False)
         self.slots, self.poses, self.shuffle, self.sizes = slots, poses, shuffle, sizes
         self.lanes = LANES + (slots if shuffle else 0)
+        self.pad_multiple = pad_multiple
+        self.lengths = structures.sizes.cpu() if sizes else None
+        self.kinds = self.lengths if pad_multiple else None
         self._structures = {torch.device("cpu"): structures.to("cpu")}  # one copy per device in use
 
     def on(self, device: torch.device) -> Structures:
@@ -58,6 +64,7 @@ class AtomSource(Source):
 
     def pipeline_id(self, device: str = "cpu") -> str:
         how = ("posed" if self.poses else "as read") + (", shuffled" if self.shuffle else "")
+        how += f", sizes in steps of {self.pad_multiple}" if self.pad_multiple else ""
         return f"atoms:{self.slots}:{how}:{self.on(torch.device('cpu')).digest()}"
 
     def few(self, indices: Tensor) -> Batch:
@@ -72,12 +79,21 @@ class AtomSource(Source):
         """As Source.batches; nothing is read from files any more, so ``workers`` and ``timeout`` mean nothing."""
         resident = self.on(device)
         for indices, positions, augment in plan:
-            padded = resident.gather(to_device(indices, device), self.slots)
+            slots, largest = self._slots(indices) if augment else (self.slots, None)
+            padded = resident.gather(to_device(indices, device), slots, largest)
             if augment and (self.poses or self.shuffle):
                 drawn = to_device(self.uniforms(seed, positions), device)
-                padded = reordered(padded, drawn[:, LANES:]) if self.shuffle else padded
+                places = slice(LANES, LANES + padded.species.shape[1])
+                padded = reordered(padded, drawn[:, places]) if self.shuffle else padded
                 padded = posed(padded, drawn[:, :LANES]) if self.poses else padded
             yield self._batch(padded, to_device(positions, device))
+
+    def _slots(self, indices: Tensor) -> tuple[int, int | None]:
+        """Of a training batch, and its most atoms where that is known."""
+        if self.kinds is None:
+            return self.slots, None
+        largest = int(self.kinds[indices].max())
+        return min(self.slots, -(-largest // self.pad_multiple) * self.pad_multiple), largest
 
     def _batch(self, padded: Padded, positions: Tensor) -> Batch:
         content = {name: getattr(padded, name) for name in ("species", "positions", "fractional", "lattice")}
@@ -112,6 +128,6 @@ def open_atoms(data: DataConfig, model: ModelConfig, split: str) -> AtomSource:
     structures, names = read_structures(data, model.num_latents, split)
     check_classes(len(names), model.num_classes, f"data.source {data.source}")
     a = data.atoms
-    return AtomSource(
-        structures, model.num_latents, names, a.poses, a.order == "random", model.atoms.registers == "per_atom"
-    )
+    per_atom = model.atoms.registers == "per_atom"
+    multiple = a.pad_multiple if per_atom else 0
+    return AtomSource(structures, model.num_latents, names, a.poses, a.order == "random", per_atom, multiple)

@@ -157,13 +157,15 @@ class Structures:
         before = torch.cat([self.offsets.new_zeros(1), (self.species > 1).long().cumsum(0)])
         return before[self.offsets].diff()
 
-    def gather(self, indices: Tensor, slots: int) -> Padded:
+    def gather(self, indices: Tensor, slots: int, largest: int | None = None) -> Padded:
         """The structures ``indices`` (B,) int64, padded to ``slots`` atoms, on the device of the arrays.
 
-        Nothing is read back from the device. Raises ValueError when ``slots`` is fewer than ``largest``.
+        largest: the most atoms of one of these, where the caller knows it; else of all. Nothing is read back from the
+        device. Raises ValueError when ``slots`` is fewer.
         """
-        if slots < self.largest:
-            raise ValueError(f"{slots} slots cannot hold structures of up to {self.largest} atoms")
+        largest = self.largest if largest is None else largest
+        if slots < largest:
+            raise ValueError(f"{slots} slots cannot hold structures of up to {largest} atoms")
         indices = indices.to(self.offsets.device, non_blocking=True)
         start = self.offsets[indices]
         sizes = self.offsets[indices + 1] - start
