@@ -60,8 +60,8 @@ def project(
 ) -> list[Projection]:
     """Images/s of this device at this utilisation, or at several: a prediction, not a measurement.
 
-    samples, lengths: of the run's epoch, 0 and None where that is not known. Empty where the device's peak is not known,
-    and for what is so small that no GPU would be kept busy.
+    samples, lengths: of the run's epoch, 0 and None where that is not known. Empty where the device's peak is not
+    known, and for what is so small that no GPU would be kept busy.
     """
     of = modality.of(model)
     (count, epoch), peak = of.epoch(model, samples), peak_of(device_name())
