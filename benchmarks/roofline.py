@@ -26,7 +26,8 @@ from roofline_measure import Ceilings, measured_ceilings
 from step_work import Work
 
 from unite_fast.config import Config, yaml_text
-from unite_fast.plan.throughput import IMAGENET, NODE
+from unite_fast.modality.images import IMAGENET
+from unite_fast.plan.throughput import NODE
 
 PARTS = ("tokenize", "flow", "decode", "perceptual", "update")
 # What an independent estimate predicted, images/s, by flow steps. It does not say how; its "ceiling per kernel class"

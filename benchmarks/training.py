@@ -22,12 +22,11 @@ from unite_fast.base.errors import RunError
 from unite_fast.config import Config, ModelConfig, yaml_text
 from unite_fast.data import Batch, batch_of_images
 from unite_fast.efficiency import compiling, execution, graph
-from unite_fast.modality.images import ImageLosses
+from unite_fast.modality.images import IMAGENET, ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.plan.throughput import IMAGENET
 from unite_fast.run import assemble
 from unite_fast.training.step import TrainStep
 

@@ -55,13 +55,14 @@ def checksums(tensors: Mapping[str, Tensor]) -> Tensor:
     """Two integers (n, 2) per tensor that change with any bit: the sums of its words and of their squares."""
     rows = []
     for tensor in tensors.values():
-        words = tensor.detach().contiguous().view(-1).view(torch.int32).long()
+        flat = tensor.detach().contiguous().view(-1)
+        words = flat.view(torch.int32 if flat.element_size() >= 4 else torch.uint8).long()
         rows.append(torch.stack([words.sum(), (words * words).sum()]))
     return torch.stack(rows)
 
 
 def first_difference(tensors: Mapping[str, Tensor], ranks: Ranks, group: dist.ProcessGroup | None = None) -> str:
-    """The first of ``tensors`` (float32, equal names on all ranks) that differs within ``group``, or an empty string.
+    """The first of ``tensors`` (equal names on all ranks) that differs within ``group``, or an empty string.
 
     group: the ranks that should hold the same; None: all of them.
     """
