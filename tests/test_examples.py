@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_layout
@@ -64,6 +66,33 @@ def test_an_example_applies_and_runs(name, tmp_path):
     assert said.returncode == 0, said.stderr
     header = (tmp_path / "runs" / "tiny" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert term in header
+
+
+def names_in(path: Path) -> set[str]:
+    """What a Python file defines, calls and has as a word: functions, classes, attributes, keywords, strings."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    found |= {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    return found | {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def test_every_new_thing_has_an_example():
+    """In a row of the table, below it, or both; a file, and a name in it."""
+    table = DESIGN.split("## Where a new thing goes")[1].split("\n### ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    below = {
+        "fused operation": "A kernel",
+        "loss term": "A loss term",
+        "modality": "A modality",
+        "data source": "A source",
+    }
+    for new, _, _, example in rows:
+        pointers = re.findall(r"`([\w/]+\.py)::([\w.]+)`", example)
+        assert pointers or below[new.strip()] in DIFFS, new
+        for file, name in pointers:
+            (path,) = [place for place in (ROOT / file, ROOT / "unite_fast" / file) if place.is_file()]
+            assert name in names_in(path), f"{new}: {file} has no {name}"
 
 
 def test_the_layers_are_those_of_the_layout():
