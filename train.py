@@ -69,10 +69,11 @@ class Inputs(NamedTuple):
     source: data.Source
     objective: Objective
     scoring: monitor.Opened
+    flops: dict[str, float]  # of a sample, by part
     started: float
 
     @classmethod
-    def check(cls, settings: config.Config) -> Inputs:
+    def open(cls, settings: config.Config) -> Inputs:
         """Raises UserError."""
         started = time.monotonic()
         world_size = launcher.world_size()
@@ -83,7 +84,8 @@ class Inputs(NamedTuple):
         stats.check_services(settings.train)
         source = data.open_source(settings.data, settings.model)
         objective = Objective.open(settings.model, settings.objective, settings.efficiency)
-        return cls(source, objective, monitor.open_files(settings, world_size), started)
+        flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen, source.lengths)
+        return cls(source, objective, monitor.open_files(settings, world_size), flops, started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -95,7 +97,8 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
-        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, len(source), source.lengths))
+        told = (len(source), inputs.flops, source.lengths)
+        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, *told))
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
@@ -153,9 +156,8 @@ def loop(
     log = None
     if ranks.is_main:
         log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
-    flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen, source.lengths)["total"]
     alarms = stats.CollapseAlarm(t.collapse_std), stats.DuelAlarm()
-    meter = open_meter(flops, t.global_batch, ranks, state, total)
+    meter = open_meter(inputs.flops["total"], t.global_batch, ranks, state, total)
     everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
     shown = (
         grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None
@@ -231,7 +233,7 @@ def main(argv: list[str]) -> int:
         if launcher.rank() == 0:
             print(dry_run.dry_run(settings, arguments.mfu, arguments.ranks or 0))
         return 0
-    inputs = Inputs.check(settings)
+    inputs = Inputs.open(settings)
     ranks = distributed.start(settings.device, settings.comm.train_timeout)
     try:
         precision.setup(ranks.device, training=True)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.data import open_source
 from unite_fast.data.atoms import (
     Structure,
     Structures,
@@ -497,8 +499,12 @@ def test_the_command_packs_and_describes(tmp_path, capsys):
     write(tmp_path / "a.xyz", [WATER] * 5)
     out = tmp_path / "a.safetensors"
     assert main(["files", str(tmp_path / "a.xyz"), "--part", "train", "--out", str(out)]) == 0
-    assert "4 molecules of 3 to 3 atoms (H 8, O 4)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 molecules of 3 to 3 atoms (H 8, O 4)" in said
     assert len(load(out)) == 4
+    source, path = (word.partition("=")[2] for word in said.split() if word.startswith("data."))
+    reading, model = DataConfig(source=source, path=path), ModelConfig(modality="atoms", num_classes=1, num_latents=5)
+    assert len(open_source(reading, model)) == 4  # what it says to use is what a run takes
     assert "5 molecules and 1 crystals" in describe(
         join([pack([WATER] * 5), pack([crystals.of_pymatgen(pymatgen_crystals()[2], "iron")])])
     )

@@ -126,6 +126,7 @@ def test_every_command_has_a_verb(capsys):
         assert ended.value.code == 0, verb
         assert "usage: " in capsys.readouterr().out
         assert importlib.util.find_spec(module) is not None
+    assert set(verbs.OTHER_NAMES.values()) <= verbs.VERBS.keys()
     assert verbs.main([]) == 0
     assert "evaluate " in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -112,14 +112,6 @@ def test_programs_compute_alike():
         assert "precision.setup(" in path.read_text(), path
 
 
-def test_options_of_efficiency_are_compared_in_one_place():
-    """What combines with what, and what an option means, is decided by ``efficiency.execution``."""
-    names = "precision|residual|attention|kernels|compile|cuda_graph|recompute"
-    option = rf"(efficiency|\be)\.({names})\b\s*(==|!=|in\b|not in\b)"
-    programs = [*FILES, ROOT / "train.py", ROOT / "sample.py"]
-    assert [path.name for path in programs if re.search(option, path.read_text())] == ["execution.py"]
-
-
 def test_what_a_model_computes_with_is_set_in_one_place():
     """Attributes of modules that execution options change, outside the modules' own constructors and methods."""
     planted = r"(?<!self)\.(recompute|residual|run_block|run_layer|products|attention) = "

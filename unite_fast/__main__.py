@@ -13,10 +13,13 @@ VERBS = {
     "weights": ("unite_fast.weights", "fetch and check the VGG16 trunk of LPIPS"),
     "pack": ("unite_fast.data.pack", "write images as shards for data.source=packed"),
     "index": ("unite_fast.data.index", "index tars for data.source=tar"),
-    "atoms": ("unite_fast.data.atoms.__main__", "read molecules and crystals, and say what is in them"),
+    "pack-atoms": (
+        "unite_fast.data.atoms.__main__",
+        "check and pack molecules and crystals for data.source=structures",
+    ),
     "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
-    "evaluate": ("unite_fast.evaluate", "FID, its table and guidance search, rFID; atoms: molecules and crystals"),
-    "score-atoms": ("unite_fast.evaluation.atoms.__main__", "scores of molecules and crystals"),
+    "evaluate": ("unite_fast.evaluate", "a model: FID, its table and guidance search, rFID; evaluate atoms: molecules"),
+    "score-atoms": ("unite_fast.evaluation.atoms.__main__", "files of molecules and crystals, whoever made them"),
     "analyse": (
         "unite_fast.analyse",
         "what a model has become: alignment of its passes, trajectories, entropy, probes",
@@ -25,6 +28,7 @@ VERBS = {
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
 }
+OTHER_NAMES = {"atoms": "pack-atoms"}
 PROGRAMS = ("train", "sample")  # beside the package
 
 
@@ -37,9 +41,10 @@ def main(argv: list[str]) -> int | None:
         return 0
     if argv[0] in PROGRAMS:
         raise UserError(f"{argv[0]} is a program of its own: python {argv[0]}.py {' '.join(argv[1:]) or '...'}")
-    if argv[0] not in VERBS:
-        raise UserError(f"no command '{argv[0]}'; choose one of {', '.join(VERBS)}")
-    return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    verb = OTHER_NAMES.get(argv[0], argv[0])
+    if verb not in VERBS:
+        raise UserError(f"no command '{verb}'; choose one of {', '.join(VERBS)}")
+    return importlib.import_module(VERBS[verb][0]).main(argv[1:])
 
 
 if __name__ == "__main__":

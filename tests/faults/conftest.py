@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from jobs import STRAIGHT, TINY, Job, Launcher
-
-ROWS = [f"F{i:02d}" for i in range(1, 47)]
+from test_matrix import ROWS
 
 
 def pytest_runtest_setup(item):

@@ -55,7 +55,3 @@ def test_mistake(job, mistake):
     assert says in lines[0]
     assert "Traceback" not in said
     assert not job.run.exists()
-
-
-def test_there_are_thirty():
-    assert len(MISTAKES) == 30

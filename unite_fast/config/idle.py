@@ -70,7 +70,6 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.objective.flow_steps == 0,
         "objective.flow_steps=0",
     ),
-    (("efficiency.flow_mini_batch",), lambda c: not c.objective.stop_gradient, "objective.stop_gradient=false"),
     (("optim.muon_", "optim.newton_schulz_"), lambda c: not c.optim.muon, "optim.muon=false"),
     (("train.wandb_",), lambda c: not c.train.wandb, "train.wandb=false"),
     (("init_from",), lambda c: c.resume not in ("auto", "never"), "resume={0.resume}"),

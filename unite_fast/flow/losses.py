@@ -1,7 +1,7 @@
 """The losses of a flow step.
 
-A method of training (consistency, shortcut, ...) is one function here and a row of LOSSES: it gets the network, not a
-finished prediction, and may call it as often as it likes.
+A method of training (consistency, shortcut, ...) is one function here, NAME_loss, its NAME in ``config/keys.py``: it
+gets the network, not a finished prediction, and may call it as often as it likes.
 
 Shape letters: B batch, K registers, C latent dim.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from unite_fast.config import ObjectiveConfig, choices
 from unite_fast.flow import velocity
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (zt (B, K, C), t (B,), labels (B,)) -> clean latents (B, K, C)
@@ -39,4 +40,5 @@ def x0_loss(denoise: Denoise, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor, 
     return mean((z.float() - denoise(zt, t, labels).float()).square(), weight)
 
 
-LOSSES: dict[str, FlowLoss] = {"velocity": velocity_loss, "x0": x0_loss}
+# By ``objective.flow_loss``: the function NAME_loss.
+LOSSES: dict[str, FlowLoss] = {name: globals()[f"{name}_loss"] for name in choices(ObjectiveConfig, "flow_loss")}

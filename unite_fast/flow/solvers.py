@@ -32,11 +32,12 @@ import numpy as np
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
+from unite_fast.config import SampleConfig, choices
 from unite_fast.flow import EPS, inside
 
 Predict = Callable[[float, Tensor, bool], Tensor]  # (t, z, guided) -> x0
 MULTISTEP = ("ab2", "dpmpp2m", "exp3")
-FIXED = ("heun", "euler", *MULTISTEP)
+FIXED = tuple(name for name in choices(SampleConfig, "solver") if name != "dopri5")
 KINK = 1 - EPS  # where r(t) stops growing
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
 

@@ -13,6 +13,7 @@ Shape letters: B batch, N flow steps, n of them in a mini-batch, K registers, C 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,27 +116,32 @@ class Objective:
 
         return LOSSES[self.config.flow_loss](denoise, z, zt, t, labels, weight)
 
-    def flow_backward(
-        self,
-        model: UNITE,
-        scale: float,
-        *,
-        z: Tensor,
-        zt: Tensor,
-        t: Tensor,
-        labels: Tensor,
-        sizes: Tensor | None = None,
+    def flow_part(
+        self, model: UNITE, z: Tensor, zt: Tensor, t: Tensor, labels: Tensor, sizes: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward of n of the flow's steps as one batch; the detached loss, their part of the whole.
+        """The loss of n of the flow's steps as one batch, as their part of the whole.
 
-        z (B, K, C) detached latents; zt (n, B, K, C), t and labels (n, B) of ``draws.flow``; sizes (B,).
+        z (B, K, C) latents; zt (n, B, K, C), t and labels (n, B) of ``draws.flow``; sizes (B,).
         """
         o, count = self.config, len(zt)
         repeated = None if sizes is None else sizes.repeat(count)
         loss = self.flow_loss(model, z.repeat(count, 1, 1), zt.flatten(0, 1), t.flatten(), labels.flatten(), repeated)
-        loss = loss * (count / (o.flow_steps if o.flow_reduction == "mean" else 1))
-        _propagate(loss * (o.flow_weight * scale))
+        return loss * (count / (o.flow_steps if o.flow_reduction == "mean" else 1))
+
+    def flow_backward(self, model: UNITE, scale: float, **tensors: Tensor) -> Tensor:
+        """Forward and backward of ``flow_part``, whose detached loss is returned; its latents are detached."""
+        loss = self.flow_part(model, **tensors)
+        _propagate(loss * (self.config.flow_weight * scale))
         return loss.detach()
+
+    def _flow(self, model: UNITE, z: Tensor, batch: Batch, draws: Draws | SeededDraws, part: FlowPass) -> Tensor:
+        """The flow's term: ``part`` of each mini-batch of its steps, added up."""
+        noised = draws.flow(z, batch.labels, model.null_class)
+        others = {"z": z} if batch.sizes is None else {"z": z, "sizes": batch.sizes}
+        found = torch.zeros((), device=z.device)
+        for zt, t, labels in zip(*(x.split(self.flow_mini_batch) for x in noised), strict=True):
+            found = found + part(**others, zt=zt, t=t, labels=labels)
+        return found
 
     def joint(self, model: UNITE, batch: Batch, draws: Draws | SeededDraws) -> dict[str, Tensor]:
         """Both passes at once: the terms and "total", 0-d with a graph, and "latents" (B, K, C), detached."""
@@ -144,9 +150,7 @@ class Objective:
         total = self._weighted(terms)
         if FLOW in self.terms:
             target = z.detach() if o.stop_gradient else z
-            steps = zip(*draws.flow(target, batch.labels, model.null_class), strict=True)
-            flows = torch.stack([self.flow_loss(model, target, *step, batch.sizes) for step in steps])
-            terms[FLOW] = flows.mean() if o.flow_reduction == "mean" else flows.sum()
+            terms[FLOW] = self._flow(model, target, batch, draws, functools.partial(self.flow_part, model))
             total = total + o.flow_weight * terms[FLOW]
         return terms | {"total": total, "latents": z.detach()}
 
@@ -178,12 +182,8 @@ class Objective:
         total, z = total.detach(), z.detach()
         terms = {name: value.detach() for name, value in terms.items()}
         if FLOW in self.terms:
-            noised = draws.flow(z, batch.labels, model.null_class)
-            others = {"z": z} if batch.sizes is None else {"z": z, "sizes": batch.sizes}
-            terms[FLOW] = torch.zeros_like(total)
-            for zt, t, labels in zip(*(x.split(self.flow_mini_batch) for x in noised), strict=True):
-                step: dict[str, Any] = others | {"zt": zt, "t": t, "labels": labels}
-                terms[FLOW] += self.flow_backward(model, scale, **step) if flow_pass is None else flow_pass(**step)
+            part = flow_pass or functools.partial(self.flow_backward, model, scale)
+            terms[FLOW] = self._flow(model, z, batch, draws, part)
             total = total + o.flow_weight * terms[FLOW]
         return terms | {"total": total, "latents": z}
 

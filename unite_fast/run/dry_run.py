@@ -74,8 +74,9 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     state.execution = how
     samples = len(source) if source else model.modality.assumed[0]
     lengths = source.lengths if source else None
-    lines = [summary.describe(config.objective, config.optim, t, state, planned, split, samples, lengths)]
     m, o = config.model, config.objective
+    flops = cost.step_flops(m, o, config.optim.frozen, lengths)
+    lines = [summary.describe(o, config.optim, t, state, planned, split, samples, flops, lengths)]
     kept = cost.activation_bytes(m, o, e, split[0], config.optim.frozen)
     lines.append(activations_line(kept, cost.persistent_parts(m, o, config.optim, e, t, world), split[0]))
     lines += [

@@ -46,11 +46,12 @@ def describe(
     ranks: Ranks,
     split: tuple[int, int],
     images: int,
+    flops: dict[str, float],
     lengths: Tensor | None = None,
 ) -> str:
     """Sizes, FLOPs, batch split, memory and length of a run: its first lines, and those of ``--dry-run``.
 
-    images, lengths: of the training set, as of ``Source``.
+    images, lengths: of the training set, as of ``Source``. flops: of ``plan.cost.step_flops``.
     """
     model, how = state.model, state.execution
     thing = model.modality.thing
@@ -61,7 +62,6 @@ def describe(
         model.modality.embedding: model.embedder,
     }
     sizes = ", ".join(f"{n} {sum(p.numel() for p in m.parameters() if p.requires_grad):,}" for n, m in parts.items())
-    flops = cost.step_flops(model.config, o, optim.frozen, lengths)
     executed = cost.step_flops(model.config, o, optim.frozen, lengths, pruned=True)["total"]
     mean = "" if lengths is None else f", mean of {lengths.double().mean():.1f} atoms"
     by_part = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in flops.items())

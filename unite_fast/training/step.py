@@ -168,7 +168,7 @@ class TrainStep:
         execution, mends = self.state.execution, []
         if not execution.recompute.blocks:
             mends.append("efficiency.recompute=blocks")
-        if execution.efficiency.flow_mini_batch > 1 and self.config.objective.stop_gradient:
+        if execution.efficiency.flow_mini_batch > 1:
             mends.append("efficiency.flow_mini_batch=1")
         mend = f"set train.micro_batch={half}" if half else "the model needs a larger GPU"
         return f"{mend} (or {' or '.join(mends)})" if mends else mend

@@ -4,7 +4,8 @@
     python -m unite_fast.data.atoms mp20 mp_20/ --part train --largest 20 --out mp20_train.safetensors
     python -m unite_fast.data.atoms files mine/ --on-error skip
 
-Without --out it only reads and checks. A run uses the file with data.source=packed data.path=FILE.
+Without --out it only reads and checks. A run uses the file with data.source=structures data.path=FILE.
+Scores: ``python -m unite_fast score-atoms`` of samples in files, ``python -m unite_fast evaluate atoms`` of a model.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     print(describe(structures))
     if a.out is not None:
         structures.save(a.out)
-        print(f"{a.out}: use data.source=packed data.path={a.out}")
+        print(f"{a.out}: use data.source=structures data.path={a.out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Scores a file or folder of molecules or crystals, whoever made them.
+"""Scores a file or folder of molecules or crystals, whoever made them. (A model: python -m unite_fast evaluate atoms.)
 
     python -m unite_fast.evaluation.atoms samples.sdf --real qm9 --training qm9
     python -m unite_fast.evaluation.atoms samples/ --real mp20_test.safetensors --training mp20_train.safetensors
