@@ -17,6 +17,7 @@ from support import TINY, command, command_of, process
 from unite_fast import checkpoint, data, evaluate, export, sampling
 from unite_fast.base.errors import UserError
 from unite_fast.config import EfficiencyConfig, EvaluationConfig, ObjectiveConfig, SampleConfig
+from unite_fast.evaluate import commands, context
 from unite_fast.evaluation import fid, generation, guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import digits_network
 from unite_fast.evaluation.generation import Settings
@@ -180,7 +181,7 @@ def test_scores_of_different_protocols_do_not_replace_each_other(trained, tmp_pa
     assert file.name.startswith("fid_step_0000060_ema_w1_euler2_")
     model, config = checkpoint.load_model(step)
     arguments = argparse.Namespace(command="fid", weights="ema", out=None)
-    official = evaluate.Context(arguments, tmp_path / "unite_b.pt", model, config, ONE, None)
+    official = context.Context(arguments, tmp_path / "unite_b.pt", model, config, ONE, None)
     assert re.fullmatch(r"scores/fid_unite_b_ema_w2_[0-9a-f]{8}\.json", str(official.out({}, "w2")))
 
 
@@ -236,9 +237,9 @@ def test_table_of_the_papers_protocols(trained, tmp_path):
 
 
 def test_an_interrupted_table_keeps_its_rows(trained, tmp_path, monkeypatch):
-    table, compute, computed = evaluate.TABLE, generation.score, []
+    table, compute, computed = commands.TABLE, generation.score, []
     short = [(name, changes | {"steps": 2}) for name, changes in table if "dopri5" not in name]
-    monkeypatch.setattr(evaluate, "TABLE", [*short, ("third", {"solver": "euler", "steps": 1, "labels": "equal"})])
+    monkeypatch.setattr(commands, "TABLE", [*short, ("third", {"solver": "euler", "steps": 1, "labels": "equal"})])
 
     def scored(model, settings, *rest):
         computed.append((settings.solver, settings.cfg_scale))
@@ -246,7 +247,7 @@ def test_an_interrupted_table_keeps_its_rows(trained, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return compute(model, settings, *rest)
 
-    monkeypatch.setattr(evaluate, "score", scored)
+    monkeypatch.setattr(commands, "score", scored)
     out = tmp_path / "t.json"
     assert command_of(evaluate.main, "table", *options(trained, out)).returncode == 130
     gathered = out.with_suffix(".unfinished")
@@ -298,9 +299,9 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     out.with_suffix(".jsonl").write_text("\n".join(lines[:2]) + '\n{"cut sh')
     computed = []
     compute = generation.score
-    monkeypatch.setattr(evaluate, "score", lambda *a: (computed.append(1), compute(*a))[1])
-    provenance = evaluate.provenance.of
-    monkeypatch.setattr(evaluate.provenance, "of", lambda *a: provenance(*a) | {"commit": "a later one"})
+    monkeypatch.setattr(commands, "score", lambda *a: (computed.append(1), compute(*a))[1])
+    provenance = commands.provenance.of
+    monkeypatch.setattr(commands.provenance, "of", lambda *a: provenance(*a) | {"commit": "a later one"})
     again = run(trained, "search", out, "--cfg", 1.4)
     assert len(computed) == len(lines) - 2
     now = [row["environment"]["commit"] == "a later one" for row in again["rows"]]

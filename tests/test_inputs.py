@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from support import TINY, command
 
-from unite_fast import evaluate
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig, yaml_text
 from unite_fast.data import open_source, verify
@@ -25,6 +24,7 @@ from unite_fast.data.listing import files_of
 from unite_fast.data.source import numbered
 from unite_fast.data.tar import write_index
 from unite_fast.evaluation import statistics
+from unite_fast.evaluation.results import beside_other_commits
 
 MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
 
@@ -273,10 +273,10 @@ def test_a_run_goes_on_when_its_first_weights_are_gone(tmp_path):
 def test_a_score_of_another_commit_stays(tmp_path):
     path = tmp_path / "fid_a.json"
     here = {"commit": "0123456789abcdef"}
-    assert evaluate.beside_other_commits(path, here) == path
+    assert beside_other_commits(path, here) == path
     path.write_text(json.dumps({"protocol": {"environment": here}, "result": {}}))
-    assert evaluate.beside_other_commits(path, here) == path
+    assert beside_other_commits(path, here) == path
     for content in ({"protocol": {"environment": {"commit": "f"}}}, {"best": {"environment": {"commit": "f"}}},
                     {"rows": [{"protocol": {"environment": {"commit": "f"}}}]}):  # fmt: skip
         path.write_text(json.dumps(content))
-        assert evaluate.beside_other_commits(path, here) == tmp_path / "fid_a_at_01234567.json"
+        assert beside_other_commits(path, here) == tmp_path / "fid_a_at_01234567.json"

@@ -24,6 +24,7 @@ from unite_fast import checkpoint, evaluate, export, report
 from unite_fast.base import command as base_command
 from unite_fast.base import files, locks, parent, streams
 from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import find
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import open_source, stream
 from unite_fast.data.folder import Folder
@@ -70,7 +71,7 @@ def refuse(patch: pytest.MonkeyPatch, where: str, code: int, at: str) -> None:
     if at == "stat":
         patch.setattr(Path, "stat", refusing_stat)
     else:
-        patch.setattr(checkpoint, "file_sha256", refusing_digest)
+        patch.setattr(find, "file_sha256", refusing_digest)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)

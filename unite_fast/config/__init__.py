@@ -5,15 +5,14 @@ UserError and its kin are found here, too: who reads a configuration meets them.
 
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError
 from unite_fast.config.adversarial import AdversarialConfig
+from unite_fast.config.atoms import AtomDataConfig, AtomLossConfig, AtomsConfig
+from unite_fast.config.checks import batch_split
 from unite_fast.config.keys import (
     DECODER_SIZES,
     ENCODER_SIZES,
     MADE_FROM,
     SIZES,
     SOURCES,
-    AtomDataConfig,
-    AtomLossConfig,
-    AtomsConfig,
     CommConfig,
     Config,
     DataConfig,
@@ -26,7 +25,6 @@ from unite_fast.config.keys import (
     OptimConfig,
     SampleConfig,
     TrainConfig,
-    batch_split,
 )
 from unite_fast.config.option import choices
 

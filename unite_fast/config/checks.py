@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import MADE_FROM, Config, ModelConfig, ObjectiveConfig, OptimConfig
+from unite_fast.config.keys import MADE_FROM, Config, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -121,3 +121,24 @@ def _check_averages(o: OptimConfig) -> None:
             good = entry.startswith("std") and width.replace(".", "", 1).isdecimal() and 0 < float(width) < 0.288
             _require(good, f"optim.ema_extra: {entry!r} is neither a decay between 0 and 1 nor std0.01 to std0.28")
     _require(len(set(o.ema_extra)) == len(o.ema_extra), "optim.ema_extra: an entry stands twice")
+
+
+def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """(micro_batch, accumulation steps) on each of ``world_size`` ranks. Raises UserError with batches that divide."""
+    per_rank, rest = divmod(train.global_batch, world_size)
+    if rest or per_rank == 0:
+        low = max(1, per_rank) * world_size
+        raise UserError(
+            f"train.global_batch {train.global_batch} does not divide over {world_size} ranks; "
+            f"nearest that do: {low} or {low + world_size}"
+        )
+    micro = min(train.micro_batch, per_rank)
+    if per_rank % micro:
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - micro))[:2]
+        raise UserError(
+            f"train.micro_batch {micro} does not divide the {per_rank} images of each rank "
+            f"(global_batch {train.global_batch} / {world_size} ranks); nearest that do: "
+            + " or ".join(str(d) for d in sorted(near))
+        )
+    return micro, per_rank // micro

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from unite_fast.base.errors import UserError
 from unite_fast.config.adversarial import AdversarialConfig
+from unite_fast.config.atoms import AtomDataConfig, AtomLossConfig, AtomsConfig
 from unite_fast.config.option import option
 
 # What models are of; what each is made from, which decides the keys and the sources that go with it.
@@ -68,19 +68,6 @@ SIZES: dict[type, dict[str, Any]] = {EncoderConfig: ENCODER_SIZES, DecoderConfig
 
 
 @dataclass(frozen=True)
-class AtomsConfig:
-    """How molecules and crystals become tokens, where model.modality is atoms."""
-
-    # ADiT, whose numbers the paper compares with, has one latent per atom, and 16 numbers for a whole molecule could
-    # not give the paper's 0.039 A; the text does not say it.
-    registers: Literal["per_atom", "fixed"] = option(
-        "per_atom", "latents of a sample: one per atom, or always num_latents, of which the decoder calls some absent"
-    )
-    # ADiT's encoder sees no lattice, which one atom at the origin cannot tell.
-    lattice_input: bool = option(True, "whether the encoder sees a crystal's lengths and angles")
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     modality: Literal["images", "atoms"] = option(
         "images", "what the model is of; the next three keys and patch_positions are those of images"
@@ -101,18 +88,6 @@ class ModelConfig:
     atoms: AtomsConfig = field(default_factory=AtomsConfig, metadata=OF_STRUCTURES)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-
-@dataclass(frozen=True)
-class AtomLossConfig:
-    """Weights of the reconstruction's terms, where model.modality is atoms: those of ADiT's autoencoder."""
-
-    types: float = option(1.0, "cross entropy of the elements")
-    positions: float = option(10.0, "squared error of a molecule's centred positions, nm^2")
-    fractional: float = option(10.0, "squared error of a crystal's fractional coordinates")
-    lengths: float = option(1.0, "squared error of a cell's lengths over the cube root of its atoms, A^2")
-    angles: float = option(10.0, "squared error of a cell's angles, radians^2")
-    wrapped: bool = option(False, "fractional coordinates: to the nearest periodic image; ADiT: false")
 
 
 @dataclass(frozen=True)
@@ -184,24 +159,6 @@ class OptimConfig:
     flat_epochs: float = option(60.0, "constant until here; at or before the end of the warm-up: no flat part")
     decay_epochs: float = option(100.0, "cosine from lr to final_lr until here, constant after it; 0: until the end")
     final_lr: float = option(5e-5, "rate after the decay")
-
-
-@dataclass(frozen=True)
-class AtomDataConfig:
-    """Of the sources of molecules and crystals."""
-
-    split: Literal["edm", "adit_sizes"] = option("edm", "qm9: EDM's published one, or one of ADiT's sizes")
-    part: Literal["train", "valid", "test", "all"] = option("train", "what is trained on")
-    heldout_part: Literal["valid", "test"] = option("test", "what is held out, where heldout_path is empty")
-    max_heavy_atoms: int = option(0, "leaves out structures with more atoms other than hydrogen; 0: none")
-    # The order is part of what is learned: a register belongs to the atom of its number.
-    order: Literal["file", "random"] = option("file", "atoms as in the file, as ADiT; or another order at each sight")
-    # Molecules of 14 of 23 atoms on average fill 89 % of such a batch's slots, and 61 % of all.
-    pad_multiple: int = option(
-        0, "above 0: similar sizes share a batch, padded to a multiple of this; 0: all are padded to num_latents"
-    )
-    poses: bool = option(True, "random rotations of each sample, and translations of crystals in their cells")
-    joint: tuple[str, ...] = option((), "joint: sources together, the k-th with label k, as [qm9, mp20:FOLDER]")
 
 
 @dataclass(frozen=True)
@@ -389,24 +346,3 @@ class Config:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.run_dir or f"runs/{self.name}")
-
-
-def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(micro_batch, accumulation steps) on each of ``world_size`` ranks. Raises UserError with batches that divide."""
-    per_rank, rest = divmod(train.global_batch, world_size)
-    if rest or per_rank == 0:
-        low = max(1, per_rank) * world_size
-        raise UserError(
-            f"train.global_batch {train.global_batch} does not divide over {world_size} ranks; "
-            f"nearest that do: {low} or {low + world_size}"
-        )
-    micro = min(train.micro_batch, per_rank)
-    if per_rank % micro:
-        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
-        near = sorted(divisors, key=lambda d: abs(d - micro))[:2]
-        raise UserError(
-            f"train.micro_batch {micro} does not divide the {per_rank} images of each rank "
-            f"(global_batch {train.global_batch} / {world_size} ranks); nearest that do: "
-            + " or ".join(str(d) for d in sorted(near))
-        )
-    return micro, per_rank // micro

@@ -1,0 +1,194 @@
+"""What each command computes, prints and keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unite_fast import data, sampling
+from unite_fast.base import files, provenance
+from unite_fast.base.errors import UserError, idle
+from unite_fast.evaluate.context import Context, short
+from unite_fast.evaluation import guidance_search, reconstruction, statistics
+from unite_fast.evaluation.features import Extractor
+from unite_fast.evaluation.fid import Statistics
+from unite_fast.evaluation.generation import PLAIN, Options, Settings, score
+from unite_fast.evaluation.results import compare, timeless
+from unite_fast.modality import lpips
+
+TABLE = (
+    ("Heun 50, balanced", {"solver": "heun", "steps": 50, "labels": "equal"}),
+    ("dopri5, balanced", {"solver": "dopri5", "steps": 50, "labels": "equal"}),
+    ("dopri5, random", {"solver": "dopri5", "steps": 50, "labels": "random"}),
+    ("exp3 32, balanced (ours)", {"solver": "exp3", "steps": 32, "labels": "equal"}),
+)
+
+
+class Scorer:
+    """Opens the network and the reference once; ``score`` then serves any settings."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, a = context, context.arguments
+        self.extractor: Extractor = statistics.open_extractor(
+            a, context.config.data, context.config.model, context.ranks.device
+        )
+        self.reference: Statistics
+        self.reference, self.about = statistics.read(a.reference)
+        statistics.check_extractor(self.about, len(self.reference.mean), self.extractor, a.reference)
+        if a.pairs and self.reference.features is None:
+            raise UserError(f"--pairs needs features in {a.reference}; make it with --features")
+        self.replays = sampling.open_replays(a.graph, context.ranks.device)
+        self.compiled = False
+
+    def protocol(self, settings: Settings) -> dict[str, Any]:
+        """What the score depends on. Equal protocols and an equal commit give equal scores."""
+        return {
+            "checkpoint": self.context.weights(),
+            "extractor": self.extractor.identity(),
+            "reference": self.about,
+            "settings": settings.described(),
+            "seeds": f"0-{settings.count - 1}",
+            "inception_score_parts": 10,
+            "kid_subset": self.context.arguments.kid_subset if self.context.arguments.pairs else None,
+            "environment": provenance.of(self.context.ranks.device, self.context.ranks.world_size),
+        }
+
+    def score(self, settings: Settings, path: Path) -> dict[str, Any]:
+        """``path``: of the result, beside which the sums of interrupted scoring lie."""
+        a, ranks = self.context.arguments, self.context.ranks
+        if settings.compile and not self.compiled:
+            sampling.compile_blocks(self.context.model)
+            self.compiled = True
+        progress = (
+            (lambda line: print(line, end="\r", file=sys.stderr)) if sys.stderr.isatty() and ranks.is_main else None
+        )
+        options = Options(path, progress or PLAIN.report, replays=self.replays)
+        return score(
+            self.context.model,
+            settings,
+            self.extractor,
+            self.reference,
+            ranks,
+            json.dumps(self.context.weights()),
+            a.pairs,
+            a.kid_subset,
+            options,
+        )
+
+
+def fid_command(context: Context) -> None:
+    scorer, settings = Scorer(context), context.settings()
+    protocol, earlier = scorer.protocol(settings), context.earlier
+    if earlier is not None:
+        compare(protocol, earlier, context.trained)
+    path = context.out(protocol, short(settings))
+    result = scorer.score(settings, path)
+    if context.ranks.is_main:
+        print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+        if earlier is not None:
+            print(f"earlier: fid {earlier['result']['fid']:.6g}, now {result['fid']:.6g}")
+    context.save(path, {"protocol": protocol, "result": result})
+
+
+def unfinished(path: Path) -> list[dict[str, Any]]:
+    """The rows that an interrupted table has kept beside its place."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return rows if all(row["protocol"] and row["result"] for row in rows) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def table_command(context: Context) -> None:
+    """A finished table stays until the new one is whole: rows gather in a file of their own."""
+    scorer, base, rows = Scorer(context), context.settings(), []
+    variants = [(name, dataclasses.replace(base, **changes)) for name, changes in TABLE]
+    path = context.out(scorer.protocol(variants[0][1]), f"w{base.cfg_scale:g}")
+    gathered = path.with_suffix(".unfinished")
+    kept = context.ranks.decide(lambda: unfinished(gathered))
+    for name, settings in variants:
+        protocol = scorer.protocol(settings)
+        same = [row for row in kept if timeless(row["protocol"]) == timeless(protocol)]
+        if found := context.ranks.decide(functools.partial(list, same)):
+            rows.append(found[0])
+            continue
+        rows.append({"name": name, "protocol": protocol, "result": scorer.score(settings, path)})
+        context.save(gathered, {"rows": rows}, finished=False)
+    if context.ranks.is_main:
+        print(f"{'protocol':26}{'NFE':>6}{'passes':>8}{'FID':>10}{'IS':>9}{'images/s':>10}")
+        for row in rows:
+            r = row["result"]
+            rate = f"{r['images_per_second']:.1f}" if "images_per_second" in r else "-"
+            nfe = f"{r['evaluations']:>6.4g}{r['passes']:>8.4g}"
+            print(f"{row['name']:26}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
+    context.save(path, {"rows": rows})
+    if context.ranks.is_main:
+        gathered.unlink(missing_ok=True)
+
+
+def search_command(context: Context) -> None:
+    scorer, start = Scorer(context), context.settings()
+    protocol = scorer.protocol(start)
+    path = context.out(protocol, f"from_{short(start)}")
+    identity = files.digest(
+        [context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]]
+    )
+    scored = guidance_search.Scored(
+        path.with_suffix(".jsonl"),
+        identity,
+        lambda settings: scorer.score(settings, path),
+        context.ranks,
+        environment=protocol["environment"],
+    )
+    best = guidance_search.search(scored, start)
+    if context.arguments.sweep:
+        best = guidance_search.sweep(scored, best)
+    if context.ranks.is_main:
+        print(guidance_search.table(scored.rows))
+    found = scorer.protocol(best) | {"environment": scored.row(best)["environment"]}
+    context.save(path, {"best": found, "rows": scored.rows})
+
+
+def rfid_command(context: Context) -> None:
+    a, config = context.arguments, context.config
+    if a.data:
+        if not config.data.reads_files:
+            raise idle("--data", f"for a run of data.source={config.data.source}")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_path=a.data))
+    asked = {"precision": a.precision, "kernels": a.kernels}
+    settings = dataclasses.replace(
+        reconstruction.of_run(config.objective, config.evaluation, config.efficiency),
+        **{k: v for k, v in asked.items() if v is not None},
+    )
+    perceptual = None
+    if a.lpips:
+        objective = dataclasses.replace(
+            config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips, perceptual_dropout=False
+        )
+        perceptual = lpips.load_perceptual(objective, config.model.channels, settings.kernels)
+    perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
+    extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
+    source = data.open_source(config.data, config.model, "heldout")
+    result = reconstruction.score(context.model, settings, source, config.data, extractor, context.ranks, perceptual)
+    said = statistics.described(config.data.source, config.model.image_size, "heldout", source, context.ranks.device)
+    if context.ranks.is_main:
+        print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))
+    protocol = {
+        "checkpoint": context.weights(),
+        **reconstruction.protocol(settings, extractor, perceptual, said),
+        "environment": provenance.of(context.ranks.device, context.ranks.world_size),
+    }
+    context.save(context.out(protocol), {"protocol": protocol, "result": result})
+
+
+COMMANDS: dict[str, Callable[[Context], None]] = {
+    "fid": fid_command,
+    "table": table_command,
+    "search": search_command,
+    "rfid": rfid_command,
+}
