@@ -107,6 +107,10 @@ def test_files_that_are_named_exist():
         assert any(place.exists() for place in places) or list(ROOT.glob(f"unite_fast/*/{name}")), name
 
 
+def test_every_measurement_is_named():
+    assert not {p.name for p in (ROOT / "benchmarks").glob("*.py") if f"`{p.name}`" not in DESIGN}
+
+
 def test_the_house_does_not_grow_back():
     module = house()
     found = module.counts(module.tree())
