@@ -15,8 +15,8 @@
 | qm9, mp20, crystals, structures, joint | molecules and crystals (``data.atoms``) | | model.modality=atoms |
 
 A new kind of source is its name among those of ``data.source``, and a file of that name with an opener
-``open_NAME(DataConfig, ModelConfig, split) -> Source``. Order, sharding and resume are in ``stream.py`` and do not
-depend on the source.
+``open_NAME(DataConfig, ModelConfig, split) -> Source``, which raises NoPath where it needs a path and none is given.
+Order, sharding and resume are in ``stream.py`` and do not depend on the source.
 """
 
 from __future__ import annotations

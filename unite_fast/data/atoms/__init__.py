@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from unite_fast.base.errors import UserError
+from unite_fast.config import AtomDataConfig, choices
 from unite_fast.data.atoms import crystals, files, qm9
 from unite_fast.data.atoms.checks import Read, admit, describe
 from unite_fast.data.atoms.structures import Padded, Structure, Structures, join, load, pack
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 SOURCES = ("qm9", "mp20", "crystals", "files", "packed")
-PARTS = ("train", "valid", "test", "all")
+PARTS = choices(AtomDataConfig, "part")
 SPLITS = {"edm": qm9.edm_split, "adit_sizes": qm9.adit_sizes_split}
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unite_fast.base.errors import UserError, first_line
+from unite_fast.config import EvaluationConfig, choices
 from unite_fast.data.atoms import bonds
 from unite_fast.data.atoms.elements import SYMBOLS, BadStructure, preload
 from unite_fast.data.atoms.parallel import mapped
@@ -33,7 +34,7 @@ from unite_fast.data.atoms.structures import Structures
 from unite_fast.evaluation.atoms import edm
 
 SCORERS = ("rdkit", "rdkit_tight", "edm", "adit")
-WHOLE = SCORERS[:2]  # whose SMILES are of the whole molecule
+WHOLE = choices(EvaluationConfig, "scorer")  # whose SMILES are of the whole molecule
 TIGHT = 1.15
 Atoms = tuple[np.ndarray, np.ndarray]  # species (n,), positions (n, 3) in Å
 
