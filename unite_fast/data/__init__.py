@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import MADE_FROM, SOURCES, DataConfig, ModelConfig, choices
-from unite_fast.data.atoms import source as atoms
+from unite_fast.data.atoms.source import open_atoms
 from unite_fast.data.batch import Batch, batch_of_images
 from unite_fast.data.order import Order
 from unite_fast.data.rate import Waits
@@ -53,8 +53,8 @@ Opener = Callable[[DataConfig, ModelConfig, str], Source]
 
 def opener(name: str) -> Opener:
     """Of ``data.source=name``: ``open_NAME`` of the file NAME.py. Molecules and crystals share one."""
-    if name in atoms.NAMES:
-        return atoms.open_atoms
+    if name in SOURCES["structures"]:
+        return open_atoms
     return getattr(importlib.import_module(f"unite_fast.data.{name}"), f"open_{name}")
 
 
