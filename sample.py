@@ -16,7 +16,7 @@ from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, Sample
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
 from unite_fast.sampling.generate import Request, parse_interval, parse_labels, parse_seeds
-from unite_fast.sampling.makers import MAKERS
+from unite_fast.sampling.makers import maker_of
 
 SEEDS, LABELS = "0-49", "equal"
 OF_SAMPLES = (
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
-    maker, classes = MAKERS[model.modality.thing], config.model.num_classes
+    maker, classes = maker_of(model.modality), config.model.num_classes
     wanted = None if arguments.reconstruct else request(arguments, config.sample, classes)
     ranks = distributed.start(arguments.device)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from unite_fast.config import SampleConfig
 from unite_fast.modality import pictures
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.sampling.generate import as_ranges, parse_labels, parse_seeds
+from unite_fast.sampling.makers import MAKERS, maker_of
 
 
 def test_seeds_and_labels():
@@ -176,11 +178,16 @@ def test_only_the_first_rank_speaks(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     pictures.save_png(tmp_path / "in" / "a.png", torch.zeros(1, 8, 8))
     monkeypatch.setattr(program.distributed, "start", lambda device: Ranks(1, 1, torch.device("cpu")))
-    maker = program.MAKERS["image"]
-    monkeypatch.setitem(program.MAKERS, "image", maker._replace(reconstruct=lambda *a: "a line"))
+    maker = MAKERS["image"]
+    monkeypatch.setitem(MAKERS, "image", maker._replace(reconstruct=lambda *a: "a line"))
     words = ("--checkpoint", trained, "--out", tmp_path / "out", "--reconstruct", tmp_path / "in")
     assert program.main([str(word) for word in words]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_modality_without_files_is_one_line():
+    with pytest.raises(UserError, match=r"^points have no files; give them a row of sampling/makers\.py$"):
+        maker_of(SimpleNamespace(thing="point"))
 
 
 def test_reconstruct_a_folder(trained, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from unite_fast.base.errors import UserError
+from unite_fast.modality import Modality
 from unite_fast.sampling import generate, reconstruct, structures
 
 
@@ -28,3 +30,10 @@ MAKERS: dict[str, Maker] = {  # by the modality's ``thing``
         structures.reconstruct_files,
     ),
 }
+
+
+def maker_of(modality: Modality) -> Maker:
+    """Raises UserError for a modality whose samples have no files yet."""
+    if modality.thing not in MAKERS:
+        raise UserError(f"{modality.thing}s have no files; give them a row of sampling/makers.py")
+    return MAKERS[modality.thing]
