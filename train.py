@@ -75,8 +75,7 @@ class Inputs(NamedTuple):
     @classmethod
     def open(cls, settings: config.Config) -> Inputs:
         """Raises UserError."""
-        started = time.monotonic()
-        world_size = launcher.world_size()
+        started, world_size = time.monotonic(), launcher.world_size()
         config.batch_split(settings.train, world_size)
         execution.check(settings.efficiency, settings.train, world_size)
         fine_tunes = settings.objective.adversarial.weight > 0
@@ -90,15 +89,14 @@ class Inputs(NamedTuple):
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
     """One run from its configuration to its last checkpoint."""
-    t, source = settings.train, inputs.source
+    t, o, source = settings.train, settings.objective, inputs.source
     split = config.batch_split(t, ranks.world_size)
-    execution.check_device(settings.efficiency, t, settings.objective, ranks.device)
+    execution.check_device(settings.efficiency, t, o, ranks.device)
     resumes = ranks.decide(lambda: start.goes_on(settings.resume, settings.folder))
     state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
     state.model.modality.prepare(state.model, source)
     if ranks.is_main:
-        told = (len(source), inputs.flops, source.lengths)
-        print(summary.describe(settings.objective, settings.optim, t, state, ranks, split, *told))
+        print(summary.describe(o, settings.optim, t, state, ranks, split, len(source), inputs.flops, source.lengths))
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.

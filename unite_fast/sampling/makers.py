@@ -34,6 +34,7 @@ MAKERS: dict[str, Maker] = {  # by the modality's ``thing``
 
 def maker_of(modality: Modality) -> Maker:
     """Raises UserError for a modality whose samples have no files yet."""
-    if modality.thing not in MAKERS:
+    maker = MAKERS.get(modality.thing)
+    if maker is None:
         raise UserError(f"{modality.thing}s have no files; give them a row of sampling/makers.py")
-    return MAKERS[modality.thing]
+    return maker
