@@ -56,7 +56,7 @@ def go_on(place: Path, run: Path, *words: object):
 
 def refuse(patch: pytest.MonkeyPatch, where: str, code: int, at: str) -> None:
     """Lets the system refuse the folder ``where`` and its JSON, when they are looked at, or its files' content."""
-    stat, digest = Path.stat, checkpoint.file_sha256
+    stat, digest = Path.stat, find.file_sha256
 
     def refusing_stat(self: Path, **options: bool) -> os.stat_result:
         if where in str(self) and "." not in self.name.removesuffix(".json") and os.path.lexists(self):
