@@ -9,7 +9,7 @@ import pytest
 import torch
 from atoms_support import TINY, config, structures
 from ranks import on_ranks
-from support import command, command_of
+from support import ROOT, command, command_of
 
 from unite_fast import checkpoint, evaluate, export, report
 from unite_fast.base import faults
@@ -86,6 +86,15 @@ def test_what_does_not_fit_is_one_line(packed):
     model = build(config().model)
     with pytest.raises(UserError, match="needs a source of molecules"):
         model.modality.prepare(model, object())
+
+
+def test_a_run_is_planned_before_its_data_are_there():
+    """Its scores need them, too."""
+    said = command("train.py", "--config", ROOT / "configs" / "mp20.yaml", "--dry-run", "evaluation.atoms_epoch=40")
+    assert said.returncode == 0, said.stderr
+    assert "data.path is not given: 27,136 crystals of MP20 are assumed" in said.stdout
+    said = command("train.py", "--config", ROOT / "configs" / "mp20.yaml", "evaluation.atoms_epoch=40")
+    assert said.stderr == "error: data.path is empty; data.source=mp20 needs a folder\n"
 
 
 def stepped(ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -62,7 +62,11 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     execution.check_device(e, t, config.objective, device, planned=True)
     source, missing = open_inputs(config.data, config.model, config.objective, e, config.init_from)
-    monitor.open_files(config, world)
+    try:
+        monitor.open_files(config, world)
+    except data.NoPath:
+        if source is not None:
+            raise
     planned = Ranks(0, world, device)
     with torch.device("meta"):
         model = UNITE(config.model)

@@ -61,7 +61,7 @@ def open_files(config: Config, world_size: int) -> Opened:
             if score.open not in opened:
                 opened[score.open] = score.open(config.data, config.model, e, config.sample, config.efficiency)
     except UserError as error:
-        raise UserError(f"evaluation while training: {error}") from None
+        raise type(error)(f"evaluation while training: {error}") from None
     return {name: opened[score.open] for name, score in wanted.items()}
 
 

@@ -68,10 +68,10 @@ def open_structures(
     for name, value, known in (("source", source, SOURCES), ("part", part, PARTS), ("split", split, SPLITS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not known; one of {', '.join(known)}")
-    root = Path(path)
+    root, of_run = Path(path), "structures" if source in ("files", "packed") else source
     if not str(path) and source in ("mp20", "files", "packed"):
-        raise NoPath(f"data.path is empty; data.source={source} needs a {'file' if source == 'packed' else 'folder'}")
-    where = f"data.source {source}" + (f", {path}" if str(path) else "")
+        raise NoPath(f"data.path is empty; data.source={of_run} needs a {'folder' if source == 'mp20' else 'file'}")
+    where = f"data.source {of_run}" + (f", {path}" if str(path) else "")
 
     def accepted(read: Read, policy: str = on_error) -> Structures:
         found = read.structures
