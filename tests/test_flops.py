@@ -14,7 +14,7 @@ from stepping import backward
 from support import ROOT, command, command_of
 
 import unite_fast.doctor
-from unite_fast import data
+from unite_fast import data, modality
 from unite_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, DataConfig, ModelConfig, ObjectiveConfig, yaml_text
 from unite_fast.data.folder import Folder
 from unite_fast.modality.lpips import Perceptual, perceptual_flops
@@ -167,7 +167,8 @@ def test_fine_tuning_against_a_discriminator_plans_and_costs_what_it_needs(monke
     stated = re.search(r"([\d.]+) GiB of state and ([\d.]+) GiB of activations", header)
     assert stated is not None
     assert [float(x) for x in stated.groups()] == pytest.approx(planned, rel=0.05)
-    m, tokens = config.model, config.model.num_latents + config.model.context_tokens
+    m = config.model
+    tokens = m.num_latents + modality.of(m).context_tokens(m)
     trunk = dataclasses.replace(m, encoder=dataclasses.replace(m.encoder, depth=9))
     needed = encoder_forward(m, tokens, pruned=True) + 3 * encoder_forward(trunk, tokens)
     needed += 3 * decoder_forward(m) + perceptual_flops(m.image_size)
