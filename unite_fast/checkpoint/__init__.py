@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unite_fast import interop
 from unite_fast.base.errors import UserError
-from unite_fast.checkpoint import shards
+from unite_fast.checkpoint import posthoc, shards
 from unite_fast.checkpoint.compare import changed_settings, check_parts, check_same_model
 from unite_fast.checkpoint.find import (
     EXPORTED,
@@ -298,11 +298,24 @@ def _exported(path: Path, weights: str) -> tuple[dict[str, Tensor], Config]:
     return tensors, config
 
 
+def _kept_until(path: Path) -> list[posthoc.Kept]:
+    """The averages of a run's whole checkpoints up to the one at ``path``, the earliest first. Raises UserError."""
+    last, found = step_of(path), []
+    for folder in reversed(newest_first(path.parent)):
+        step = step_of(folder)
+        if step is None or last is None or step > last or verify(folder, content=False):
+            continue
+        o, counts = saved_config(folder).optim, _counters(_read_counters(folder), folder, (STEPS,))[0]
+        averages = dict(zip(ema.names(o), (o.ema_decay, *o.ema_extra), strict=True))
+        found.append(posthoc.Kept(folder.name, counts[STEPS], averages, stored(folder)))
+    return found
+
+
 def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
     """(state dict of the weights, the run's Config or None for an official .pt).
 
-    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), or "model", the raw ones; an exported
-    file has one of them. Raises UserError.
+    weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), one that follows from them
+    ("posthoc_std0.07"), or "model", the raw ones; an exported file has one of them. Raises UserError.
     """
     path = locate(path)
     if path.suffix == ".safetensors":
@@ -311,9 +324,14 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
         return interop.clean_keys(interop.weights_of(interop.read_official(path), weights, str(path))), None
     _read_counters(path)
     config, found = saved_config(path), stored(path)
+    if posthoc.entry_of(weights) is not None:
+        tensors = {k.removeprefix("model."): t for k, t in shards.read(
+            found, [k for k in found if k.startswith("model.")]
+        ).items()} | posthoc.combined(_kept_until(path), weights)  # fmt: skip
+        return tensors, config
     known = [*ema.names(config.optim), "model"]
     if weights not in known:
-        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}")
+        raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}, or posthoc_std0.07 for example")
     names = {k.removeprefix("model."): k for k in found if k.startswith("model.")}
     names |= {k.removeprefix(f"{weights}."): k for k in found if k.startswith(f"{weights}.")}
     tensors = shards.read(found, names.values())

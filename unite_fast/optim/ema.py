@@ -6,11 +6,18 @@
                     by the standard deviation of that profile relative to t (Karras et al. 2024, arXiv 2312.02696,
                     section 3.1). The first update replaces the initial weights.
 
-Names, in checkpoints and wherever weights are chosen: "ema" (the main one), "ema_0.9999", "ema_std0.05".
+An average is a sum of the weights after each update, so one that was not kept follows from several that were, at
+several times, as far as the sum of their profiles can take the shape of its own (section 3.2 there).
+
+Names, in checkpoints and wherever weights are chosen: "ema" (the main one), "ema_0.9999", "ema_std0.05"; wherever they
+are chosen also "posthoc_std0.07" (``checkpoint.posthoc``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from torch import Tensor
 
 from unite_fast.config import OptimConfig
@@ -45,3 +52,31 @@ def decay(entry: float | str, updates: Tensor) -> float | Tensor:
         return entry
     exponent = power_exponent(float(entry.removeprefix("std"))) + 1.0
     return (1.0 - 1.0 / updates.double().clamp_min(1.0)) ** exponent
+
+
+def profile(entry: float | str, updates: int, until: int) -> np.ndarray:
+    """How much of the weights after each update 0 .. until an average holds after ``updates``: float64, sum 1.
+
+    What the recursion unfolds to: of a power function (s^(g + 1) - (s - 1)^(g + 1)) / updates^(g + 1).
+    """
+    found, s = np.zeros(until + 1), np.arange(updates + 1, dtype=np.float64)
+    if isinstance(entry, str):
+        exponent = power_exponent(float(entry.removeprefix("std"))) + 1.0
+        found[1 : updates + 1] = np.diff((s / max(updates, 1)) ** exponent)
+        found[0] = float(updates == 0)
+    else:
+        found[: updates + 1] = (1.0 - entry) * entry ** (updates - s)
+        found[0] = entry**updates
+    return found
+
+
+def combination(kept: Sequence[tuple[float | str, int]], entry: float | str, updates: int) -> tuple[np.ndarray, float]:
+    """(factors of the ``kept`` averages, relative error) whose sum is nearest to ``entry`` after ``updates``.
+
+    kept: entries and after how many updates each was. Least squares on profiles, where arXiv 2312.02696 has their
+    integrals; the error is that of the profile, relative to its norm.
+    """
+    wanted = profile(entry, updates, updates)
+    basis = np.stack([profile(of, at, updates) for of, at in kept], axis=1)
+    factors = np.linalg.lstsq(basis, wanted, rcond=1e-12)[0]
+    return factors, float(np.linalg.norm(basis @ factors - wanted) / np.linalg.norm(wanted))

@@ -1,0 +1,87 @@
+"""Averages that were not kept, from those that were: exact profiles, and a run that kept the same one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support import TINY, command
+
+from unite_fast import checkpoint
+from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import posthoc
+from unite_fast.optim import ema
+
+
+def recursion(entry: float | str, weights: np.ndarray) -> np.ndarray:
+    """The average as training updates it, over weights (T + 1, n); after each update (T + 1, n)."""
+    found = [weights[0]]
+    for t in range(1, len(weights)):
+        d = float(ema.decay(entry, torch.tensor(float(t))))
+        found.append(found[-1] + (1 - d) * (weights[t] - found[-1]))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("entry", [0.9, "std0.05", "std0.2"])
+def test_a_profile_is_what_the_recursion_unfolds_to(entry):
+    weights = np.random.default_rng(0).normal(size=(61, 3)).cumsum(0)
+    kept = recursion(entry, weights)
+    for t in (0, 1, 2, 37, 60):
+        found = ema.profile(entry, t, 60)
+        assert found.sum() == pytest.approx(1, abs=1e-12)
+        assert np.allclose(found @ weights, kept[t], atol=1e-10)
+
+
+def test_profiles_tend_to_the_integrals_of_the_paper():
+    """Inner products of s^g (g + 1) / t^(g + 1) on [0, t] (arXiv 2312.02696, section 3.2)."""
+
+    def exact(a: tuple[float, int], b: tuple[float, int]) -> float:
+        (g, t), (h, u) = a, b
+        both = min(t, u)
+        return (g + 1) * (h + 1) * (both / t) ** g * (both / u) ** h / ((g + h + 1) * max(t, u))
+
+    g, h = (ema.power_exponent(std) for std in (0.05, 0.1))
+    x, y = ema.profile("std0.05", 40_000, 60_000), ema.profile("std0.1", 60_000, 60_000)
+    assert float(x @ y) == pytest.approx(exact((g, 40_000), (h, 60_000)), rel=1e-3)
+    assert float(x @ x) == pytest.approx(exact((g, 40_000), (g, 40_000)), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["std0.07", "std0.15", "std0.03"])
+def test_a_combination_is_near_the_average_that_is_kept_directly(target):
+    weights = np.random.default_rng(1).normal(size=(1001, 5)).cumsum(0)
+    kept = [(entry, t) for entry in ("std0.05", "std0.1") for t in range(50, 1001, 50)]
+    factors, error = ema.combination(kept, target, 1000)
+    stored = {entry: recursion(entry, weights) for entry in ("std0.05", "std0.1")}
+    found = sum(f * stored[entry][t] for f, (entry, t) in zip(factors, kept, strict=True))
+    direct = recursion(target, weights)[1000]
+    assert error < 0.03
+    assert np.abs(found - direct).max() < 0.01 * np.abs(weights - direct).max()
+
+
+def test_a_run_gives_the_average_that_another_kept(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = ("--config", tmp_path / "tiny.yaml", "train.max_steps=40", "train.checkpoint_every=4", "optim.lr=6e-3",
+             "train.keep_every=4", "optim.warmup_epochs=0.02")  # fmt: skip
+    for name, extra in (("two", "[std0.1,std0.2]"), ("one", "[std0.15]")):
+        said = command("train.py", *words, f"run_dir={tmp_path / name}", f"optim.ema_extra={extra}")
+        assert said.returncode == 0, said.stderr
+    found, _ = checkpoint.load_weights(tmp_path / "two", "posthoc_std0.15")
+    direct, _ = checkpoint.load_weights(tmp_path / "one", "ema_std0.15")
+    raw, _ = checkpoint.load_weights(tmp_path / "one", "model")
+    assert found.keys() == direct.keys()
+    far = sum(float((raw[n] - direct[n]).square().sum()) for n in direct) ** 0.5
+    near = sum(float((found[n] - direct[n]).square().sum()) for n in direct) ** 0.5
+    assert near < 0.05 * far
+    same, _ = checkpoint.load_weights(tmp_path / "one", "posthoc_std0.15")
+    assert all(torch.allclose(same[n], direct[n], atol=1e-6) for n in direct)
+    with pytest.raises(UserError, match=r"come no nearer to it than \d+%; keep more"):
+        checkpoint.load_weights(tmp_path / "one" / "checkpoints" / "step-0000004", "posthoc_std0.02")
+
+
+def test_names():
+    assert posthoc.entry_of("ema_std0.05") is None
+    assert posthoc.entry_of("posthoc_std0.07") == "std0.07"
+    assert posthoc.entry_of("posthoc_0.999") == 0.999
+    for wrong in ("posthoc", "posthoc_std0.5", "posthoc_1.5", "posthoc_std"):
+        with pytest.raises(UserError, match=r"posthoc_std0\.01 to"):
+            posthoc.entry_of(wrong)
