@@ -24,6 +24,8 @@ VERBS = {
         "unite_fast.analyse",
         "what a model has become: alignment of its passes, trajectories, entropy, probes",
     ),
+    "sweep": ("unite_fast.sweep", "a list of configurations by seeds: train, measure, one table"),
+    "small": ("unite_fast.evaluation.small", "scores of a model of small real images, real beside"),
     "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),

@@ -19,6 +19,7 @@ from unite_fast.config import SIZES, Config, idle
 from unite_fast.config.checks import validate
 from unite_fast.config.earlier import GONE, written
 
+BASE = "base"  # in a file: another one, by its path from this one, whose keys it begins with
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
 
@@ -183,17 +184,38 @@ def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Confi
         raise CommonError(str(error)) from None
 
 
+def read(path: str | Path, option: str = "--config") -> Any:
+    """What a YAML file holds. option: what names it. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{option} {path}: not a text file") from None
+    return parse_yaml(text, str(path))
+
+
+def _from_file(path: Path, option: str = "--config", above: tuple[Path, ...] = ()) -> Config:
+    """The configuration of a file, laid over that of the file its ``base`` names, if it names one.
+
+    above: the files that led here, so that none leads back to itself.
+    """
+    if path.resolve() in above:
+        raise UserError(
+            f"{option} {path}: this file is its own base; take a base out of one of the files in the circle"
+        )
+    values = read(path, option)
+    if not isinstance(values, dict) or BASE not in values:
+        return from_dict({} if values is None else written(values), str(path))
+    name = values.pop(BASE)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: {BASE} must be the path of a YAML file, got {name!r}")
+    base = _from_file(path.parent / name, f"{path}: {BASE}", (*above, path.resolve()))
+    return from_dict(written(values), str(path), base)
+
+
 def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
-    config = Config()
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--config {path}: not a text file") from None
-        values = parse_yaml(text, str(path))
-        config = from_dict({} if values is None else written(values), str(path))
+    config = Config() if path is None else _from_file(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

@@ -1,0 +1,58 @@
+"""Scores of small real images against direct formulas and torch-fidelity's; real images stand beside."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import TINY, command, command_of
+
+from unite_fast import data
+from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.evaluation import small
+
+MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=10)
+DIGITS = DataConfig(source="digits", flip=False)
+
+
+def test_kernel_distance_is_the_direct_formula():
+    x, y = (torch.randn(40, 8, generator=torch.Generator().manual_seed(s)).double() + s for s in (0, 1))
+    x, y = (3 * v / y.square().mean().sqrt() for v in (x, y))
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / 9 / 8 + 1) ** 3  # the root mean square of y is 3
+
+    others = ~torch.eye(40, dtype=torch.bool)
+    expected = kernel(x, x)[others].mean() + kernel(y, y)[others].mean() - 2 * kernel(x, y).mean()
+    assert small.kid(x, y) == pytest.approx(1000 * float(expected), rel=1e-9)
+
+
+def test_the_classifier_is_kept_and_read(tmp_path):
+    path = tmp_path / "c.safetensors"
+    first = small.classifier(path, DIGITS, MODEL)
+    again = small.classifier(path, DIGITS, MODEL)
+    images, labels = small.some(data.open_source(DIGITS, MODEL, "heldout"), 300)
+    with torch.no_grad():
+        assert torch.equal(first(images), again(images))
+        assert (first(images).argmax(1) == labels).float().mean() > 0.6  # two epochs of 1,497 images
+    with pytest.raises(UserError, match="no classifier of such images"):
+        small.classifier(path, DIGITS, ModelConfig(image_size=8, patch_size=2, channels=3, num_classes=10))
+
+
+def test_a_run_is_scored_beside_real_images(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run = tmp_path / "run"
+    assert (
+        command("train.py", "--config", tmp_path / "tiny.yaml", f"run_dir={run}", "train.max_steps=3").returncode == 0
+    )
+    words = (run, "--classifier", tmp_path / "c.safetensors", "--count", 60)
+    assert command_of(small.main, *words).returncode == 0
+    found = json.loads((run / "scores" / "small.json").read_text())
+    assert {"psnr", "feature_distance", "recognised", "kid"} <= found["result"].keys()
+    assert (found["held_out"], found["samples"]) == (60, 60)
+    assert found["real"]["kid"] < found["result"]["kid"]
+    assert found["real"]["recognised"] > found["result"]["recognised"]
+    assert 0 < found["real"]["feature_distance"] < 1
+    assert command_of(small.main, *words[:-1], 5).returncode == 2
