@@ -51,9 +51,9 @@ def values_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
 def plan(config: Config) -> tuple[float, float, float]:
     """(GFLOP per sample, FLOPs of the run, hours of one H200), by the planner; the hours are a prediction."""
     flops = step_flops(config.model, config.objective)["total"]
-    samples = throughput.assumed(config.model.modality)[0]
     (projection,) = throughput.project(config.model, config.objective, MFU)
-    return flops / 1e9, flops * samples * config.train.epochs, projection.minutes(1) * config.train.epochs / 60
+    samples = projection.samples * config.train.epochs
+    return flops / 1e9, flops * samples, projection.minutes(1) * config.train.epochs / 60
 
 
 def command(name: str, row: dict[str, Any]) -> str:

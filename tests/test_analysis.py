@@ -314,6 +314,26 @@ def test_the_command_compares_and_the_report_shows(run):
     assert again.returncode == 0, again.stderr
 
 
+def test_losses_of_held_out_samples_while_training(run):
+    """They are those of the analysis on the checkpoint of then, and the run is the same with and without."""
+    words = ("--config", run.parent / "tiny.yaml", f"run_dir={run.parent / 'seen'}", "name=shared", "optim.lr=6e-3")
+    words += ("train.max_steps=30", "train.log_every=5", f"evaluation.validation_epoch={160 / 1497}")
+    said = command("train.py", *words, "evaluation.validation_count=40")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("the losses of held-out samples at step") == 3
+    found = json.loads((run.parent / "seen" / "scores" / "training" / "step_0000030_validation.json").read_text())
+    model, config = checkpoint.load_model(run.parent / "seen")
+    source = data.open_source(config.data, config.model, "heldout")
+    direct = trajectory.Trajectory(ONE.device, model.latent_shape, True)
+    walk(model, source, chosen(source, 40), config.data, [direct], ONE, 0.01)
+    expected = direct.result()
+    assert found["result"]["flow_t0.3"] == pytest.approx(expected["velocity_loss"][3], rel=1e-6)
+    assert found["result"]["flow"] == pytest.approx(np.mean(expected["velocity_loss"]), rel=1e-6)
+    assert found["result"]["psnr"] == pytest.approx(expected["psnr_clean"], rel=1e-6)
+    without, _ = checkpoint.load_weights(run, "model")
+    assert all(torch.equal(v, without[k]) for k, v in checkpoint.load_weights(run.parent / "seen", "model")[0].items())
+
+
 @pytest.mark.parametrize(
     ("words", "mistake"),
     [

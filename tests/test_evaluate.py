@@ -434,3 +434,18 @@ def test_nan_images_stop_the_score(trained):
         reconstructed(model, config)
     with pytest.raises(UserError, match="differ from this version's in uint8"):
         Settings.read(Settings(count=10).described() | {"uint8": "rounded"})
+
+
+def test_a_grid_scores_every_scale():
+    asked: list[float] = []
+
+    def fid_of(settings: Settings) -> float:
+        asked.append(settings.cfg_scale)
+        return abs(settings.cfg_scale - 2.3)
+
+    best = guidance_search.grid(fid_of, Settings(cfg_interval=(0.1, 1.0)), *commands.parse_grid("1,4,0.2"))
+    assert asked == pytest.approx([1 + 0.2 * k for k in range(16)])
+    assert (best.cfg_scale, best.cfg_interval) == (2.2, (0.1, 1.0))
+    for wrong in ("1,4", "4,1,0.2", "1,4,0", "x,4,1", "-1,4,1", "0,1000,1"):
+        with pytest.raises(UserError, match="--grid"):
+            commands.parse_grid(wrong)

@@ -137,6 +137,31 @@ def test_equal_to_torch_fidelity(weights, oracle, world):
         assert found[name] == pytest.approx(expected, abs=1e-3, rel=1e-3), name
 
 
+def test_spatial_features_are_those_of_sfid(weights):
+    """Mixed_6d's 1x1 branch, done here by hand from its input: 17 x 17 places of the first 7 channels."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    extractor = features.inception(str(weights[0]), "", ("spatial", "2048"))
+    found, logits = extractor.compute(images)
+    assert found.shape == (2, extractor.sizes[0]) == (2, 7 * 17 * 17)
+    network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=str(weights[0]))
+    seen: list[Tensor] = []
+    network.Mixed_6d.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        assert torch.equal(network(images)[0], logits)
+        branch = network.Mixed_6d.branch1x1
+        x = torch.nn.functional.conv2d(seen[0], branch.conv.weight[:7])
+        mean, var, bias, gain = (
+            p[:7, None, None] for p in (branch.bn.running_mean, branch.bn.running_var, branch.bn.bias, branch.bn.weight)
+        )
+        x = ((x - mean) / (var + branch.bn.eps).sqrt() * gain + bias).relu()
+    assert torch.allclose(x.flatten(1), found, rtol=1e-4, atol=1e-5)
+    for layers in (("64", "spatial"), ("spatial", "64"), ("spatial", "spatial")):
+        with pytest.raises(UserError, match="spatial"):
+            features.inception(str(weights[0]), "", layers)
+
+
 def test_precision_recall_by_hand():
     """Two clusters: the made images sit in one of them."""
     rng = np.random.default_rng(0)

@@ -79,6 +79,7 @@ IDLE = [
             "table --cfg-interval 0,1 --reference r.npz --count 20",
             "fid --cfg-order both --reference r.npz --count 20",
             "fid --graph --device cpu --reference r.npz --count 20",
+            "search --cfg 2 --grid 1,2,1 --reference r.npz --count 20",
         )
     ),
     *(
@@ -86,6 +87,9 @@ IDLE = [
         for words in ("--inception x", "--inception-sha256 0123456789", "--layers 64,logits")
     ),
     ("statistics", "--config tiny.yaml --extractor digits --out s.npz optim.lr=1", "override optim.lr=1"),
+    ("analyse", "run --only entropy --pairs 7", "--pairs"),
+    ("analyse", "run --only entropy --times 0.5", "--times"),
+    ("analyse", "run --data photos", "--data"),
     ("doctor", "data.path=x", "data.path=x"),
     ("export", "run --out e --trust-pickle", "--trust-pickle"),
     ("pack", "photos packed --quality 80", "--quality"),

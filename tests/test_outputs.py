@@ -13,12 +13,12 @@ from support import TINY, command, command_of
 
 import sample
 import train
-from unite_fast import evaluate, export, report
+from unite_fast import analyse, evaluate, export, report
 from unite_fast.base import outputs
 from unite_fast.base.errors import UserError
 from unite_fast.data import pack
 from unite_fast.data.atoms import __main__ as atoms
-from unite_fast.evaluation import statistics
+from unite_fast.evaluation import small, statistics
 from unite_fast.evaluation.atoms import __main__ as score_atoms
 
 WATER = "3\n\nO 0 0 0\nH 0.76 0.59 0\nH -0.76 0.59 0\n"
@@ -59,6 +59,8 @@ REPORT = (report.main, "run", "--out")
 PACK = (pack.main, "photos", "--size", "8", "--workers", "0")
 ATOMS = (atoms.main, "files", "atoms.xyz", "--out")
 SCORES = (score_atoms.main, "atoms.xyz", "--out")
+ANALYSE = (analyse.main, "run", "--only", "entropy", "--out")
+SMALL = (small.main, "run", "--classifier", "c.safetensors", "--out")
 TRAIN = (train.main, "--config", "tiny.yaml", "data.source=folder", "data.path=photos")
 
 IN_SOURCE = [
@@ -70,6 +72,7 @@ IN_SOURCE = [
     (*REPORT, "run/samples/r.html"), (*REPORT, "run/checkpoints/r.html"),
     (*PACK, "photos"), (*PACK, "photos/packed"),
     (*ATOMS, "atoms.xyz"), (*SCORES, "atoms.xyz"),
+    (*ANALYSE, "run/checkpoints"), (*ANALYSE, "run/checkpoints/a"), (*SMALL, "run/checkpoints/s.json"),
     (*TRAIN, "run_dir=photos"), (*TRAIN, "run_dir=photos/run"),
 ]  # fmt: skip
 FOREIGN = [
@@ -77,17 +80,19 @@ FOREIGN = [
     (*RFID, "tiny.json"), (*STATISTICS, "notes"), (*STATISTICS, "reference.npz"),
     (*EXPORT, "others"), (*EXPORT, "others", "--overwrite"), (*EXPORT, "run"), (*EXPORT, "notes"),
     (*REPORT, "notes"), (*PACK, "others"), (*PACK, "notes"), (*ATOMS, "notes"), (*SCORES, "notes"),
+    (*ANALYSE, "others"), (*ANALYSE, "notes"), (*SMALL, "notes"), (*SMALL, "tiny.json"),
 ]  # fmt: skip
 WRONG_KIND = [
     (*SAMPLE, "others/folder.npz"), (*RECONSTRUCT, "rec.png"), (*RFID, "others"), (*RFID, "others/folder.json"),
     (*SEARCH, "rows.jsonl"), (*STATISTICS, "others"), (*EXPORT, "e.safetensors"), (*REPORT, "others"),
-    (*ATOMS, "others"), (*SCORES, "others"),
+    (*ATOMS, "others"), (*SCORES, "others"), (*ANALYSE, "a.json"), (*SMALL, "others"),
 ]  # fmt: skip
 UNWRITABLE = [
     (*words, f"notes/below/x{suffix}")
     for words, suffix in (
         (SAMPLE, ""), (SAMPLE, ".npz"), (RECONSTRUCT, ""), (RFID, ".json"), (STATISTICS, ".npz"), (EXPORT, ""),
         (REPORT, ".html"), (PACK, ""), (ATOMS, ".safetensors"), (SCORES, ".json"),
+        (ANALYSE, ""), (SMALL, ".json"),
     )
 ]  # fmt: skip
 UNWRITABLE += [(*TRAIN, "run_dir=notes/run")]

@@ -45,6 +45,8 @@ MONITORED = (
     ("rfid", "rFID of held-out images"),
     ("psnr", "PSNR of held-out images, dB"),
     ("lpips", "LPIPS of held-out images"),
+    ("flow", "flow loss of held-out samples at fixed times"),
+    ("cosine", "cosine of their predicted and clean latents"),
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 52, 10, 28, 24
 MOST_POINTS, MOST_PICTURES = 400, 6

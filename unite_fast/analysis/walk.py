@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import data
+from unite_fast.base.errors import Stopped
 from unite_fast.config import DataConfig
 from unite_fast.data import Source
 from unite_fast.data.batch import slots_taken
@@ -64,7 +65,8 @@ class Denoised:
 class Analysis(Protocol):
     """Adds up tiles. ``times``: at which it wants ``add`` to be called; without any, ``begin`` alone is."""
 
-    times: Sequence[float]
+    @property
+    def times(self) -> Sequence[float]: ...
 
     def begin(self, tile: Tile) -> None: ...
 
@@ -141,11 +143,12 @@ def walk(
     t_max: float,
     recipe: str = "fp32",
     report: Callable[[int], None] = lambda done: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Shows the samples at ``places`` to all analyses; afterwards every process can ask for every result.
 
     t_max: ``objective.tokenizer_t_max`` of the training; recipe: as ``precision.autocast`` takes it. What goes wrong on
-    one process is raised on all.
+    one process is raised on all, as is Stopped once ``stopping()`` is true on one.
     """
     times = sorted({t for analysis in analyses for t in analysis.times})
     batches = tiles(source, places, reading, ranks)
@@ -153,6 +156,8 @@ def walk(
 
     def next_tile() -> bool:
         nonlocal done
+        if stopping():
+            raise Stopped("a stop was asked for")
         batch = next(batches, None)
         if batch is None:
             return False

@@ -230,6 +230,10 @@ class EvaluationConfig:
     atoms_epoch: float = option(
         0.0, "epochs between scores of samples and reconstructions of molecules and crystals; 0: none"
     )
+    validation_epoch: float = option(
+        0.0, "epochs between the flow's losses on held-out samples at fixed times, with the PSNR of images; 0: none"
+    )
+    validation_count: int = option(1000, "held-out samples that they are of, at most", above=0)
     scorer: Literal["rdkit", "rdkit_tight"] = option(
         "rdkit", "rule by which bonds of molecules are perceived", of="structures"
     )

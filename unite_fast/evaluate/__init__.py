@@ -8,6 +8,7 @@
     table ...                             the paper's protocols: Heun 50 balanced, dopri5 balanced, dopri5 random;
                                           and, not the paper's, exp3 with 32 steps
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
+    search ... --grid 1,4,0.2             every scale of a grid in its place
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
     atoms --checkpoint ...                samples and reconstructions of molecules and crystals (evaluation.atoms.runs)
 
@@ -32,7 +33,7 @@ from unite_fast import checkpoint, sampling
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
-from unite_fast.evaluate.commands import COMMANDS
+from unite_fast.evaluate.commands import COMMANDS, parse_grid
 from unite_fast.evaluate.context import Context, fill_in
 from unite_fast.evaluation import statistics
 from unite_fast.evaluation.atoms import runs
@@ -81,6 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
             add("--sweep", action="store_true", help="then other intervals and the order cfg_first")
+            add("--grid", metavar="LOW,HIGH,STEP", help="all these scales, in place of the walk from --cfg")
         if name == "fid":
             add("--protocol", metavar="FILE", help="an earlier result: its settings are used, its hashes compared")
         if name != "table":
@@ -96,6 +98,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         and not getattr(arguments, "protocol", None)
     ):
         raise idle("--kid-subset", "without --pairs")
+    if getattr(arguments, "grid", None):
+        parse_grid(arguments.grid)
+        if arguments.cfg is not None:
+            raise idle("--cfg", "with --grid, which names the scales")
     return arguments
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ from unite_fast.base import files, provenance
 from unite_fast.base.errors import UserError, idle
 from unite_fast.evaluate.context import Context, short
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
-from unite_fast.evaluation.features import Extractor
+from unite_fast.evaluation.features import SPATIAL, Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import PLAIN, Options, Settings, score
 from unite_fast.evaluation.results import compare, timeless
 from unite_fast.modality import lpips
 
+MOST_SCALES = 100  # of a grid
 TABLE = (
     ("Heun 50, balanced", {"solver": "heun", "steps": 50, "labels": "equal"}),
     ("dopri5, balanced", {"solver": "dopri5", "steps": 50, "labels": "equal"}),
@@ -87,11 +89,14 @@ def fid_command(context: Context) -> None:
     if earlier is not None:
         compare(protocol, earlier, context.trained)
     path = context.out(protocol, short(settings))
-    result = scorer.score(settings, path)
+    result, name = scorer.score(settings, path), "fid"
+    if scorer.extractor.layers[0] == SPATIAL:
+        name = "sfid"
+        result = {name if k == "fid" else k: v for k, v in result.items()}
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
         if earlier is not None:
-            print(f"earlier: fid {earlier['result']['fid']:.6g}, now {result['fid']:.6g}")
+            print(f"earlier: {name} {earlier['result'][name]:.6g}, now {result[name]:.6g}")
     context.save(path, {"protocol": protocol, "result": result})
 
 
@@ -131,6 +136,17 @@ def table_command(context: Context) -> None:
         gathered.unlink(missing_ok=True)
 
 
+def parse_grid(text: str) -> tuple[float, float, float]:
+    """LOW,HIGH,STEP. Raises UserError."""
+    try:
+        low, high, step = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = step = math.nan
+    if not (0 <= low <= high < math.inf and step > 0 and (high - low) / step < MOST_SCALES):
+        raise UserError(f"--grid {text}: write LOW,HIGH,STEP with 0 <= LOW <= HIGH, as 1,4,0.2; at most {MOST_SCALES}")
+    return low, high, step
+
+
 def search_command(context: Context) -> None:
     scorer, start = Scorer(context), context.settings()
     protocol = scorer.protocol(start)
@@ -145,7 +161,8 @@ def search_command(context: Context) -> None:
         context.ranks,
         environment=protocol["environment"],
     )
-    best = guidance_search.search(scored, start)
+    grid = context.arguments.grid
+    best = guidance_search.grid(scored, start, *parse_grid(grid)) if grid else guidance_search.search(scored, start)
     if context.arguments.sweep:
         best = guidance_search.sweep(scored, best)
     if context.ranks.is_main:

@@ -28,6 +28,8 @@ INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LAYERS = ("2048", "logits_unbiased")
 SHALLOW = ("64", "192", "768", "2048")
+# Of sFID (Nash et al. 2021, arXiv 2103.03841): the first 7 channels of Mixed_6d's 1x1 branch, 17 x 17 places.
+SPATIAL, SPATIAL_CHANNELS, SPATIAL_SIDE = "spatial", 7, 17
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,27 @@ def inception(
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports torchvision: seconds
 
     known = FeatureExtractorInceptionV3.get_provided_features_list()
-    if unknown := [layer for layer in layers if layer not in known]:
-        raise UserError(f"Inception has no layer {unknown[0]}; choose from {', '.join(known)}")
+    if unknown := [layer for n, layer in enumerate(layers) if layer not in known and (n, layer) != (0, SPATIAL)]:
+        raise UserError(f"Inception has no layer {unknown[0]}; choose from {', '.join(known)}, and {SPATIAL} for FID")
     # The class unpickles whatever it is given, so it gets a copy of tensors that were read safely.
     checked = io.BytesIO()
     torch.save(state, checked)
     checked.seek(0)
-    names = list(dict.fromkeys(layers))
+    names = [name for name in dict.fromkeys(layers) if name != SPATIAL]
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", names, feature_extractor_weights_path=checked)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not torch-fidelity's InceptionV3 ({str(error).splitlines()[0]})") from None
     network.to(device)
+    spatial: list[Tensor] = []
+    if SPATIAL in layers:
+        if names == ["64"] or names == ["192"]:
+            raise UserError(
+                f"--layers {','.join(layers)}: the network ends before the {SPATIAL} layer; name a later one"
+            )
+        network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, inputs, output: spatial.append(output[:, :SPATIAL_CHANNELS].flatten(1))
+        )
 
     @torch.no_grad()
     def compute(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +96,12 @@ def inception(
         rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         with torch.autocast(images.device.type, enabled=False):  # scores are float32 whatever drew the images
             found = dict(zip(names, network(rgb), strict=True))
+        if spatial:
+            found[SPATIAL] = spatial.pop()
         return found[layers[0]], found[layers[1]]
 
     sizes = {name: int(name) if name in SHALLOW else 1008 for name in names}
+    sizes[SPATIAL] = SPATIAL_CHANNELS * SPATIAL_SIDE**2
     return Extractor(
         "torch-fidelity inception-v3-compat", digest, layers, (sizes[layers[0]], sizes[layers[1]]), compute
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def search(fid: Callable[[Settings], float], start: Settings) -> Settings:
             break
         best = candidate
     return best
+
+
+def grid(fid: Callable[[Settings], float], start: Settings, low: float, high: float, step: float) -> Settings:
+    """The best of the scales from ``low`` to ``high`` by ``step``, all of them scored (the paper's appendix B)."""
+    count = math.floor((high - low) / step + 1e-6) + 1
+    return min((dataclasses.replace(start, cfg_scale=round(low + k * step, 6)) for k in range(count)), key=fid)
 
 
 def sweep(fid: Callable[[Settings], float], best: Settings) -> Settings:

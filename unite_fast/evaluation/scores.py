@@ -10,9 +10,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from unite_fast import data
+from unite_fast.analysis.trajectory import DEFINITION, Trajectory
+from unite_fast.analysis.walk import chosen, walk
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import digest
 from unite_fast.config import Config, DataConfig, EfficiencyConfig, EvaluationConfig, ModelConfig, SampleConfig
@@ -152,10 +155,34 @@ def _atoms(at: Moment, files: AtomFiles) -> dict[str, Any]:
     return {"protocol": protocol, "result": atoms.flat(results), "tables": results}
 
 
+def _open_validation(reading: DataConfig, model: ModelConfig, *_: Any) -> data.Source:
+    source, split = data.open_heldout(reading, model)
+    if split == "train":
+        raise UserError("evaluation.validation_epoch needs held-out samples; name some with data.heldout_path")
+    return source
+
+
+def _validation(at: Moment, source: data.Source) -> dict[str, Any]:
+    """The flow's losses with the same samples, noise and times at every call, so that they compare over a run."""
+    c, places = at.config, chosen(source, at.config.evaluation.validation_count)
+    found = Trajectory(at.ranks.device, at.model.latent_shape, "pixels" in at.model.modality.analyses)
+    t_max, recipe = c.objective.tokenizer_t_max, c.evaluation.precision
+    walk(at.model, source, places, c.data, [found], at.ranks, t_max, recipe, stopping=at.stopping)
+    seen = found.result()
+    by_time = {f"flow_t{t:g}": loss for t, loss in zip(seen["times"], seen["velocity_loss"], strict=True)}
+    result = {"flow": fmean(by_time.values()), "x0": fmean(seen["x0_loss"]), "cosine": fmean(seen["cosine"])}
+    result |= {"latent_std": seen["latent_std"]} | ({"psnr": seen["psnr_clean"]} if "psnr" in seen else {}) | by_time
+    said = statistics.described(c.data.source, c.model.image_size, "heldout", source, at.ranks.device)
+    return {"protocol": {"definition": DEFINITION, "data": said, "samples": seen["samples"]}, "result": result}
+
+
 OF_IMAGES = ("fid", "is", "rfid", "psnr", "lpips")
 SCORES = {  # in the order in which they are computed
     "sweep": Score("the guidance sweep", "sweep_epoch", _open_images, _sweep, OF_IMAGES, holds="search"),
     "search": Score("the guidance search", "fid_epoch", _open_images, _search, OF_IMAGES),
     "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _reconstructions, OF_IMAGES),
+    "validation": Score(
+        "the losses of held-out samples", "validation_epoch", _open_validation, _validation, ("flow", "psnr", "cosine")
+    ),
     "atoms": Score("the score of samples and reconstructions", "atoms_epoch", _open_atoms, _atoms),
 }

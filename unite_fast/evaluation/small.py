@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     precision.setup(torch.device("cpu"))
     located = checkpoint.locate(a.run)
     model, config = checkpoint.load_model(located, a.weights)
-    if config.model.modality != "images" or not data.has_heldout(config.data, config.model):
+    if "pixels" not in model.modality.analyses or data.open_heldout(config.data, config.model)[1] == "train":
         raise UserError(f"{a.run} has no held-out images to compare with; set data.heldout_path in its training")
     if located.is_file() and a.out is None:
         raise UserError(f"{a.run} lies in no run folder; say with --out FILE where the scores go")

@@ -158,7 +158,12 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--inception", metavar="FILE", default="", help=f"its weights: {features.INCEPTION_FILE}")
     add("--inception-sha256", metavar="HEX", default=features.INCEPTION, help="first digits of that file's sha256")
-    add("--layers", default=",".join(features.LAYERS), metavar="FID,IS", help="its layers (default: %(default)s)")
+    add(
+        "--layers",
+        default=",".join(features.LAYERS),
+        metavar="FID,IS",
+        help="its layers (default: %(default)s); spatial,logits_unbiased: sFID",
+    )
 
 
 def open_extractor(

@@ -182,7 +182,7 @@ class Atoms:
     """
 
     embedder_name, thing, embedding = "atom_embed", "structure", "atom embedding"
-    scores, analyses = ("atoms",), ()
+    scores, analyses = ("validation", "atoms"), ()
     card, assumed = CARD, (MP20, "crystals of MP20")
     embedder = staticmethod(AtomTokens)
     decoder = staticmethod(AtomDecoder)

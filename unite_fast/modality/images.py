@@ -151,7 +151,7 @@ class Images:
     """The modality of images; see ``Modality``."""
 
     embedder_name, thing, embedding = "patch_embed", "image", "patch embedding"
-    scores, analyses = ("search", "sweep", "rfid"), ("probes", "pixels")
+    scores, analyses = ("search", "sweep", "rfid", "validation"), ("probes", "pixels")
     card, assumed = CARD, (IMAGENET, "images of ImageNet-1k")
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)
