@@ -35,9 +35,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="configuration keys and their defaults:\n" + yaml_text.help_text(),
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file; every key is optional, base: another file to begin with"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; every key is optional, base: a file before it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, FLOPs, memory, projected speed and data rate, and stop"

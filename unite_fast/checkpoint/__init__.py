@@ -37,7 +37,7 @@ from unite_fast.checkpoint.find import (
     reads,
     step_of,
     verify,
-)  # fmt: skip
+)
 from unite_fast.checkpoint.shards import Stored
 from unite_fast.config import Config, ModelConfig
 from unite_fast.config.checks import validate

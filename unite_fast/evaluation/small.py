@@ -40,7 +40,7 @@ from unite_fast import checkpoint, data, sampling
 from unite_fast.base import command, files, outputs, provenance
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
-from unite_fast.config import Config, DataConfig, ModelConfig, SampleConfig
+from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.data import Source
 from unite_fast.efficiency import precision
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
     judge = classifier(a.classifier, config.data, config.model)
     how = dataclasses.replace(config.sample, cfg_scale=1.0)
     found = measure(model, config.data, how, judge, config.objective.tokenizer_t_max, a.count)
-    protocol = said(located, a.weights, a.classifier, how, config)
+    protocol = said(located, a.weights, a.classifier, how, config.data.source)
     with files.refusals(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(out, {"protocol": protocol} | found)
@@ -238,14 +238,14 @@ def main(argv: list[str]) -> None:
     print(f"written to {out}")
 
 
-def said(located: Path, weights: str, judge: Path, how: SampleConfig, config: Config) -> dict[str, Any]:
+def said(located: Path, weights: str, judge: Path, how: SampleConfig, source: str) -> dict[str, Any]:
     """What the scores depend on."""
     return {
         "checkpoint": {"sha256": checkpoint.identity(located), "weights": weights},
         "classifier": {"sha256": file_sha256(judge), "epochs": EPOCHS, "rate": RATE, "seed": SEED},
         "pretrained": {"sha256": LITE0, "side": SIDE},
         "sample": to_dict(how) | {"labels": "equal", "first_seed": 0},
-        "data": config.data.source,
+        "data": source,
         "environment": provenance.of(torch.device("cpu"), 1),
     }
 

@@ -1,0 +1,24 @@
+"""Published checkpoints in and out: the official .pt format.
+
+Files are read with ``weights_only=True``: nothing in them is executed. Prefixes that wrappers leave in key names
+(``module.``, ``_orig_mod.``) are removed wherever they stand; tables that are derived from sizes are ignored.
+"""
+
+from unite_fast.interop.training import load_training, save_reference
+from unite_fast.interop.weights import (
+    best_scale,
+    build_filled,
+    check_model,
+    clean_keys,
+    infer_config,
+    load_reference,
+    load_weights,
+    read_official,
+    sidecar,
+    weights_of,
+)
+
+__all__ = [
+    "best_scale", "build_filled", "check_model", "clean_keys", "infer_config", "load_reference", "load_training",
+    "load_weights", "read_official", "save_reference", "sidecar", "weights_of",
+]  # fmt: skip
