@@ -137,10 +137,6 @@ FAULTS = {
     "fault: no such grid": fault(lambda: probe._double_kernel[1, 65536](new(1), new(1), 64)),  # type: ignore[index]
     "fault: a fake that is wrong": fault(lambda: turned(new(2, 3))),
 }
-ADVERSARIAL = (
-    *("objective.flow_steps=0", "objective.adversarial.weight=0.75", "objective.adversarial.penalty=lecam"),
-    "optim.frozen=[encoder, encoder_layer_norm, latent_tokens, patch_embed]",
-)
 SCENARIOS: dict[str, Callable[[OnTheGpu], None]] = {
     "tiny, fp32, eager": train("efficiency.kernels=eager", "train.micro_batch=16", tiny=True),
     "tiny, fp32, fused": train("efficiency.kernels=fused", tiny=True, steps=2),
@@ -160,8 +156,6 @@ SCENARIOS: dict[str, Callable[[OnTheGpu], None]] = {
     "B, fp32, fused": train("efficiency.precision=fp32"),
     "B, fp8": train("efficiency.precision=fp8"),
     "B, fp8_rowwise": train("efficiency.precision=fp8_rowwise"),
-    "B, bf16, fused, adversarial": train(*ADVERSARIAL, steps=2),
-    "B, bf16, fused, adversarial, trained trunk": train(*ADVERSARIAL, "objective.adversarial.trunk=trained"),
     "L, bf16, fused": train("model.encoder.width=1024", "model.encoder.heads=16"),
     "XL, bf16, fused": train("model.encoder.width=1152", "model.encoder.heads=16"),
     "samples, bf16": sample("bf16", "cfg_first"),

@@ -23,10 +23,16 @@ def backward(loss: Tensor, *_: Any, **__: Any) -> None:
 
 
 def grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], **_: Any
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
+    **_: Any,
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad``; None for inputs that nothing depends on."""
-    return tuple(_walk(outputs, grad_outputs, inputs))
+    outputs, inputs = ([x] if isinstance(x, Tensor) else x for x in (outputs, inputs))
+    if grad_outputs is None:
+        grad_outputs = [torch.ones_like(x) for x in outputs]
+    return tuple(_walk(outputs, [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs, inputs))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from stepping import load_tiny, trainer
-from support import command, command_of
+from support import ROOT, command, command_of
 from torch import Tensor
 
 import unite_fast.export
@@ -406,6 +407,25 @@ def test_the_result_is_an_ordinary_checkpoint(base, tuned, tmp_path):
     again = load_reference(tmp_path / "official.pt", in_context_start=1, decoder_heads=2)
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(again.decode(again.tokenize(x)), model.decode(model.tokenize(x)))
+
+
+def test_the_comparison_of_runs(base, tuned, tmp_path, monkeypatch, capsys):
+    """benchmarks/fine_tuned.py: what is equal has a distance of zero; figures, table and picture of two columns."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = importlib.import_module("fine_tuned")
+    for name in ("TRAINED_ON", "HELD_OUT", "SAMPLES"):
+        monkeypatch.setattr(program, name, 80)
+    columns = ["--runs", "before", str(base[1]), str(base[1]), "--runs", "after", str(tuned)]
+    program.main([*columns, "--json", str(tmp_path / "f.json"), "--picture", str(tmp_path / "p.png")])
+    found, lines = json.loads((tmp_path / "f.json").read_text()), capsys.readouterr().out.splitlines()
+    assert found["before"][0] == found["before"][1] != found["after"][0]
+    assert len(lines) == 2 + len(program.ROWS)
+    assert f"{found['after'][0]['psnr']:.4g}" in lines[2]
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    x = torch.rand(60, 8, generator=torch.Generator().manual_seed(0)).double().numpy()
+    same = program.compared(x, x)
+    assert abs(same["fd"]) < 1e-6
+    assert (same["precision"], same["recall"]) == (1, 1)
 
 
 def refused(config: Path, folder: Path, *overrides: str) -> str:

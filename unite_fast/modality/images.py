@@ -105,7 +105,7 @@ class ImageDecoder(ViT):
             self.query_token = nn.Parameter(torch.zeros(config.width))
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weights that make pixels."""
         return self.decoder_pred.weight
 

@@ -15,7 +15,7 @@ Shape letters: B batch, Q channels, S image size, K registers, C latent dim, M p
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from unite_fast.config import AdversarialConfig, ModelConfig
+from unite_fast.model.encoder import GenerativeEncoder
 from unite_fast.model.unite import UNITE
 
 SLOPE = 0.2  # of the leaky ReLU
@@ -55,13 +56,19 @@ class Trunk(nn.Module):
 
     def __init__(self, model: UNITE, depth: int) -> None:
         super().__init__()
+        sizes = model.config
+        shorter = dataclasses.replace(sizes.encoder, depth=depth)
         self.null_class = model.null_class
-        self.latent_tokens = copy.deepcopy(model.latent_tokens)
-        self.embedder = copy.deepcopy(model.embedder)
-        self.encoder = copy.deepcopy(model.encoder)
-        self.encoder.blocks = self.encoder.blocks[:depth]
+        self.latent_tokens = nn.Parameter(torch.empty_like(model.latent_tokens))
+        self.embedder = model.modality.embedder(sizes)
+        tokens = sizes.num_latents + model.modality.context_tokens(sizes)
+        self.encoder = GenerativeEncoder(shorter, sizes.latent_dim, sizes.num_classes, tokens)
         self.encoder.final_layer.requires_grad_(False)  # of what is behind the features
         self.encoder.t_embedder.special_time_emb.requires_grad_(False)
+        with torch.no_grad():
+            self.latent_tokens.copy_(model.latent_tokens)
+            self.embedder.load_state_dict(model.embedder.state_dict())
+            self.encoder.load_state_dict(model.encoder.state_dict(), strict=False)  # which has more blocks
 
 
 class Discriminator(nn.Module):
@@ -81,9 +88,9 @@ class Discriminator(nn.Module):
         sizes: ModelConfig = model.config
         self.after = blocks_read(sizes.encoder.depth, config.blocks)
         device = model.latent_tokens.device
-        self.trunk = Trunk(model, max(self.after)) if config.trunk == "trained" else None
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
+            self.trunk = Trunk(model, max(self.after)) if config.trunk == "trained" else None
             heads = [Head(sizes.encoder.width, config.channels, config.spectral_norm) for _ in self.after]
         self.heads = nn.ModuleList(heads)
         for name, size in {"ratio": (), "anchors": (2,), "anchored": ()}.items():

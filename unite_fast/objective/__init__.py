@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from unite_fast.flow.losses import LOSSES
 from unite_fast.modality import Losses
 from unite_fast.modality.images import ImageLosses
 from unite_fast.modality.lpips import Perceptual
+from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import adversarial
 from unite_fast.objective.adversarial import Adversarial
@@ -73,7 +74,7 @@ class Objective:
     def join(self, modules: Mapping[str, nn.Module]) -> None:
         """Takes the modules of the training state's other parts, by their names."""
         if self.adversarial is not None:
-            self.adversarial.discriminator = modules["discriminator"]
+            self.adversarial.discriminator = cast(Discriminator, modules["discriminator"])
 
     def begin(self, number: int) -> None:
         """Before the first micro-batch of the step ``number``."""

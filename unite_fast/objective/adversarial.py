@@ -24,13 +24,14 @@ Shape letters: B batch, Q channels, S image size, L logits of an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unite_fast.config import AdversarialConfig
+from unite_fast.modality.images import ImageDecoder
 from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import augment
@@ -198,7 +199,7 @@ class Adversarial:
 
     def _last_layer(self, model: UNITE, prediction: Tensor, toward: Tensor, pull: Tensor) -> dict[str, Tensor]:
         """The gradients of both losses at the decoder's last layer, from those at the prediction."""
-        weight = model.decoder.last_layer
+        weight = cast(ImageDecoder, model.decoder).last_layer
         with torch.autocast(prediction.device.type, enabled=False):
             both = [
                 torch.autograd.grad(prediction, weight, at.to(prediction.dtype), retain_graph=True)[0]
