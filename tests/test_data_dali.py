@@ -20,7 +20,7 @@ from unite_fast.data.index import main as index_main
 from unite_fast.data.pack import pack
 from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, transform
 
-pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'unite-fast[dali]'")
+pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install nvidia-dali-cuda130")
 
 MODEL = ModelConfig(image_size=64, num_classes=4)
 

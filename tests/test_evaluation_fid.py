@@ -188,6 +188,13 @@ def test_frechet_of_known_gaussians():
         fid.frechet(a, fid.Statistics(np.zeros(3), np.eye(3), 10))
 
 
+def test_too_few_images_are_said_once(caplog):
+    few, many = (fid.Statistics(np.zeros(3), np.eye(3), count) for count in (3, 4))
+    for _ in range(2):
+        fid.frechet(few, many)
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["3 images are no more than the 3 features"]
+
+
 def test_missing_images_and_nan_are_noticed():
     accumulator = fid.Accumulator(3, (2, 2))
     accumulator.add(torch.tensor([0, 2]), torch.rand(2, 2), torch.rand(2, 2))
@@ -272,7 +279,7 @@ def test_protocol_tells_crops_apart(tmp_path, crop):
     _, protocol = statistics.of_source(config.data, config.model, "heldout", look, ONE)
     library = "simplejpeg-" if crop == "fast" else f"pillow-{PIL.__version__}/"
     assert protocol["data"]["pipeline"].startswith(library)
-    assert protocol["data"]["pipeline"].endswith(f"/{crop}-8")
+    assert protocol["data"]["pipeline"].endswith(f"/{crop}-8/alpha-white")
 
 
 def test_bad_statistics(digits_statistics, tmp_path):

@@ -128,7 +128,7 @@ def test_a_small_parquet_does_not_unfold(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [([0, None], "1 of its 2 rows have no label"), (["a", "b"], "an integer")]
+    ("labels", "words"), [([0, None], "1 of its 2 rows have no label"), ([0.5, 1.0], "classes are integers or texts")]
 )
 def test_labels_of_parquet_that_are_none(tmp_path, labels, words):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -186,9 +186,12 @@ def test_rules_name_keys():
     for beginnings, is_idle, beside in idle.RULES:
         assert all(any(key.startswith(beginning) for key in keys) for beginning in beginnings), beginnings
         assert beside.format(config.Config())
-        assert not all(is_idle(one) for one in (config.Config(), yaml_text.from_dict(
-            {"data": {"source": "digits"}, "model": {"modality": "atoms"}, "train": {"wandb": True},
-             "objective": {"noising": "add", "adversarial": {"weight": 1.0, "penalty": "r1"}}})))  # fmt: skip
+        adversarial = {"weight": 1.0, "penalty": "r1"}
+        others = [yaml_text.from_dict({
+            "data": {"source": source}, "model": {"modality": "atoms"}, "train": {"wandb": True}, "init_from": "x",
+            "objective": {"noising": "add", "adversarial": adversarial},
+        }) for source in ("digits", "parquet")]  # fmt: skip
+        assert not all(is_idle(one) for one in (config.Config(), *others)), beginnings
 
 
 def flat(section: object, path: str = "") -> list[str]:

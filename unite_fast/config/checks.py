@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,12 @@ def validate(config: Config) -> None:
     _check_averages(config.optim)
     if o.adversarial.weight:
         _check_adversarial(o, config.model)
+    _require(
+        config.model.num_classes > 0 or s.cfg_scale == 1,
+        "sample.cfg_scale guides towards a class, which model.num_classes=0 has not; set it to 1",
+    )
+    window = config.train.profile
+    _require(re.fullmatch(r"|\d+-\d+", window) is not None, f"train.profile {window!r}: write two steps, as 10-12")
     low, high = o.noising_t
     _require(low <= high, f"objective.noising_t {[low, high]} must satisfy low <= high")
     low, high = s.cfg_interval
@@ -63,6 +70,10 @@ def validate(config: Config) -> None:
 
 def _check_model(m: ModelConfig) -> None:
     e, d = m.encoder, m.decoder
+    _require(
+        m.num_classes > 0 or MADE_FROM[m.modality] == "images",
+        f"model.num_classes must be above 0 for {m.modality}, got 0",
+    )
     _require(
         m.image_size % m.patch_size == 0,
         f"model.image_size {m.image_size} is not a multiple of model.patch_size {m.patch_size}",

@@ -72,6 +72,10 @@ RULES: tuple[Rule, ...] = (
     ),
     (("optim.muon_", "optim.newton_schulz_"), lambda c: not c.optim.muon, "optim.muon=false"),
     (("train.wandb_",), lambda c: not c.train.wandb, "train.wandb=false"),
+    (("objective.label_dropout", "sample.cfg_"), lambda c: c.model.num_classes == 0, "model.num_classes=0"),
+    (("data.image_column", "data.label_column"), lambda c: not c.data.has_columns, "data.source={0.data.source}"),
+    (("data.alpha",), lambda c: not c.data.decodes, "data.source={0.data.source}"),
+    (("init_strict",), lambda c: not c.init_from, "init_from=''"),
     (("init_from",), lambda c: c.resume not in ("auto", "never"), "resume={0.resume}"),
 )
 

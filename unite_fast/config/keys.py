@@ -18,7 +18,7 @@ from unite_fast.config.option import option
 
 # What models are of; what each is made from, which decides the keys and the sources that go with it.
 MADE_FROM = {"images": "images", "atoms": "structures"}
-ImageSource = Literal["digits", "idx", "folder", "tar", "packed", "dali", "synthetic"]
+ImageSource = Literal["digits", "idx", "folder", "tar", "parquet", "packed", "dali", "synthetic"]
 StructureSource = Literal["qm9", "mp20", "crystals", "structures", "joint"]
 SOURCES: dict[str, tuple[str, ...]] = {"images": get_args(ImageSource), "structures": get_args(StructureSource)}
 OF_IMAGES, OF_STRUCTURES = {"of": "images"}, {"of": "structures"}  # of a section
@@ -75,7 +75,7 @@ class ModelConfig:
     image_size: int = option(256, "pixels, height and width", above=0, most=1 << 16, of="images")
     patch_size: int = option(16, "pixels of a patch, height and width", above=0, of="images")
     channels: int = option(3, "colour channels of the images", above=0, of="images")
-    num_classes: int = option(1000, "classes that labels can name", above=0)
+    num_classes: int = option(1000, "classes that labels can name; 0: images without labels")
     latent_dim: int = option(32, "width of a latent", above=0)
     num_latents: int = option(256, "latent register tokens; of atoms the most that a sample has", above=0)
     time_shift: float | Literal["total", "channels", "tokens"] = option(
@@ -146,6 +146,7 @@ class OptimConfig:
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW's tensors")
     clip: float = option(3.0, "the whole gradient is scaled down to this norm", above=0)
     ema_decay: float = option(0.9978, "decay of the averaged weights (EMA) per step", above=0, below=1)
+    ema_warmup: bool = option(False, "a decay that begins low, so that early averages are no noise; published: false")
     # Each costs 12 bytes of traffic per weight and step, 0.2 % of a step of UNITE-B, and 4 bytes per weight of memory.
     # One that is added when a run resumes starts from the weights of then.
     ema_extra: tuple[float | str, ...] = option(
@@ -166,8 +167,8 @@ class DataConfig:
     source: Literal[ImageSource, StructureSource] = option("folder", "where images, molecules or crystals come from")
     path: str = option(
         "",
-        "folder: one sub-folder per class; tar: of .tar, or train-{000..146}.tar; packed: what data.pack wrote; idx: "
-        "MNIST's four files",
+        "folder: one sub-folder per class; tar, parquet: of such files, or t-{000..146}.tar; packed: what data.pack "
+        "wrote; idx: MNIST's four files",
         path=True,
     )
     heldout_path: str = option(
@@ -182,6 +183,13 @@ class DataConfig:
     on_change: Literal["fail", "accept"] = option(
         "fail", "what other labels or class names than those of the checkpoint do to a run that resumes"
     )
+    image_column: str = option("", "parquet: the column of images; empty: the only one", of="images")
+    label_column: str = option("", "parquet: the column of classes; empty: the only one that can be", of="images")
+    alpha: Literal["white", "black", "refuse"] = option(
+        "white",
+        "what transparent parts of an image are laid on; refuse: such an image is an unreadable one",
+        of="images",
+    )
     on_error: Literal["fail", "skip"] = option(
         "fail",
         "what an unreadable image does; skip: the next image replaces it, up to 0.1 % of them over ranks and starts",
@@ -192,6 +200,16 @@ class DataConfig:
     def reads_files(self) -> bool:
         """Whether the source reads ``path`` or ``heldout_path``."""
         return self.source not in WITHOUT_FILES
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the source may be tables."""
+        return self.source in ("parquet", "dali")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether images are decoded from files that may be transparent."""
+        return self.source in ("folder", "tar", "parquet", "dali")
 
     @property
     def has_workers(self) -> bool:
@@ -227,6 +245,9 @@ class EvaluationConfig:
         0.0, "epochs between searches that also try other intervals and cfg_first; 0: none; published: 120"
     )
     rfid_epoch: float = option(0.0, "epochs between reconstructions of the held-out images; 0: none; published: 40")
+    heldout_epoch: float = option(
+        0.0, "epochs between PSNR, L1 and LPIPS (where it is trained with) of the held-out images; 0: none"
+    )
     atoms_epoch: float = option(
         0.0, "epochs between scores of samples and reconstructions of molecules and crystals; 0: none"
     )
@@ -282,6 +303,7 @@ class TrainConfig:
         "continue", "what an error in pictures or scores does to the run"
     )
     collapse_std: float = option(0.1, "warn when the latents' standard deviation over samples falls below")
+    profile: str = option("", "steps to trace with torch's profiler, as 10-12: trace, table by part, memory")
     tensorboard: bool = option(False, "TensorBoard, beside the files of the run folder")
     wandb: bool = option(False, "Weights & Biases, beside the files of the run folder")
     wandb_project: str = option("unite-fast", "the run's project there")
@@ -334,7 +356,13 @@ class Config:
         "auto, never, must, or a checkpoint's path: the run begins there, later starts go on from its own",
         path=True,
     )
-    init_from: str = option("", "checkpoint from which a new run takes its weights, nothing else", path=True)
+    init_from: str = option(
+        "", "checkpoint, of this model or another, from which a new run takes its weights alone", path=True
+    )
+    init_strict: bool = option(
+        False,
+        "init_from: refuse weights that do not fit as a whole; false: take what fits, adapt classes and positions",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -83,9 +83,22 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {first_line(error)}") from None
 
 
+# What others call our keys.
+ELSEWHERE = {
+    "batch_size": "train.global_batch", "gradient_accumulation_steps": "train.micro_batch",
+    "learning_rate": "optim.lr", "warmup_steps": "optim.warmup_epochs", "grad_clip": "optim.clip",
+    "max_epochs": "train.epochs", "num_epochs": "train.epochs", "save_every": "train.checkpoint_every",
+    "resolution": "model.image_size", "img_size": "model.image_size", "num_workers": "data.workers",
+    "root": "data.path", "data_dir": "data.path", "output_dir": "run_dir", "outdir": "run_dir",
+    "guidance_scale": "sample.cfg_scale", "num_steps": "sample.steps", "mixed_precision": "efficiency.precision",
+}  # fmt: skip
+
+
 def _unknown(key: str, known: list[str], path: str, where: str) -> UserError:
     if gone := GONE.get(path + key):
         return UserError(f"{where}: {path}{key} is no key any more: {gone}")
+    if other := ELSEWHERE.get(key):
+        return UserError(f"{where}: unknown key '{path}{key}'; did you mean '{other}'?")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{path}{close[0]}'?" if close else "known: " + ", ".join(known)
     return UserError(f"{where}: unknown key '{path}{key}'; {hint}")
@@ -176,6 +189,14 @@ def from_dict(values: dict[str, Any], where: str = "config", base: Config | None
     return _merge(base or Config(), values, "", where)
 
 
+def located(name: str | Path) -> Path:
+    """A configuration's file: ``name`` itself, or one that the package brings: ``digits``, ``configs/digits.yaml``."""
+    path, package = Path(name), Path(__file__).resolve().parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"  # of a checkout
+    brought = folder / f"{str(name).removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    return brought if not path.exists() and not path.is_absolute() and brought.is_file() else path
+
+
 def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads ``path`` (YAML), applies ``section.key=value`` overrides in order, and validates. Raises CommonError."""
     try:
@@ -215,7 +236,7 @@ def _from_file(path: Path, option: str = "--config", above: tuple[Path, ...] = (
 
 
 def _load(path: str | Path | None, overrides: typing.Sequence[str]) -> Config:
-    config = Config() if path is None else _from_file(Path(path))
+    config = Config() if path is None else _from_file(located(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -263,7 +284,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return dump(to_dict(config))
+
+
+def dump(values: dict[str, Any]) -> str:
+    """As YAML, in the order that they have."""
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def help_text() -> str:

@@ -76,7 +76,10 @@ def open_source(data: DataConfig, model: ModelConfig, split: str = "train") -> S
         raise UserError(f"data.workers must not be negative, got {data.workers}")
     if data.timeout <= 0:
         raise UserError(f"data.timeout must be positive (seconds), got {data.timeout}")
-    return opener(data.source)(data, model, split)
+    source = opener(data.source)(data, model, split)
+    if model.num_classes == 0:
+        source.forget_labels()
+    return source
 
 
 def open_heldout(data: DataConfig, model: ModelConfig) -> tuple[Source, str]:

@@ -229,7 +229,11 @@ class Dali(Source):
         import nvidia.dali as dali
 
         kind = "mixed" if device.startswith("cuda") else "cpu"
-        return f"dali-{dali.__version__}-{kind}+pillow-{PIL.__version__}/{self.inner.crop}-{self.inner.size}"
+        made = f"{self.inner.crop}-{self.inner.size}/alpha-{self.inner.alpha}"
+        return f"dali-{dali.__version__}-{kind}+pillow-{PIL.__version__}/{made}"
+
+    def remarks(self) -> list[str]:
+        return self.inner.remarks()
 
     def _prepare(self, index: int, draw: Tensor | None) -> Ready:
         self._reading[threading.get_ident()] = index
@@ -357,7 +361,7 @@ def open_dali(data: DataConfig, model: ModelConfig, split: str) -> Dali:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        raise UserError("data.source=dali needs NVIDIA DALI; pip install 'unite-fast[dali]'") from None
+        raise UserError("data.source=dali needs NVIDIA DALI; pip install nvidia-dali-cuda130") from None
     field, root = place(data, split, "an image folder, a folder of tars, or packed jpeg shards")
     if model.channels != 3:
         raise UserError(f"data.source=dali gives RGB images, but model.channels is {model.channels}")

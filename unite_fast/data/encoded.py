@@ -2,8 +2,8 @@
 
 A new kind of container says where the bytes of a sample are (``encoded``) and what to call it (``name``). Decoding,
 the crops, and what becomes of damaged bytes are here, once. Every image becomes what Pillow's ``convert("RGB")``
-makes of it, the same as in the reference pipeline: transparency is dropped, EXIF orientation is not applied. Gray
-beyond 255, of 16 bits, is refused: Pillow would clip it.
+makes of it, the same as in the reference pipeline, save that what is transparent is laid on ``data.alpha``; EXIF
+orientation is not applied. Gray beyond 255, of 16 bits, is refused: Pillow would clip it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from torch import Tensor
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import fast
+from unite_fast.data.alpha import opaque
 from unite_fast.data.source import BadImage, FileSource
 from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, is_mirrored, transform
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # decided by content: a PNG named .jpg is read, anything else is refused
 MAX_ENCODED_BYTES = 128 * 2**20
+LOOKED_AT = 5000  # images of a source, evenly spread, whose headers are read at the start of a run
 
 
 def check_bytes(count: int) -> None:
@@ -49,8 +51,8 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def decode(data: bytes, mode: str = "RGB") -> Image.Image:
-    """The first frame of an encoded image as ``mode`` (RGB, or L: gray made from RGB).
+def decode(data: bytes, mode: str = "RGB", alpha: str = "white") -> Image.Image:
+    """The first frame of an encoded image as ``mode`` (RGB, or L: gray made from RGB). alpha: as in ``data.alpha``.
 
     Raises BadImage for more than MAX_PIXELS (before any pixel is decoded), and whatever Pillow raises.
     """
@@ -59,7 +61,7 @@ def decode(data: bytes, mode: str = "RGB") -> Image.Image:
         with open_image(data) as image:
             if image.mode.startswith("I") and np.asarray(image).max() > 255:
                 raise BadImage("gray of 16 bits, which 8 would clip; save it with 8")
-            rgb = image.convert("RGB")
+            rgb = opaque(image, alpha)
     return rgb if mode == "RGB" else rgb.convert(mode)
 
 
@@ -106,23 +108,48 @@ class EncodedSource(FileSource):
         self.on_error = data.on_error
         self.size, self.crop = model.image_size, data.crop
         self.per_core = 892 if data.crop == "fast" else 358  # random crops cost about what the exact one does
-        self.mode = "RGB" if model.channels == 3 else "L"
+        self.mode, self.alpha = ("RGB" if model.channels == 3 else "L"), data.alpha
         self.lanes = 1 + (RANDOM_CROPS[data.crop][0] if data.crop in RANDOM_CROPS else 0)
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
         """The bytes of sample ``index``. Raises BadImage or OSError."""
 
+    def head(self, index: int) -> bytes:
+        """The first bytes of sample ``index``, or all of them."""
+        return self.encoded(index)
+
+    def remarks(self) -> list[str]:
+        stride = max(1, -(-len(self) // LOOKED_AT))
+        looked = range(0, len(self), stride)
+        found = [index for index in looked if self._has_alpha(index)]
+        if self.alpha == "refuse" and self.on_error == "fail":
+            for index in found:
+                self.load(index)
+        if not found:
+            return []
+        many = f"{len(found):,}" if stride == 1 else f"about {round(len(found) * len(self) / len(looked)):,}"
+        what = "refused where it is transparent" if self.alpha == "refuse" else f"laid on {self.alpha}"
+        return [f"{many} of {len(self):,} images have an alpha channel: {what} (data.alpha)"]
+
+    def _has_alpha(self, index: int) -> bool:
+        if self.name(index).lower().endswith((".jpg", ".jpeg")):
+            return False
+        try:
+            return open_image(self.head(index)).has_transparency_data
+        except Exception:  # whoever reads the image says why it cannot be read
+            return False
+
     def pipeline_id(self, device: str = "cpu") -> str:
         library = fast.versions() if self.crop == "fast" else f"pillow-{PIL.__version__}"
-        return f"{library}/{self.crop}-{self.size}"
+        return f"{library}/{self.crop}-{self.size}/alpha-{self.alpha}"
 
     def read(self, index: int, draw: Tensor | None, seed: int) -> Tensor:
         try:
             data = self.encoded(index)
             if self.crop == "fast":
                 return self._fast(data, is_mirrored(self.flip, draw))
-            return transform(decode(data, self.mode), self.size, self.crop, self.flip, draw)
+            return transform(decode(data, self.mode, self.alpha), self.size, self.crop, self.flip, draw)
         except (MemoryError, UserError):
             raise
         except Exception as error:
@@ -130,7 +157,7 @@ class EncodedSource(FileSource):
 
     def _fast(self, data: bytes, mirrored: bool) -> Tensor:
         image: Image.Image | np.ndarray | None = fast.decode_jpeg(data) if self.mode == "RGB" else None
-        pixels = fast.fast_crop(decode(data, self.mode) if image is None else image, self.size)
+        pixels = fast.fast_crop(decode(data, self.mode, self.alpha) if image is None else image, self.size)
         return (pixels.flip(-1) if mirrored else pixels).contiguous()
 
 

@@ -22,9 +22,7 @@ def require() -> None:
     try:
         import simplejpeg  # noqa: F401
     except ImportError:
-        raise UserError(
-            "data.crop=fast needs simplejpeg; pip install 'unite-fast[fast]', or set data.crop=adm"
-        ) from None
+        raise UserError("data.crop=fast needs simplejpeg; pip install simplejpeg, or set data.crop=adm") from None
 
 
 def versions() -> str:

@@ -19,14 +19,14 @@ from unite_fast.data.listing import images_below, say_left_out
 from unite_fast.data.source import BadImage, NoPath, check_channels, check_classes
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a regular, non-empty file of a size that check_bytes allows. Raises BadImage or OSError."""
+def read_file(path: str, most: int = MAX_ENCODED_BYTES) -> bytes:
+    """The first bytes of a regular, non-empty file of a size that check_bytes allows. Raises BadImage or OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("not a regular file")
     check_bytes(status.st_size)
     with open(path, "rb") as file:
-        return file.read(MAX_ENCODED_BYTES)
+        return file.read(most)
 
 
 class Folder(EncodedSource):
@@ -47,6 +47,9 @@ class Folder(EncodedSource):
     def encoded(self, index: int) -> bytes:
         return read_file(self._paths[index])
 
+    def head(self, index: int) -> bytes:
+        return read_file(self._paths[index], 1 << 16)
+
 
 def _class_names(root: Path, field: str) -> list[str]:
     """Sorted names of the class folders. Raises UserError."""
@@ -58,7 +61,10 @@ def _class_names(root: Path, field: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{field} {root}: {error.strerror}; give a folder with one sub-folder per class") from None
     if loose:
-        raise UserError(f"{field} {root} holds images but no class folders; move each class into a sub-folder")
+        raise UserError(
+            f"{field} {root} holds images but no class folders; move each class into a sub-folder, or train without "
+            "classes by model.num_classes=0"
+        )
     if not entries:
         raise UserError(f"{field} {root} holds no class folders and no images; put one sub-folder per class there")
     composed = Counter(normal(entry) for entry in entries)
@@ -97,6 +103,18 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
     return paths, labels, names
 
 
+def list_unlabelled(root: Path, field: str) -> tuple[list[str], list[int], list[str]]:
+    """Paths of all images below ``root``, a label 0 for each, no class names. Raises UserError."""
+    if not root.is_dir():
+        raise UserError(f"{field} {root}: no such folder; give a folder of images")
+    left_out: Counter[str] = Counter()
+    paths = images_below(root, left_out=left_out)
+    say_left_out(left_out, f"{field} {root}")
+    if not paths:
+        raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in it")
+    return paths, [0] * len(paths), []
+
+
 def place(data: DataConfig, split: str, what: str) -> tuple[str, Path]:
     """The name and the value of the path field of a split. Raises NoPath when it is empty."""
     field, where = ("data.path", data.path) if split == "train" else ("data.heldout_path", data.heldout_path)
@@ -109,6 +127,8 @@ def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
     """The images below data.path (train) or data.heldout_path (heldout). Raises UserError."""
     field, root = place(data, split, "a folder with one sub-folder of images per class")
     check_channels(model.channels, "data.source folder")
+    if model.num_classes == 0:
+        return Folder(root, *list_unlabelled(root, field), data, model)
     names = _class_names(root, field)
     hint = " (did you mean its 'train' sub-folder?)" if "train" in names else ""
     check_classes(len(names), model.num_classes, f"{field} {root}{hint}")

@@ -12,8 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
+from unite_fast.base import progress
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.data.listing import files_of
@@ -23,10 +22,12 @@ from unite_fast.data.tar import COMMAND, write_index
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the indexes of tars in WebDataset's layout.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".tar files, or folders of them")
-    tars = [tar for path in parser.parse_args(argv).paths for tar in files_of(path, ".tar")]
+    parser.add_argument("--unlabelled", action="store_true", help="images without .cls, for model.num_classes=0")
+    arguments = parser.parse_args(argv)
+    tars = [tar for path in arguments.paths for tar in files_of(path, ".tar")]
     if not tars:
         raise UserError("no .tar files there")
-    images = sum(len(write_index(tar).labels) for tar in tqdm(tars, unit="tar"))
+    images = sum(len(write_index(tar, not arguments.unlabelled).labels) for tar in progress.bar(tars, unit="tar"))
     print(f"{images:,} images in {len(tars)} tars")
     return 0
 

@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
@@ -239,18 +240,20 @@ def load_batches(
                 yield Request(request.indices[part], request.positions[part], request.augment)
 
     progress = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
-    loader: DataLoader[Chunk] = DataLoader(
-        _Chunks(source, seed, progress),
-        batch_size=None,
-        sampler=chunks(),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else DataLoader would advance the global one
-        timeout=timeout if workers else 0,
-        worker_init_fn=_StartWorker(progress) if workers else None,
-        prefetch_factor=2 if workers else None,
-    )
+    with warnings.catch_warnings():  # of more workers than cores, in four lines; the doctor says it in one
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Chunk] = DataLoader(
+            _Chunks(source, seed, progress),
+            batch_size=None,
+            sampler=chunks(),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else DataLoader would advance the global one
+            timeout=timeout if workers else 0,
+            worker_init_fn=_StartWorker(progress) if workers else None,
+            prefetch_factor=2 if workers else None,
+        )
     iterator = iter(loader)
     watched = workers > 0 and _deaths.watch()
     count = 0

@@ -1,6 +1,7 @@
 """Packs images into shards, cropped once by the ADM center crop (packed.py says what the files are).
 
     python -m unite_fast.data.pack SOURCE DEST [--size 256] [--format uint8|jpeg|png] [--workers N] [--stats]
+                                   [--unlabelled] [--alpha white|black|refuse] [--label-column NAME]
     python -m unite_fast.data.pack verify DEST
 
 SOURCE is an image folder, a folder of tars (with indexes) or of Parquet files, or one such file. The training crop is
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unite_fast.base import files, outputs
+from unite_fast.base import files, outputs, progress
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError, idle
 from unite_fast.base.files import file_sha256
 from unite_fast.base.parent import end_with_parent
-from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.config import DataConfig, ModelConfig, choices
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.loader import skip_limit
@@ -149,7 +150,7 @@ def _work(number: int) -> None:
 
 def _bar(plan: Plan, finished: list[int]) -> tqdm:
     initial = sum(len(plan.samples_of(number)) for number in finished)
-    return tqdm(total=plan.samples, initial=initial, unit="image", desc="packing", smoothing=0.05)
+    return progress.bar(total=plan.samples, initial=initial, unit="image", desc="packing", smoothing=0.05)
 
 
 def _in_processes(
@@ -259,10 +260,19 @@ def pack(
     per_shard: int = 2048,
     on_error: str = "fail",
     stats: bool = False,
+    reading: DataConfig | None = None,
+    labelled: bool = True,
 ) -> None:
-    """Packs SOURCE into DEST; ``workers=0`` packs in this process. Raises UserError and WorkerError."""
-    data = DataConfig(path=str(source_path), crop="adm", flip=False)
-    source = open_container(source_path, "SOURCE", data, ModelConfig(image_size=size))
+    """Packs SOURCE into DEST; ``workers=0`` packs in this process. Raises UserError and WorkerError.
+
+    reading: what becomes of transparency, and which columns of Parquet files are read.
+    """
+    data = replace(reading or DataConfig(), path=str(source_path), crop="adm", flip=False)
+    source = open_container(source_path, "SOURCE", data, ModelConfig(image_size=size, num_classes=int(labelled)))
+    if not labelled:
+        source.forget_labels()
+    for line in source.remarks():
+        print(line, file=sys.stderr)
     plan = make_plan(source, source_path, size, format, quality, per_shard, on_error)
     if not (dest / "index.json").is_file():
         finished, skipped = prepare(dest, source_path, plan), {}
@@ -319,13 +329,21 @@ def main(argv: list[str]) -> int:
         "--on-error", choices=("fail", "skip"), default="fail", help="skip: leave unreadable images out"
     )
     parser.add_argument("--stats", action="store_true", help="also write stats.tsv, the input list of FID statistics")
+    parser.add_argument("--unlabelled", action="store_true", help="leave labels out, for model.num_classes=0")
+    parser.add_argument(
+        "--alpha", choices=choices(DataConfig, "alpha"), default="white", help="what transparent parts are laid on"
+    )
+    parser.add_argument("--image-column", default="", metavar="NAME", help="of Parquet files, where it cannot be told")
+    parser.add_argument("--label-column", default="", metavar="NAME", help="of Parquet files, where it cannot be told")
     a = parser.parse_args(argv)
     if a.size < 1 or a.per_shard < 1 or a.workers < 0 or not 1 <= a.quality <= 100:
         raise UserError("--size and --per-shard must be positive, --workers not negative, --quality from 1 to 100")
     if a.quality != 95 and a.format != "jpeg":
         raise idle("--quality", f"with --format {a.format}")
     started = time.monotonic()
-    pack(a.source, a.dest, a.size, a.format, a.workers, a.quality, a.per_shard, a.on_error, a.stats)
+    reading = DataConfig(alpha=a.alpha, image_column=a.image_column, label_column=a.label_column)
+    options = (a.workers, a.quality, a.per_shard, a.on_error, a.stats, reading, not a.unlabelled)
+    pack(a.source, a.dest, a.size, a.format, *options)
     print(f"{a.dest} is complete ({time.monotonic() - started:.0f} s); use data.source=packed data.path={a.dest}")
     return 0
 

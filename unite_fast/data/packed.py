@@ -84,10 +84,13 @@ def read_index(root: Path, field: str) -> Index:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        why = "packing has not finished" if (root / ".parts").is_dir() else "no such file"
-        raise UserError(
-            f"{field} {root}: index.json: {why}; write it with python -m unite_fast.data.pack SOURCE {root}"
-        ) from None
+        if (root / ".parts").is_dir():
+            how = f"packing has not finished; go on with python -m unite_fast.data.pack SOURCE {root}"
+        elif root.exists():  # perhaps what is to be packed
+            how = f"no such file; pack what is there with python -m unite_fast.data.pack {root} {root}-packed"
+        else:
+            how = f"no such folder; write it with python -m unite_fast.data.pack SOURCE {root}"
+        raise UserError(f"{field} {root}: index.json: {how}") from None
     except OSError as error:
         raise UserError(f"{field} {root}: {error.strerror}") from None
     except ValueError:
@@ -136,7 +139,7 @@ def read_labels(root: Path, index: Index) -> Tensor:
     """int64 (n,). Raises UserError."""
     count = sum(shard.count for shard in index.shards)
     labels = torch.from_numpy(_array(root, "labels.npy", index.labels_sha256, "int32", (count,)).astype(np.int64))
-    if count and (labels.min() < 0 or labels.max() >= len(index.class_names)):
+    if count and (labels.min() < 0 or labels.max() >= max(1, len(index.class_names))):
         raise _bad(root / "labels.npy", f"a label outside the {len(index.class_names)} classes")
     return labels
 

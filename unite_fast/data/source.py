@@ -47,9 +47,11 @@ class WorkerError(RunError):
 
 
 def check_classes(found: int, expected: int, where: str) -> None:
-    """Raises UserError when a source's class count differs from model.num_classes."""
-    if found != expected:
-        raise UserError(f"{where} has {found} classes but model.num_classes is {expected}; make them equal")
+    """Raises UserError when a source's class count differs from model.num_classes. 0 of these takes any source."""
+    if expected and found != expected:
+        raise UserError(
+            f"{where} has {found} classes but model.num_classes is {expected}; set model.num_classes={found}"
+        )
 
 
 def numbered(largest: int, where: str) -> list[str]:
@@ -115,6 +117,14 @@ class Source(ABC):
     def names_sha256(self) -> str:
         """Of the images' names in order, below the folder that holds them; empty where they have none of their own."""
         return ""
+
+    def remarks(self) -> list[str]:
+        """What to know of these images before they are trained on, a line each. Raises UserError."""
+        return []
+
+    def forget_labels(self) -> None:
+        """Makes unlabelled samples of labelled ones (``model.num_classes=0``)."""
+        self.labels, self.class_names = torch.zeros_like(self.labels), []
 
     def uniforms(self, seed: int, positions: Tensor) -> Tensor:
         """The random numbers of samples at ``positions`` (B,) int64: float32 (B, lanes) in [0, 1), on the CPU."""

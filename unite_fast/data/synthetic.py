@@ -22,7 +22,7 @@ class Synthetic(ResidentSource):
     """uint8 images; labels are i % num_classes."""
 
     def __init__(self, count: int, first: int, shape: tuple[int, int, int], num_classes: int, flip: bool) -> None:
-        super().__init__(torch.arange(count) % num_classes, [f"class {i}" for i in range(num_classes)], flip)
+        super().__init__(torch.arange(count) % max(1, num_classes), [f"class {i}" for i in range(num_classes)], flip)
         self.first = first  # number of the pool's first picture: the two splits differ
         self.shape = shape
         self._pools: dict[tuple[int, torch.device], Tensor] = {}

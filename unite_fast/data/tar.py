@@ -41,6 +41,7 @@ VERSION = 2
 COMMAND = "python -m unite_fast.data.index"
 OPEN_FILES = 64  # descriptors kept per process
 MAX_LABEL_BYTES = 2**20
+UNLABELLED = -1  # the label of every image in an index without labels
 log = logging.getLogger("unite_fast.data")
 
 
@@ -76,8 +77,11 @@ def _label(kind: str, text: bytes) -> int | None:
     return label if type(label) is int and 0 <= label < 2**31 else None
 
 
-def scan(tar: Path) -> TarIndex:
-    """Reads the headers and the labels of a tar. Raises UserError when it is truncated, compressed or has no labels."""
+def scan(tar: Path, labelled: bool = True) -> TarIndex:
+    """Reads the headers and the labels of a tar; without ``labelled`` each label is UNLABELLED.
+
+    Raises UserError when it is truncated, compressed or has no labels.
+    """
     images: OrderedDict[str, tuple[int, int, str]] = OrderedDict()
     labels: dict[str, int] = {}
     try:
@@ -109,19 +113,24 @@ def scan(tar: Path) -> TarIndex:
         raise UserError(f"{tar}: not a complete, uncompressed tar ({error})") from None
     except OSError as error:
         raise UserError(f"{tar}: {error.strerror or error}") from None
+    if not labelled:
+        labels = dict.fromkeys(images, UNLABELLED)
     if missing := [images[key][2] for key in images if key not in labels]:
-        raise UserError(f"{tar}: {len(missing)} of {len(images)} images have no label (.cls), first {missing[0]!r}")
+        raise UserError(
+            f"{tar}: {len(missing)} of {len(images)} images have no label (.cls), first {missing[0]!r}; "
+            f"write an index without labels with {COMMAND} --unlabelled"
+        )
     extents = np.array([entry[:2] for entry in images.values()], dtype=np.int64).reshape(-1, 2)
     return TarIndex(extents, np.array([labels[key] for key in images], dtype=np.int64), [e[2] for e in images.values()])
 
 
-def write_index(tar: Path) -> TarIndex:
+def write_index(tar: Path, labelled: bool = True) -> TarIndex:
     """Scans a tar and writes its index. Raises UserError."""
     try:
         status = tar.stat()  # before the scan: what is written meanwhile is noticed later
     except OSError as error:
         raise UserError(f"{tar}: {error.strerror}") from None
-    index = scan(tar)
+    index = scan(tar, labelled)
     target = index_path(tar)
     names = np.frombuffer("\0".join(index.names).encode("utf-8", "surrogateescape"), dtype=np.uint8)
     with files.refusals(str(target)), files.replacing(target) as file:
@@ -152,10 +161,10 @@ def read_index(tar: Path, field: str) -> TarIndex:
         raise UserError(f"{path}: not an index of version {VERSION}; {again}")
     status = tar.stat()
     actual = status.st_size
-    if actual != size or (n and (extents.min() < 0 or extents.sum(1).max() > actual or labels.min() < 0)):
+    if actual != size or (n and (extents.min() < 0 or extents.sum(1).max() > actual or labels.min() < UNLABELLED)):
         raise UserError(f"{tar} has {actual} bytes, but had {size} when its index was written: truncated? else {again}")
     index = TarIndex(extents, labels, members)
-    if status.st_mtime_ns != modified and not _same(index, scan(tar)):
+    if status.st_mtime_ns != modified and not _same(index, scan(tar, n == 0 or labels.min() > UNLABELLED)):
         raise UserError(f"{tar} holds other images or labels than when its index was written: {again}")
     return index
 
@@ -176,11 +185,15 @@ def class_names(tars: list[Path], largest: int) -> list[str]:
     return names
 
 
-def list_tars(tars: list[Path], field: str) -> tuple[list[Path], list[TarIndex], list[str]]:
-    """The tars, their indexes and the class names. Raises UserError."""
+def list_tars(tars: list[Path], field: str, labelled: bool) -> tuple[list[Path], list[TarIndex], list[str]]:
+    """The tars, their indexes and the class names, none where not ``labelled``. Raises UserError."""
     indexes = [read_index(tar, field) for tar in tars]
     if not sum(len(index.labels) for index in indexes):
         raise UserError(f"{field} {tars[0].parent}: no images in its {len(tars)} tars")
+    if not labelled:
+        return tars, indexes, []
+    if bare := [tar for tar, i in zip(tars, indexes, strict=True) if len(i.labels) and i.labels.min() == UNLABELLED]:
+        raise UserError(f"{field} {bare[0]}: its index is one without labels; set model.num_classes=0")
     return tars, indexes, class_names(tars, max(int(i.labels.max()) for i in indexes if len(i.labels)))
 
 
@@ -244,6 +257,6 @@ def open_tar(data: DataConfig, model: ModelConfig, split: str) -> Tar:
     tars = files_of(root, ".tar")
     if not tars:
         raise UserError(f"{field} {root}: " + ("no .tar files there" if root.exists() else "no such file or folder"))
-    source = Tar(*list_tars(tars, field), data, model)
+    source = Tar(*list_tars(tars, field, model.num_classes > 0), data, model)
     check_classes(source.num_classes, model.num_classes, f"{field} {root}")
     return source

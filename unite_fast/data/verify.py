@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
-from unite_fast.base import files
+from unite_fast.base import files, progress
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig
@@ -40,14 +39,14 @@ def verify(dest: Path) -> str:
     _open(dest, index)  # sizes, labels, extents
     wrong = []
     total = sum(shard.bytes for shard in index.shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing") as bar:
+    with progress.bar(total=total, unit="B", unit_scale=True, desc="hashing") as bar:
         for number, shard in enumerate(index.shards):
             if file_sha256(dest / shard_name(number)) != shard.sha256:
                 wrong.append(f"{shard_name(number)}: its sha256 is not the one in index.json")
             bar.update(shard.bytes)
     count = sum(shard.count for shard in index.shards)
     if index.format != "uint8":
-        for name, image in tqdm(images_of(dest, index), total=count, unit="image", desc="decoding"):
+        for name, image in progress.bar(images_of(dest, index), total=count, unit="image", desc="decoding"):
             if isinstance(image, str):
                 wrong.append(f"{name}: {image}")
     if wrong:
@@ -67,7 +66,7 @@ def write_stats(dest: Path, source: EncodedSource, source_path: Path) -> None:
     left_out = {name for name, _ in index.skipped}
     names = (name for i in range(len(source)) if (name := source.name(i)) not in left_out)
     labels = _open(dest, index).labels.tolist()
-    images = tqdm(images_of(dest, index), total=len(labels), unit="image", desc="listing")
+    images = progress.bar(images_of(dest, index), total=len(labels), unit="image", desc="listing")
     with files.refusals(str(dest)), files.replacing(dest / "stats.tsv") as file:
         file.write(b"number\tclass\tsha256\tname\n")
         for number, (label, name, (where, image)) in enumerate(zip(labels, names, images, strict=True)):

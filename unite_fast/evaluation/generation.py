@@ -67,11 +67,12 @@ class Settings(SampleConfig):
             raise UserError(f"--labels {self.labels}: equal or random")
         if self.count < 2:
             raise UserError(f"--count {self.count}: at least 2 images")
-        below = self.count // model.num_classes * model.num_classes
+        classes = max(1, model.num_classes)
+        below = self.count // classes * classes
         if self.labels == "equal" and self.count != below:
-            near = " or ".join(str(n) for n in (below, below + model.num_classes) if n)
+            near = " or ".join(str(n) for n in (below, below + classes) if n)
             raise UserError(
-                f"--count {self.count} does not divide over {model.num_classes} classes; nearest that do: {near} "
+                f"--count {self.count} does not divide over {classes} classes; nearest that do: {near} "
                 "(or --labels random)"
             )
 
@@ -121,7 +122,7 @@ class Options:
     """What a score does not depend on."""
 
     progress: Path | None = None  # beside it lie the sums of interrupted scoring
-    report: Callable[[str], None] = lambda line: None
+    report: Callable[[int], object] = lambda images: None  # how many were made since the last call
     stopping: Callable[[], bool] = lambda: False  # asked before each tile; true on one process stops all
     replays: Replays | None = None  # see ``sampling.sample``
 
@@ -186,7 +187,7 @@ def score(
         work.add_(work.new_tensor([counts[name] for name in ("solutions", "evaluations", "passes")]))
         done += 1
         file.save(accumulator, done)
-        options.report(f"{done} of {len(tiles)} tiles")
+        options.report(min(sampling.TILE * ranks.world_size, settings.count))
         return True
 
     try:

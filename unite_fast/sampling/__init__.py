@@ -164,7 +164,7 @@ def sample_tiles(
     result: list[Any] = [None] * len(seeds)
     for tile, wanted in members.items():
         own = range(tile * TILE, (tile + 1) * TILE)
-        classes = [labels[wanted[s]] if s in wanted else s % model.config.num_classes for s in own]
+        classes = [labels[wanted[s]] if s in wanted else s % max(1, model.config.num_classes) for s in own]
         images = sample(model, torch.tensor(classes), how, seeds=own, **options)
         for seed, place in wanted.items():
             result[place] = tree_map(operator.itemgetter(seed % TILE), images)

@@ -46,11 +46,7 @@ def extra(what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         name = (error.name or "a package").split(".")[0]
-        how = (
-            "pip install openbabel-wheel, which is under the GPL"
-            if name == "openbabel"
-            else "pip install 'unite-fast[atoms]'"
-        )
+        how = "pip install " + ("openbabel-wheel, which is under the GPL" if name == "openbabel" else name)
         raise UserError(f"{what} needs {name}, which is not installed; {how}") from None
 
 
