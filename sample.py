@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
-from unite_fast.sampling.generate import Request, parse_interval, parse_labels, parse_seeds
+from unite_fast.sampling.generate import Request, named, parse_interval, parse_labels, parse_seeds
 from unite_fast.sampling.makers import maker_of
+from unite_kernels import backend
 
 SEEDS, LABELS = "0-49", "equal"
 OF_SAMPLES = (
@@ -32,7 +34,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", required=True, metavar="PATH", help="folder, grid.png, .npz, .tar; of atoms .sdf, .xyz, .extxyz")
     add("--overwrite", action="store_true", help="replace images made with another checkpoint or other options")
     add("--seeds", help=f"one image each: 0-49999, or 1,5,8-11 (default: {SEEDS})")
-    add("--labels", help=f"equal, random, or a list of classes such as 3,7 used in turn (default: {LABELS})")
+    add("--labels", help=f"equal, random, none, or a list of classes such as 3,7 or dog,cat used in turn "
+        f"(default: {LABELS})")  # fmt: skip
     add("--cfg", type=float, metavar="W", help="guidance scale; 1 is none (default: the run's; of an official .pt the "
         "best that its training found)")  # fmt: skip
     add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's; of an official "
@@ -43,22 +46,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--last", choices=choices(SampleConfig, "last"), help="what is decoded: the solver's last state, or the "
         "latents that the network predicts from it (default: the run's)")  # fmt: skip
     add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
-    add(
-        "--precision",
-        choices=choices(EvaluationConfig, "precision"),
-        default="fp32",
-        help="of the network; the ODE state is fp32",
-    )
-    add(
-        "--kernels",
-        choices=choices(EfficiencyConfig, "kernels"),
-        default="fused",
-        help="of the network (default: fused)",
-    )
+    add("--precision", choices=choices(EvaluationConfig, "precision"), default="fp32", help="of the network; the ODE "
+        "state is fp32")  # fmt: skip
+    add("--kernels", choices=choices(EfficiencyConfig, "kernels"), help="of the network (default: fused where they "
+        "run)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile of the network's blocks; changes rounding")
     add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
     add("--device", choices=choices(Config, "device"), default="auto")
-    add("--reconstruct", metavar="PATH", help="instead of sampling: a folder of images, a file or folder of structures")
+    add("--reconstruct", metavar="PATH", help="instead of sampling: an image or a folder of them, or of structures")
     add("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.batch < 1:
@@ -68,8 +63,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int) -> Request:
-    """What to generate, from options and, where they are silent, from ``run``, the run's ``sample`` section."""
+def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int, names: Sequence[str] = ()) -> Request:
+    """What to generate, from options and, where they are silent, from ``run``, the run's ``sample`` section.
+
+    names: of the classes.
+    """
     asked = {
         "solver": arguments.solver, "steps": arguments.steps, "cfg_scale": arguments.cfg,
         "cfg_interval": None if arguments.cfg_interval is None else parse_interval(arguments.cfg_interval),
@@ -79,12 +77,19 @@ def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int) 
     sampling.check(how)
     if how.cfg_scale == 1 and (arguments.cfg_interval or arguments.cfg_order):
         raise idle("--cfg-interval" if arguments.cfg_interval else "--cfg-order", "without guidance, which --cfg gives")
+    unguided = "of a model without classes" if num_classes == 0 else "with --labels none"
+    if how.cfg_scale != 1 and (num_classes == 0 or arguments.labels == "none"):
+        if arguments.cfg is not None:
+            raise idle("--cfg", unguided)
+        how = dataclasses.replace(how, cfg_scale=1.0)
     seeds = parse_seeds(arguments.seeds or SEEDS)
     return Request(
         seeds=seeds,
-        labels=parse_labels(arguments.labels or LABELS, seeds, num_classes),
+        labels=parse_labels(arguments.labels or LABELS, seeds, num_classes, names),
         how=how,
         batch=arguments.batch,
+        null=num_classes,
+        class_names=names,
     )
 
 
@@ -106,24 +111,28 @@ def main(argv: list[str]) -> int:
     located = checkpoint.locate(arguments.checkpoint)
     model, config = checkpoint.load_model(located, arguments.weights)
     maker, classes = maker_of(model.modality), config.model.num_classes
-    wanted = None if arguments.reconstruct else request(arguments, config.sample, classes)
+    names = checkpoint.class_names(located)
+    wanted = None if arguments.reconstruct else request(arguments, config.sample, classes, names)
     ranks = distributed.start(arguments.device)
     try:
         if ranks.is_main:
             print(describe(located, arguments, wanted and wanted.how))
+            if wanted and arguments.labels and names:
+                print(named(wanted.labels, names))
         ranks.decide(lambda: maker.check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
         precision.setup(ranks.device)
         model.to(ranks.device)
-        model.use_kernels(arguments.kernels)
+        kernels = arguments.kernels or backend.best(ranks.device)
+        model.use_kernels(kernels)
         replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):
             compiled = "compiled" if arguments.compile else "as written"
-            network = f"{arguments.weights} {arguments.precision} {arguments.kernels} {compiled}"
+            network = f"{arguments.weights} {arguments.precision} {kernels} {compiled}"
             identity = f"{checkpoint.identity(located)} {network}"
             out, batch = arguments.out, arguments.batch
             if wanted is None:
                 t_max = config.objective.tokenizer_t_max
-                said = maker.reconstruct(model, arguments.reconstruct, out, batch, ranks, t_max, identity)
+                said = maker.reconstruct(model, arguments.reconstruct, out, batch, ranks, t_max, identity, config.data)
             else:
                 if arguments.compile:
                     sampling.compile_blocks(model)

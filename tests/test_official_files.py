@@ -51,6 +51,26 @@ def test_the_older_format_of_torch_loads(official, tmp_path):
     assert all(torch.equal(new[name], old[name]) for name in new)
 
 
+def test_a_saved_model_is_the_same_when_it_is_loaded(official, tmp_path):
+    """Heads, the block of the class tokens, the time shift: what shapes do not tell stands in the file."""
+    values = parse_yaml(TINY, "tiny")
+    values["model"] |= {"time_shift": 0.3}
+    values["model"]["decoder"] |= {"width": 128, "heads": 8}
+    model = build(from_dict(values).model).eval()
+    save_reference(tmp_path / "a.pt", model)
+    loaded = load_reference(tmp_path / "a.pt")
+    assert loaded.config == model.config
+    z = torch.randn(2, *model.latent_shape)
+    assert torch.equal(loaded.decode(z), model.decode(z))
+    content = torch.load(tmp_path / "a.pt")
+    del content["unite_fast_model"]
+    torch.save(content, tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"heads cannot be told from its width 128; pass decoder_heads=.*b.json"):
+        load_reference(tmp_path / "b.pt", in_context_start=1)
+    (tmp_path / "b.json").write_text('{"decoder": {"heads": 8}}')
+    assert load_reference(tmp_path / "b.pt", in_context_start=1).config.decoder.heads == 8
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

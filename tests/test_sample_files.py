@@ -101,9 +101,9 @@ def test_archives(trained, tmp_path):
     make(trained, tmp_path / "s.png", "--seeds", "5-9")
     expected = pixels(tmp_path / "f")
     with np.load(tmp_path / "s.npz") as content:
-        assert content["images"].shape == (5, 8, 8, 1)
+        assert content["arr_0"].shape == (5, 8, 8, 1)
         assert content["labels"].tolist() == [5, 6, 7, 8, 9]
-        assert all((a[..., 0] == b).all() for a, b in zip(content["images"], expected.values(), strict=True))
+        assert all((a[..., 0] == b).all() for a, b in zip(content["arr_0"], expected.values(), strict=True))
     with tarfile.open(tmp_path / "s.tar") as tar:
         assert tar.getnames() == list(expected)
         for name in tar.getnames():

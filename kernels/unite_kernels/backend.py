@@ -91,6 +91,11 @@ def obstacle(backend: str, device: torch.device, update: bool = False) -> str:
     return extension.obstacle(device.type) if compiled else ""
 
 
+def best(device: torch.device) -> str:
+    """ "fused" where that can run, else "eager"."""
+    return "eager" if obstacle("fused", device) else "fused"
+
+
 def has_tiles() -> bool:
     """Whether this CPU has units for products in bfloat16 (AMX), several times as fast as those in float32."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

@@ -20,13 +20,14 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from unite_fast import interop
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import posthoc, shards
 from unite_fast.checkpoint.compare import changed_settings, check_parts, check_same_model
+from unite_fast.checkpoint.facts import class_names, facts, saved_images
 from unite_fast.checkpoint.find import (
     EXPORTED,
     TENSORS,
@@ -51,9 +52,9 @@ from unite_fast.training.guards import first_nonfinite
 from unite_fast.training.state import STEPS, TrainState, prefix, tensors_of
 
 __all__ = [
-    "EXPORTED", "changes", "check_same_model", "counters_of", "described", "found_scale", "identity", "load_model",
-    "load_weights", "locate", "newest", "newest_first", "official_config", "read", "reads", "recorded_step", "resume",
-    "saved_config", "saved_images", "step_in", "step_of", "stored", "verify",
+    "EXPORTED", "changes", "check_same_model", "class_names", "counters_of", "described", "facts", "found_scale",
+    "identity", "load_model", "load_weights", "locate", "newest", "newest_first", "official_config", "read", "reads",
+    "recorded_step", "resume", "saved_config", "saved_images", "step_in", "step_of", "stored", "verify",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -78,8 +79,7 @@ def recorded_step(located: Path) -> int | None:
     if located.is_dir():
         return step_of(located)
     if located.suffix == ".safetensors":
-        with safe_open(located, "pt") as file:
-            step = (file.metadata() or {}).get("step", "")
+        step = facts(located).get("step", "")
         return int(step) if step.isdecimal() else None
     return step_in(interop.read_official(located))
 
@@ -120,15 +120,6 @@ def stored(path: Path) -> dict[str, Stored]:
 def read(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """Those tensors of a checkpoint folder, or all, whole on the CPU. Raises UserError."""
     return shards.read(stored(path), names)
-
-
-def saved_images(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder keeps of the images that the run saw (``Source.identity``); empty in older ones."""
-    try:
-        found = json.loads((path / "state.json").read_text()).get("data")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
 
 
 def _saved_config(path: Path) -> dict[str, Any]:
@@ -279,8 +270,7 @@ def resume(path: Path, state: TrainState, global_batch: int) -> dict[str, float]
 def _exported(path: Path, weights: str) -> tuple[dict[str, Tensor], Config]:
     """What ``load_weights`` returns, of a file that ``export`` wrote. Raises UserError."""
     found = shards.index([path])
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    metadata = facts(path)
     try:
         values, held = json.loads(metadata["config"]), metadata["weights"]
     except (KeyError, ValueError, RecursionError):

@@ -13,10 +13,11 @@ from unite_fast.training.state import STEPS, prefix
 
 # Keys, or their beginnings, whose change does not change what the steps of a run compute.
 QUIET = (
-    "name", "run_dir", "resume", "init_from", "device", "sample.", "evaluation.", "comm.", "data.workers",
+    "name", "run_dir", "resume", "init_", "device", "sample.", "evaluation.", "comm.", "data.workers",
     "data.timeout", "data.heldout_path", "data.on_change", "objective.perceptual_trunk", "train.max_",
     "train.log_every", "train.image_every", "train.checkpoint_every", "train.keep_", "train.replica_check_every",
     "train.on_", "train.collapse_std", "train.tensorboard", "train.wandb",
+    "train.profile",
 )  # fmt: skip
 
 

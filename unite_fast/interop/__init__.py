@@ -6,11 +6,13 @@ Files are read with ``weights_only=True``: nothing in them is executed. Prefixes
 
 from unite_fast.interop.training import load_training, save_reference
 from unite_fast.interop.weights import (
+    OPTIONAL,
     best_scale,
     build_filled,
     check_model,
     clean_keys,
     infer_config,
+    known_of,
     load_reference,
     load_weights,
     read_official,
@@ -19,6 +21,6 @@ from unite_fast.interop.weights import (
 )
 
 __all__ = [
-    "best_scale", "build_filled", "check_model", "clean_keys", "infer_config", "load_reference", "load_training",
-    "load_weights", "read_official", "save_reference", "sidecar", "weights_of",
+    "OPTIONAL", "best_scale", "build_filled", "check_model", "clean_keys", "infer_config", "known_of",
+    "load_reference", "load_training", "load_weights", "read_official", "save_reference", "sidecar", "weights_of",
 ]  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.interop.weights import OPTIONAL, check_weights, clean_keys, copy_weights
+from unite_fast.config.yaml_text import to_dict
+from unite_fast.interop.weights import OPTIONAL, UNTOLD, UNTOLD_KEYS, check_weights, clean_keys, copy_weights
 from unite_fast.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
@@ -83,7 +84,8 @@ def save_reference(
     best_cfg_scale: float = 1.0,
     ema: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the official format (whole or not at all). ``ema`` defaults to the optimizer's, else weights."""
+    """Writes the official format (whole or not at all), and in it what shapes do not tell of the model, so that
+    ``load_reference`` gives the same one. ``ema`` defaults to the optimizer's, else weights."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()} | derived_tables(model)
     averaged = ema or (optimizer.ema if optimizer else {})
     content: dict[str, Any] = {
@@ -96,11 +98,18 @@ def save_reference(
         "scheduler": {},
         "optimizer_muon": {},
         "scheduler_muon": {},
+        UNTOLD: {key: _value_of(to_dict(model.config), key) for key in UNTOLD_KEYS},
     }
     if optimizer is not None:
         content["optimizer"], content["optimizer_muon"] = _official_optimizers(model, optimizer, lr)
     with files.replacing(Path(path)) as file:
         torch.save(content, file)
+
+
+def _value_of(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
 
 
 def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple[dict[str, Any], dict[str, Any]]:

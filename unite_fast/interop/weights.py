@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config import DECODER_SIZES, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.config.checks import validate_model
 from unite_fast.config.yaml_text import from_dict, to_dict
 from unite_fast.model.unite import UNITE
@@ -26,6 +26,8 @@ DERIVED = re.compile(
 )
 OPTIONAL = re.compile(r"\.special_time_emb$|^patch_embed\.position_embeddings$")
 MOST_TABLES = 1 << 30  # bytes of what a model has beside its weights; 75 MB at 2048 x 2048 pixels
+UNTOLD = "unite_fast_model"  # our entry in an official file: what shapes do not tell
+UNTOLD_KEYS = ("encoder.in_context_start", "encoder.rope", "decoder.heads", "time_shift", "patch_positions")
 ALIASES = {"hidden_size": "width", "num_heads": "heads"}
 
 
@@ -115,8 +117,9 @@ def infer_config(
 ) -> ModelConfig:
     """The ModelConfig whose parameters have the shapes of ``state`` (cleaned keys).
 
-    What shapes do not tell keeps the published value unless overridden: the block at which class tokens enter, the
-    decoder's heads (one per 64 of width), the time shift.
+    What shapes do not tell keeps the published value unless overridden: the block at which class tokens enter, rotary
+    positions, the time shift, and the decoder's heads, one per 64 of the published widths. Raises UserError for a
+    decoder of another width whose heads nobody told.
     """
     depth = {
         part: 1 + max((int(m.group(1)) for k in state if (m := re.match(rf"{part}\.(\d+)\.", k))), default=-1)
@@ -159,6 +162,15 @@ def infer_config(
         raise UserError(f"{where} is not a UNITE model: {error} is missing or has an unknown shape") from None
     for key, value in (overrides or {}).items():
         config = _override(config, key, value)
+    given = dict(overrides or {})
+    within = given.pop("decoder", None)
+    named = [*given, *(f"decoder.{key}" for key in within)] if isinstance(within, dict) else [*given]
+    told = any(re.fullmatch(r"decoder[._](num_)?heads", key) for key in named)
+    if not told and decoder_width not in {size.width for size in DECODER_SIZES.values()}:
+        raise UserError(
+            f"{where}: the decoder's heads cannot be told from its width {decoder_width}; pass decoder_heads=..., or "
+            f'write {{"decoder": {{"heads": N}}}} into {Path(where).with_suffix(".json")}'
+        )
     config = from_dict({"model": to_dict(config)}, where).model  # a file's values may be of any type
     if config.encoder.in_context_start >= config.encoder.depth:
         raise UserError(f"{where}: set in_context_start=... below the encoder's depth {config.encoder.depth}")
@@ -256,11 +268,19 @@ def load_reference(path: str | Path, weights: str = "ema", **overrides: Any) -> 
 
     weights: "ema", "model" or another average in the file. overrides: ModelConfig fields that shapes do not tell, as
     ``in_context_start=2``, ``decoder_heads=3`` or ``decoder={"heads": 3}``; a JSON file of the same stem beside the
-    checkpoint is read for "encoder" and "decoder" sections first. Raises UserError.
+    checkpoint is read for "encoder" and "decoder" sections first, and what ``save_reference`` wrote before that. Raises
+    UserError.
     """
-    state = clean_keys(weights_of(read_official(path), weights, str(path)))
-    config = infer_config(state, {**sidecar(Path(path)), **overrides}, str(path))
-    return build_filled(config, state, str(path))
+    content = read_official(path)
+    state = clean_keys(weights_of(content, weights, str(path)))
+    return build_filled(infer_config(state, known_of(content, Path(path)) | overrides, str(path)), state, str(path))
+
+
+def known_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its model beside shapes: ``save_reference``'s own entry, then the JSON beside it."""
+    own = content.get(UNTOLD)
+    said = {key: own[key] for key in UNTOLD_KEYS if key in own} if isinstance(own, dict) else {}
+    return said | sidecar(path)
 
 
 def sidecar(path: Path) -> dict[str, Any]:

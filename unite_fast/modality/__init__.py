@@ -21,6 +21,7 @@ from unite_fast.data.batch import Batch
 from unite_fast.layers.vit import ViT
 from unite_fast.modality.atoms import Atoms
 from unite_fast.modality.images import Images
+from unite_fast.modality.pictures import Words
 
 Content = Tensor | Mapping[str, Tensor]  # a batch's content, or the one tensor that says it all
 
@@ -49,6 +50,7 @@ class Modality(Protocol):
     embedding: str  # what the embedder makes, in words
     scores: tuple[str, ...]  # those of ``evaluation.scores`` that are of it
     analyses: tuple[str, ...]  # what of ``analyse`` not every modality has: "probes" of classes, "pixels" compared
+    shared_pipeline: bool  # whether an export has a pipeline of diffusers
     card: str  # an export's README, to be formatted (``export``)
     assumed: tuple[int, str]  # samples of an epoch, and what they are, for plans of a run whose data are not there yet
 
@@ -131,8 +133,12 @@ class Modality(Protocol):
         """Finished predictions one by one, on the host: images as tensors, molecules and crystals as ``Structure``."""
         ...
 
-    def show(self, path: Path, rows: list[Any]) -> None:
-        """Draws rows of finished predictions into a file."""
+    def show(self, path: Path, rows: list[Any], words: Words) -> None:
+        """Draws rows of finished predictions into a file, with words around them."""
+        ...
+
+    def likeness(self, content: Mapping[str, Tensor], made: Any) -> str:
+        """How near a finished reconstruction is to a content, in a word or two for its row; empty: not said."""
         ...
 
 

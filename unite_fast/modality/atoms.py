@@ -28,6 +28,7 @@ from unite_fast.data.batch import Batch, slots_taken
 from unite_fast.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_fast.layers.vit import ViT
 from unite_fast.modality import molecule_pictures
+from unite_fast.modality.pictures import Words
 from unite_kernels import philox
 
 SIZE_STREAM = 1 << 18  # of the numbers of atoms of samples
@@ -38,7 +39,7 @@ MP20 = 27_136  # crystals of MP20's training set
 CARD = """\
 ---
 library_name: unite-fast
-tags: [flow-matching, molecule-generation]
+{license}tags: [flow-matching, molecule-generation]
 ---
 # {name}
 
@@ -46,7 +47,7 @@ A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)) of atoms: o
 or crystals and generates them. {parameters:,} parameters, up to {latents} atoms, a latent of width {width} per atom,
 {classes} data sets. {weights}{step}, written by unite-fast {version}{commit}.
 
-{sampling}No score is claimed here. A score means something only together with its protocol: the rule by which bonds are
+{sampling}{scores}A score means something only together with its protocol: the rule by which bonds are
 perceived and its version, the held-out structures by hash, number of samples, solver, steps, guidance, weights (EMA or
 raw), seeds, and the commit.
 """
@@ -183,7 +184,7 @@ class Atoms:
 
     embedder_name, thing, embedding = "atom_embed", "structure", "atom embedding"
     scores, analyses = ("validation", "atoms"), ()
-    card, assumed = CARD, (MP20, "crystals of MP20")
+    shared_pipeline, card, assumed = False, CARD, (MP20, "crystals of MP20")
     embedder = staticmethod(AtomTokens)
     decoder = staticmethod(AtomDecoder)
 
@@ -298,5 +299,8 @@ class Atoms:
             )
         return found
 
-    def show(self, path: Path, rows: list[Any]) -> None:
-        molecule_pictures.save_grid(path, [self.items(row) for row in rows])
+    def show(self, path: Path, rows: list[Any], words: Words) -> None:
+        molecule_pictures.save_grid(path, [self.items(row) for row in rows], words=words)
+
+    def likeness(self, content: Mapping[str, Tensor], made: Any) -> str:
+        return ""

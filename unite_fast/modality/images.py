@@ -20,12 +20,13 @@ from unite_fast.layers import Linear, adamw_parameter, sincos_2d
 from unite_fast.layers.vit import ViT
 from unite_fast.modality import pictures
 from unite_fast.modality.lpips import Perceptual, load_perceptual, perceptual_flops, pixel_loss
+from unite_fast.modality.pictures import Words
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's training set
 CARD = """\
 ---
 library_name: unite-fast
-tags: [image-tokenizer, flow-matching, image-generation]
+{license}tags: [image-tokenizer, flow-matching, image-generation]
 ---
 # {name}
 
@@ -33,7 +34,15 @@ A UNITE model ([arXiv 2603.22283](https://arxiv.org/abs/2603.22283)): one transf
 generates them. {parameters:,} parameters, images of {size}x{size}, {classes} classes, {latents} latents of width
 {width}. {weights}{step}, written by unite-fast {version}{commit}.
 
-{sampling}No FID is claimed here. A score means something only together with its protocol: Inception weights and
+```python
+from unite_fast import load
+
+model = load("{name}")                # this folder
+images = model.sample({example})      # PIL images
+latents = model.encode("photo.jpg")   # and back: model.decode(latents)
+```
+
+{named}{picture}{sampling}{scores}A score means something only together with its protocol: Inception weights and
 reference statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw),
 dtype, rounding to 8 bits, seeds, and the commit.
 """
@@ -151,8 +160,8 @@ class Images:
     """The modality of images; see ``Modality``."""
 
     embedder_name, thing, embedding = "patch_embed", "image", "patch embedding"
-    scores, analyses = ("search", "sweep", "rfid", "validation"), ("probes", "pixels")
-    card, assumed = CARD, (IMAGENET, "images of ImageNet-1k")
+    scores, analyses = ("search", "sweep", "rfid", "heldout", "validation"), ("probes", "pixels")
+    shared_pipeline, card, assumed = True, CARD, (IMAGENET, "images of ImageNet-1k")
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)
 
@@ -184,7 +193,9 @@ class Images:
         return "objective.perceptual_trunk is not given: LPIPS is counted all the same" if needed else ""
 
     def epoch(self, model: ModelConfig, samples: int) -> tuple[int, str]:
-        return (IMAGENET, "ImageNet epoch") if model.image_size >= 64 else (0, "")
+        if model.image_size < 64:
+            return 0, ""
+        return (samples, f"epoch of {samples:,}") if samples not in (0, IMAGENET) else (IMAGENET, "ImageNet epoch")
 
     def embedding_flops(self, model: ModelConfig) -> float:
         return 2 * 2 * self.context_tokens(model) * model.patch_size**2 * model.channels * model.encoder.width
@@ -203,7 +214,7 @@ class Images:
     def example(self, model: ModelConfig, batch: int, device: torch.device | str = "cpu") -> Batch:
         images = torch.empty(batch, model.channels, model.image_size, model.image_size, device=device)
         samples = torch.arange(batch, device=device)
-        return Batch({"images": images}, samples % model.num_classes, samples)
+        return Batch({"images": images}, samples % max(1, model.num_classes), samples)
 
     def draw_sizes(self, model: Any, seeds: Tensor, labels: Tensor) -> None:
         return None
@@ -217,5 +228,8 @@ class Images:
     def items(self, finished: Tensor) -> list[Tensor]:
         return list(finished.cpu())
 
-    def show(self, path: Path, rows: list[Tensor]) -> None:
-        pictures.save_grid(path, rows)
+    def show(self, path: Path, rows: list[Tensor], words: Words) -> None:
+        pictures.save_labelled(path, rows, words)
+
+    def likeness(self, content: Mapping[str, Tensor], made: Tensor) -> str:
+        return f"{float(psnr(content['images'], made).mean()):.1f} dB"

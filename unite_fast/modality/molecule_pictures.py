@@ -67,10 +67,10 @@ def draw(structure: Structure, side: int = SIDE) -> np.ndarray:
     return np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
 
 
-def save_grid(path: Path, rows: list[list[Structure]], side: int = SIDE) -> None:
-    """Rows of structures as one PNG."""
+def save_grid(path: Path, rows: list[list[Structure]], side: int = SIDE, words: pictures.Words | None = None) -> None:
+    """Rows of structures as one PNG, with ``words`` around them."""
     drawn = [
         torch.stack([torch.from_numpy(draw(one, side).copy()).permute(2, 0, 1).float() / 255 for one in row])
         for row in rows
     ]
-    pictures.save_grid(path, drawn)
+    pictures.save_labelled(path, drawn, words or pictures.Words())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 from unite_fast import checkpoint, interop
 from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import transfer
 from unite_fast.config import AdversarialConfig, Config, OptimConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.efficiency.execution import Execution
@@ -30,23 +33,43 @@ def resolve(config: Config, ranks: Ranks) -> Execution:
     return Execution.resolve(e, t, attentions(m), ranks, needed)
 
 
+def begin_from(path: str, model: UNITE, strict: bool, class_names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Fills a new model from a checkpoint; lines on what was taken, and what to keep of where it came from.
+
+    strict: all or none. Raises UserError.
+    """
+    located = checkpoint.locate(path)
+    weights, saved = checkpoint.load_weights(located, "ema")
+    kept = checkpoint.described(path, "ema", "" if saved is None else saved.name)
+    if not strict:
+        origin = transfer.Origin(path, saved and saved.model, checkpoint.class_names(located))
+        return transfer.take(model, weights, origin, class_names), kept
+    if saved is not None:
+        checkpoint.check_same_model(to_dict(saved), model.config, path)
+    interop.load_weights(model, weights, path)
+    return [f"init_from {path}: took all weights"], kept
+
+
 def fresh_state(
-    config: Config, ranks: Ranks, model: UNITE | None = None, execution: Execution | None = None
+    config: Config,
+    ranks: Ranks,
+    model: UNITE | None = None,
+    execution: Execution | None = None,
+    class_names: Sequence[str] = (),
 ) -> TrainState:
     """A new model (the same on every rank) with its optimizer, on the device; weights from ``init_from`` if given.
 
     model: taken instead of a new one; on the meta device the state takes no memory. execution: instead of what
-    ``config`` says.
+    ``config`` says. class_names: of the training set, by which the weights of classes are taken over.
     """
     execution = execution or resolve(config, ranks)
     model = model or build(config.model, config.seed, ranks.device)
     origin = {}
     if config.init_from:
-        weights, saved = checkpoint.load_weights(config.init_from, "ema")
-        origin = checkpoint.described(config.init_from, "ema", "" if saved is None else saved.name)
-        if saved is not None:
-            checkpoint.check_same_model(to_dict(saved), config.model, config.init_from)
-        interop.load_weights(model, weights, config.init_from)
+        fine_tunes = config.objective.adversarial.weight > 0  # its frozen parts have to be those of a trained model
+        lines, origin = begin_from(config.init_from, model, config.init_strict or fine_tunes, class_names)
+        if ranks.is_main:
+            print(*lines, sep="\n")
     opponent = None
     if config.objective.adversarial.weight:
         opponent = Discriminator(model, config.objective.adversarial, config.seed)

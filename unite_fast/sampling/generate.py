@@ -8,6 +8,7 @@ is refused, or replaced if that is asked for.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import io
 import itertools
@@ -17,7 +18,7 @@ import shutil
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ from unite_kernels import philox
 
 LABEL_STREAM = 1 << 17
 MAX_SEEDS = 10_000_000
-GRID_COLUMNS = 10
 PROTOCOL, LOCK = "protocol.json", ".lock"
 FILES = (".png", ".npz", ".tar")
 
@@ -51,6 +51,8 @@ class Request:
     labels: list[int]
     how: SampleConfig
     batch: int
+    null: int = -1  # the label of what has no class
+    class_names: Sequence[str] = ()
 
     def protocol(self, identity: str) -> dict[str, object]:
         """What an image depends on besides its own seed and label."""
@@ -102,21 +104,60 @@ def parse_interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def parse_labels(text: str, seeds: list[int], num_classes: int) -> list[int]:
-    """One class per seed. "equal": seed modulo classes; "random": a function of the seed; else a list used in turn."""
+def parse_labels(text: str, seeds: list[int], num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """One class per seed. "equal": seed modulo classes; "random": a function of the seed; "none": the null class, whose
+    samples are those of no class; else a list of numbers or of ``names`` used in turn. Raises UserError."""
+    if num_classes == 0 and text not in ("equal", "random", "none"):
+        raise UserError(f"--labels {text}: this model has no classes; leave it out")
+    if num_classes == 0 or text == "none":
+        return [num_classes] * len(seeds)
     if text == "equal":
         return [seed % num_classes for seed in seeds]
     if text == "random":
         u = philox.uniform(0, LABEL_STREAM, torch.tensor(seeds))
         return (u * num_classes).long().clamp(max=num_classes - 1).tolist()
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--labels {text}: write equal, random, or classes such as 3,7") from None
-    wrong = [c for c in classes if not 0 <= c < num_classes]
-    if wrong:
-        raise UserError(f"--labels {text}: class {wrong[0]} does not exist; this model has 0 to {num_classes - 1}")
+    classes = classes_of(text, num_classes, names)
     return [classes[i % len(classes)] for i in range(len(seeds))]
+
+
+def classes_of(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """ "dog,3,cat" -> [1, 3, 0]: names of classes, which may hold commas, and numbers that are no class's name.
+
+    Raises UserError.
+    """
+    numbers = {name.casefold(): i for i, name in reversed(list(enumerate(names)))}
+    numbers |= {name: i for i, name in reversed(list(enumerate(names)))}
+    words, at, found = text.split(","), 0, []
+    while at < len(words):
+        for end in range(len(words), at, -1):
+            word = ",".join(words[at:end]).strip()
+            number = numbers.get(word, numbers.get(word.casefold()))
+            if number is None and word.isdecimal() and int(word) < num_classes:
+                number = int(word)
+            if number is not None:
+                found.append(number)
+                at = end
+                break
+        else:
+            raise _no_class(text, words[at].strip(), num_classes, names)
+    return found
+
+
+def named(labels: Sequence[int], names: Sequence[str], most: int = 20) -> str:
+    """Which classes occur, in words: the first ``most`` of them."""
+    chosen = sorted({label for label in labels if label < len(names)})
+    said = ", ".join(f"{i} {names[i]}" for i in chosen[:most]) or "none"
+    return f"classes {said}" + (f" and {len(chosen) - most} more" if len(chosen) > most else "")
+
+
+def _no_class(text: str, word: str, num_classes: int, names: Sequence[str]) -> UserError:
+    if word.lstrip("-").isdecimal():
+        return UserError(f"--labels {text}: class {word} does not exist; this model has 0 to {num_classes - 1}")
+    if not names:
+        return UserError(f"--labels {text}: write equal, random, none, or classes such as 3,7")
+    close = difflib.get_close_matches(word, names, 3, 0.5) or list(names[:8])
+    more = ", ..." if len(close) < len(names) else ""
+    return UserError(f"--labels {text}: there is no class {word!r}; there are {', '.join(close)}{more}")
 
 
 def _parts(out: str) -> Path:
@@ -130,8 +171,8 @@ def _parts(out: str) -> Path:
     return path
 
 
-def _name(seed: int, label: int) -> str:
-    return f"{seed:07d}_class{label}.png"
+def _name(seed: int, label: int, null: int) -> str:
+    return f"{seed:07d}.png" if label == null else f"{seed:07d}_class{label}.png"
 
 
 def _carried(path: Path) -> dict[str, object] | None:
@@ -173,7 +214,7 @@ def is_there(request: Request, out: str, identity: str, overwrite: bool) -> bool
     file = folder / PROTOCOL
     if overwrite and file.is_file() and _carried(folder) != request.protocol(identity):
         with files.refusals(f"--overwrite {folder}"):
-            for image in folder.glob("[0-9]*_class[0-9]*.png"):
+            for image in folder.glob("[0-9]*.png"):
                 image.unlink()
             files.write_json(file, request.protocol(identity))
     return False
@@ -277,7 +318,7 @@ def generate(
     tiles = sorted({seed // sampling.TILE for seed in request.seeds})[ranks.rank :: ranks.world_size]
     own = set(tiles)
     pairs = [(s, y) for s, y in pairs if s // sampling.TILE in own]
-    missing = [(s, y) for s, y in pairs if not _is_whole(folder / _name(s, y))]
+    missing = [(s, y) for s, y in pairs if not _is_whole(folder / _name(s, y, request.null))]
     started = time.perf_counter()
     counts: dict[str, int] = {}
     for chunk in chunks(missing, request.batch):
@@ -293,7 +334,7 @@ def generate(
         if not all(finite):
             raise UserError(f"the model gives an image that is not finite (seed {chunk[finite.index(False)][0]})")
         for (seed, label), image in zip(chunk, pictures.to_uint8(images), strict=True):
-            pictures.save_png(folder / _name(seed, label), image)
+            pictures.save_png(folder / _name(seed, label, request.null), image)
     seconds = time.perf_counter() - started
     rate = speed(model, len(missing), counts, seconds, ranks.world_size) if missing else "nothing was missing"
     return f"made {len(missing)} of {len(pairs)} ({rate})" if ranks.world_size == 1 else rate
@@ -336,15 +377,29 @@ def made_once(
         return f"{made}; {what} in {out}"
 
 
+def _save_grid(path: Path, images: Tensor, request: Request, protocol: str) -> None:
+    """With class names above the columns where each column is of one class."""
+    names, labels = request.class_names, request.labels
+    width = pictures.columns(len(set(labels)), near=10)
+    in_turn = all(label == labels[i % width] for i, label in enumerate(labels))
+    above = (
+        [names[label] if label < len(names) else "no class" for label in labels[:width]] if names and in_turn else []
+    )
+    title = "" if request.how.cfg_scale == 1 else f"guidance {request.how.cfg_scale:g}"
+    pictures.save_labelled(path, list(images.split(width)), pictures.Words(title, above), {"protocol": protocol})
+
+
 def merge(request: Request, out: str, identity: str) -> None:
-    """Turns OUT.parts into the grid, npz (uint8 "images" (n, S, S, Q), "labels", "seeds") or tar that OUT names.
+    """Turns OUT.parts into the grid, the npz or the tar that OUT names.
+
+    An npz holds uint8 "arr_0" (n, S, S, Q), as ADM's evaluator reads it, "labels" and "seeds".
 
     Each holds its protocol as JSON: the grid in the PNG's text, the npz in "protocol", the tar in its header's comment.
     """
     folder, path = _parts(out), Path(out)
     if folder == path:
         return
-    names = [_name(s, y) for s, y in zip(request.seeds, request.labels, strict=True)]
+    names = [_name(s, y, request.null) for s, y in zip(request.seeds, request.labels, strict=True)]
     protocol = json.dumps(request.whole(identity))
     if path.suffix == ".tar":
         with (
@@ -362,8 +417,7 @@ def merge(request: Request, out: str, identity: str) -> None:
             with files.replacing(path) as file:
                 labels, seeds = np.array(request.labels), np.array(request.seeds)
                 pixels = images.permute(0, 2, 3, 1).numpy()
-                np.savez(file, images=pixels, labels=labels, seeds=seeds, protocol=np.array(protocol))
+                np.savez(file, arr_0=pixels, labels=labels, seeds=seeds, protocol=np.array(protocol))
         else:
-            rows = list((images.float() / 255).split(GRID_COLUMNS))
-            pictures.save_grid(path, rows, text={"protocol": protocol})
+            _save_grid(path, images.float() / 255, request, protocol)
     shutil.rmtree(folder)

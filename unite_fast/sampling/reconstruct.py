@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from unite_fast.base.errors import UserError
-from unite_fast.data.encoded import decode
+from unite_fast.config import DataConfig
+from unite_fast.data.encoded import decode, explain
 from unite_fast.data.folder import read_file
 from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
@@ -36,24 +37,32 @@ def reconstruct(
     labels, sizes: int64 (B,), where the modality has use for them.
     """
     places = places.to(model.latent_tokens.device)
-    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places, model.latent_shape, t_max)
-    prediction = model.decode(model.tokenize(content, noise, t, sizes), sizes)
+    prediction = model.decode(tokens(model, content, places, t_max, sizes), sizes)
     return model.modality.finished(model, prediction, torch.zeros_like(places) if labels is None else labels, sizes)
+
+
+def tokens(model: UNITE, content: Content, places: Tensor, t_max: float, sizes: Tensor | None = None) -> Tensor:
+    """Normalised latents (B, K, C) of a content; places, t_max, sizes: as of ``reconstruct``."""
+    places = places.to(model.latent_tokens.device)
+    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, places, model.latent_shape, t_max)
+    return model.tokenize(content, noise, t, sizes)
 
 
 @torch.no_grad()
 def reconstruct_folder(
-    model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float, identity: str
+    model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float, identity: str, reading: DataConfig
 ) -> str:
-    """Writes OUT/<name>.png (original | reconstruction) for every image of a folder; returns a line with the mean PSNR.
+    """Writes OUT/<name>.png (original | reconstruction) for an image or all of a folder; a line with the mean PSNR.
 
     identity: of the weights and how they compute, which OUT keeps; that of another network is refused. Images are
-    center-cropped as in training. Raises UserError for a missing or empty folder and unreadable images.
+    center-cropped, and transparency is laid on ``reading.alpha``, as in training. Raises UserError for a place that is
+    missing or empty, and for unreadable images.
     """
     root = Path(source)
-    if not root.is_dir():
-        raise UserError(f"--reconstruct {source}: no such folder")
-    files = [Path(path) for path in images_below(root)]
+    if not root.exists():
+        raise UserError(f"--reconstruct {source}: no such file or folder")
+    files = [root] if root.is_file() else [Path(path) for path in images_below(root)]
+    root = root.parent if root.is_file() else root
     if not files:
         raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
     folder = Path(out)
@@ -68,9 +77,9 @@ def reconstruct_folder(
         tensors = []
         for path in chunk:
             try:
-                image = decode(read_file(str(path)), mode)
+                image = decode(read_file(str(path)), mode, reading.alpha)
             except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
-                raise UserError(f"cannot read {path}: {error}; mend or remove it") from None
+                raise UserError(f"cannot read {path}: {explain(error)}; mend or remove it") from None
             tensors.append(transform(image, model.config.image_size, "adm", False, None))
         images = torch.stack(tensors).to(ranks.device).float() / 255
         places = torch.arange(len(files))[ranks.rank :: ranks.world_size][begin : begin + batch]

@@ -20,6 +20,7 @@ from torch import Tensor
 from unite_fast import sampling
 from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
+from unite_fast.config import DataConfig
 from unite_fast.data.atoms import Structures, pack, writers
 from unite_fast.data.atoms import files as readers
 from unite_fast.data.atoms.checks import admit
@@ -173,9 +174,11 @@ def labels_of(model: UNITE, structures: Structures) -> Tensor:
 
 @torch.no_grad()
 def reconstruct_files(
-    model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float, identity: str
+    model: UNITE, source: str, out: str, batch: int, ranks: Ranks, t_max: float, identity: str, reading: DataConfig
 ) -> str:
     """Writes what the model makes of the structures of a file or folder, in their order; returns a line.
+
+    reading: not looked at; of images.
 
     Raises UserError.
     """
