@@ -25,7 +25,7 @@ LAYERS = (
     {"analysis"},
     {"evaluation"},
     {"run"},
-    {"analyse", "evaluate", "export", "report", "sweep", "weights"},
+    {"analyse", "evaluate", "export", "library", "report", "sweep", "weights"},
     {"doctor"},
     {"__main__"},
 )
@@ -59,6 +59,11 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def at_its_top(path: Path) -> list[ast.stmt]:
+    """Imports that run when the module is imported; a type checker's alone are none."""
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def layer(part: str) -> int:
     return next(i for i, parts in enumerate(LAYERS) if part in parts)
 
@@ -67,7 +72,7 @@ def layer(part: str) -> int:
 def test_imports_point_down(path):
     own = path.relative_to(ROOT / "unite_fast").with_suffix("").parts[0]
     if own == "__init__":
-        assert not imports(path)
+        assert not at_its_top(path)
         return
     for name in imports(path):
         parts = name.split(".")
