@@ -21,7 +21,7 @@ from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
 from unite_fast.parallel.tensors import local
 from unite_fast.plan import cost
-from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, options, start, stats, summary
+from unite_fast.run import agreement, assemble, dry_run, grids, health, monitor, options, profile, start, stats, summary
 from unite_fast.run.session import Session
 from unite_fast.training.means import Means
 from unite_fast.training.state import TrainState
@@ -93,20 +93,21 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     split = config.batch_split(t, ranks.world_size)
     execution.check_device(settings.efficiency, t, o, ranks.device)
     resumes = ranks.decide(lambda: start.goes_on(settings.resume, settings.folder))
-    state = assemble.fresh_state(dataclasses.replace(settings, init_from="") if resumes else settings, ranks)
+    begun = dataclasses.replace(settings, init_from="") if resumes else settings
+    state = assemble.fresh_state(begun, ranks, class_names=source.class_names)
     state.model.modality.prepare(state.model, source)
-    if ranks.is_main:
-        print(summary.describe(o, settings.optim, t, state, ranks, split, len(source), inputs.flops, source.lengths))
+    about = summary.describe(o, settings.optim, t, state, ranks, split, len(source), inputs.flops, source.lengths)
+    if (lines := [*ranks.decide(source.remarks), about]) and ranks.is_main:
+        print(*lines, sep="\n")
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
         choice = ranks.decide(lambda: start.choose(settings, images))
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
-        same_images = choice.path is not None and checkpoint.saved_images(choice.path) == images
-        health.recall_unreadable(state, source, ranks, same_images)
+        health.recall_unreadable(state, source, ranks, choice.path, images)
         if ranks.is_main:
             start.tidy(settings.folder, settings.resume, choice, state.step)
-            summary.write_description(session.path, yaml_text.to_yaml(settings), ranks, source, state.origin)
+            summary.write_description(session.path, yaml_text.to_dict(settings), ranks, source, state)
             print(choice.said(state.step))
         loop(settings, ranks, state, inputs, session, sums)
     return state
@@ -163,12 +164,11 @@ def loop(
     how, scores = (settings.sample, settings.objective.tokenizer_t_max), None
     if inputs.scoring:
         scores = monitor.Monitor(settings, session, inputs.scoring, state, len(source), total, step.objective.losses)
-    pictures = functools.partial(grids.save_pictures, path, state, *how, ranks)
+    pictures = functools.partial(grids.save_pictures, path, state, *how, ranks, log)
+    traced = profile.Profile(t.profile if ranks.is_main else "", path, device)
     session.begin(state.step)
     if shown is not None and state.step == 0 and state.origin:  # what fine-tuning begins from
         session.guarded("pictures", functools.partial(pictures, shown))
-    if state.step >= total and ranks.is_main:
-        print(f"nothing to do: step {state.step} of {total} is done; raise train.epochs or train.max_steps to go on")
     state.model.train()
     first, scale = state.step + 1, state.best_cfg_scale
     ending = scores(state) if scores else ""  # what a stop left unfinished
@@ -177,7 +177,7 @@ def loop(
     while state.step < total and not ending:
         faults.strike("load", state.step + 1)
         began = time.perf_counter()
-        means.add(step(next(batches)))
+        means.add(traced(step, next(batches)))
         if state.execution.compiles and state.step == first and ranks.is_main:
             print(compiling.report(time.perf_counter() - began), flush=True)
         ending = session.boundary(state.step)
@@ -202,7 +202,7 @@ def loop(
             health.check_finite(state, ranks)
             health.check_unreadable(state, source, ranks)
             session.save(state, means.sums())
-    session.finish_saving()
+    session.finish_saving(total)
     if log is not None:
         log.close()
 
@@ -212,7 +212,7 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
     path, lines, _ = ranks.decide(lambda: checkpoint.newest(settings.folder / "checkpoints"))
     if path is None:
         raise RunError("; ".join([f"--fast-dev-run left no usable checkpoint in {settings.folder}", *lines]))
-    again = assemble.fresh_state(settings, ranks)
+    again = assemble.fresh_state(dataclasses.replace(settings, init_from=""), ranks)
     checkpoint.resume(path, again, settings.train.global_batch)
     before, after = state.model.state_dict(), again.model.state_dict()
     if again.step != state.step or any(not torch.equal(local(before[k]), local(after[k])) for k in before):

@@ -271,7 +271,7 @@ def test_a_checkpoint_is_whole_whatever_the_strategy(tmp_path):
 def pictures(path: Path, run: Run, ranks: Ranks) -> None:
     c = run.config
     shown = grids.examples(c.data, c.model, ranks.device)
-    grids.save_pictures(path, run.state, c.sample, c.objective.tokenizer_t_max, ranks, shown)
+    grids.save_pictures(path, run.state, c.sample, c.objective.tokenizer_t_max, ranks, None, shown)
 
 
 def pictured(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:

@@ -326,6 +326,12 @@ def test_rfid(trained, tmp_path):
     assert content["protocol"]["data"] == {
         "source": "digits", "split": "heldout", "images": 300, "size": 8, "pipeline": "digits", "augment": False,
     }  # fmt: skip
+    assert "fewer" not in said.stderr
+    bare = command_of(evaluate.main, "heldout", "--checkpoint", trained / "run", "--out", tmp_path / "h.json")
+    assert bare.returncode == 0, bare.stderr
+    found = json.loads((tmp_path / "h.json").read_text())["result"]
+    assert {k: found[k] for k in ("images", "psnr", "l1")} == {k: result[k] for k in ("images", "psnr", "l1")}
+    assert "rfid" not in found
     model, config = checkpoint.load_model(trained / "run")
     with torch.no_grad():
         ideal = reconstructed(Perfect(model), config, digits_network(config.data, config.model))

@@ -235,7 +235,7 @@ def test_the_best_scale_of_a_finished_run_is_saved(folder, monkeypatch):
         train(folder, "last", *SCORED, "train.max_steps=10")
     before = tensors(folder, "last", 10)
     said = train(folder, "last", *SCORED, "train.max_steps=10")
-    assert "nothing to do: step 10 of 10 is done" in said
+    assert "finished: 10 of 10 steps" in said
     best = scores(folder, "last")["step_0000010_search.json"]["best"]["cfg_scale"]
     step = folder / "last" / "checkpoints" / "step-0000010"
     assert checkpoint._read_counters(step)["best_cfg_scale"] == best

@@ -53,17 +53,18 @@ def test_the_rank_that_is_named_is_the_one_that_has_the_reason(failing, signals,
         assert said in reason
 
 
-@pytest.mark.parametrize(("held", "shown"), [((0, 2), [0, 2] * 4), (range(1, 10), [1, 2, 3, 4, 5, 6, 7, 8])])
+@pytest.mark.parametrize(("held", "shown"), [((0, 2), [0, 2] * 4), (range(1, 10), list(range(1, 10)))])
 def test_grids_show_classes_that_have_images(held, shown, monkeypatch):
     """Held-out images need not be of all classes."""
     config = load_tiny()
     source = data.open_source(config.data, config.model, "heldout")
     monkeypatch.setattr(source, "labels", torch.tensor(held)[source.labels % len(held)])
     monkeypatch.setattr(data, "open_source", lambda *_: source)
-    batch = grids.examples(config.data, config.model, torch.device("cpu"))
+    batch, names, held_out = grids.examples(config.data, config.model, torch.device("cpu"))
+    assert (names, held_out) == ([str(label) for label in shown], True)
     images, labels = batch.images, batch.labels
     assert labels.tolist() == shown
-    assert images.shape == (8, 1, 8, 8)
+    assert images.shape == (len(shown), 1, 8, 8)
     assert not torch.equal(images[0], images[2])
 
 
@@ -148,6 +149,11 @@ def test_a_log_line_calls_samples_what_they_are(thing):
     said = stats.progress_line(row, 9, (), thing)
     assert f"  {thing}s 32  " in said
     assert f"  7.0 {thing}s/s  " in said
+    narrow = stats.progress_line(row, 9, (), thing, 79)
+    assert len(narrow) < 79
+    assert [part in narrow for part in ("step 0/9", "loss 0.0000", "left 0:00:01", "mfu", "data")] == [True] * 3 + [
+        False
+    ] * 2
     rate = Rate(7.0, 32, 4.6, 0.1)
     assert rate.line(2.0, thing).startswith(f"7 {thing}s/s (")
     assert rate.line(2.0, thing).endswith(f" 3.5 times the 2 {thing}s/s that training takes")

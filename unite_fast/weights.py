@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
-from unite_fast.base import files
+from unite_fast.base import files, progress
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
@@ -136,7 +134,7 @@ def _download(weights: Weights, path: Path, schemes: tuple[str, ...]) -> None:
     with files.replacing(path, writer=str(os.getpid()), sync=True) as file:
         with opener.open(weights.url, timeout=TIMEOUT) as answer:
             expected = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with progress.bar(total=expected or None, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := answer.read(BLOCK):
                     received += len(block)
                     if received > LIMIT:

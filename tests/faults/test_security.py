@@ -45,10 +45,10 @@ def test_without_optional_packages(job):
     assert result.returncode == 0, result.stderr
     result = python(code, *words, "train.tensorboard=true", "train.max_steps=3")
     assert result.returncode == 2
-    assert result.stderr == "error: train.tensorboard=true needs tensorboard; pip install 'unite-fast[log]'\n"
+    assert result.stderr == "error: train.tensorboard=true needs tensorboard; pip install tensorboard\n"
     result = python(code, *words, "train.wandb=true", "train.max_steps=3")
     assert result.returncode == 2
-    assert result.stderr == "error: train.wandb=true needs wandb; pip install 'unite-fast[log]'\n"
+    assert result.stderr == "error: train.wandb=true needs wandb; pip install wandb\n"
 
 
 @pytest.mark.parametrize("blocked", [(), OPTIONAL, ("lpips",)])
@@ -63,7 +63,7 @@ def test_doctor(blocked):
     assert {"python", "torch", "device", "shared memory", "lpips", "tensorboard", "wandb"} <= set(found)
     if "wandb" in blocked:
         assert found["wandb"] == {
-            "state": "WARN", "what": "wandb", "detail": "not installed (optional): pip install 'unite-fast[log]'",
+            "state": "WARN", "what": "wandb", "detail": "not installed (optional): pip install wandb",
         }  # fmt: skip
     if "lpips" in blocked:
         assert found["lpips"]["state"] == "FAIL"

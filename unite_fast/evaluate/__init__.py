@@ -10,6 +10,7 @@
     search ... [--sweep]                  the published search for the guidance scale; goes on when rerun
     search ... --grid 1,4,0.2             every scale of a grid in its place
     rfid --checkpoint ... --inception ... reconstructions of the held-out images: rFID, PSNR, L1, LPIPS
+    heldout --checkpoint ...              PSNR, L1 and, with LPIPS' weights, LPIPS of the same; needs no Inception
     atoms --checkpoint ...                samples and reconstructions of molecules and crystals (evaluation.atoms.runs)
 
 Under torchrun the work is shared out. Results lie in RUN/scores (beside an export; of an official .pt in ./scores)
@@ -33,7 +34,7 @@ from unite_fast import checkpoint, sampling
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
-from unite_fast.evaluate.commands import COMMANDS, parse_grid
+from unite_fast.evaluate.commands import COMMANDS, OF_RECONSTRUCTIONS, parse_grid
 from unite_fast.evaluate.context import Context, fill_in
 from unite_fast.evaluation import statistics
 from unite_fast.evaluation.atoms import runs
@@ -41,7 +42,13 @@ from unite_fast.evaluation.results import read_result
 from unite_fast.parallel import distributed
 
 OTHERS = {"atoms": runs}  # commands that are programs of their own
-NEEDED = {"fid": "search", "table": "search", "search": "search", "rfid": "rfid"}  # one of ``Modality.scores``
+NEEDED = {
+    "fid": "search",
+    "table": "search",
+    "search": "search",
+    "heldout": "heldout",
+    "rfid": "rfid",
+}  # one of ``Modality.scores``
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,10 +68,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--debug", action="store_true", help="show tracebacks")
         add("--precision", choices=choices(EvaluationConfig, "precision"), help="of the network (default: the run's)")
         add("--kernels", choices=choices(EfficiencyConfig, "kernels"), help="of the network (default: the run's)")
-        statistics.add_extractor_options(one)
-        one.set_defaults(extractor=None)  # the run's
-        if name == "rfid":
-            add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth; LPIPS is left out without it")
+        if name != "heldout":
+            statistics.add_extractor_options(one)
+            one.set_defaults(extractor=None)  # the run's
+        if name in OF_RECONSTRUCTIONS:
+            add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth (default: the run's, if it has one)")
             add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
             continue
         add("--reference", metavar="FILE.npz", help="statistics of the real images (default: the run's)")
@@ -92,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--steps", type=int)
     arguments = parser.parse_args(argv)
     if (
-        arguments.command != "rfid"
+        arguments.command not in OF_RECONSTRUCTIONS
         and arguments.kid_subset
         and not arguments.pairs
         and not getattr(arguments, "protocol", None)

@@ -6,19 +6,18 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unite_fast import data, sampling
-from unite_fast.base import files, provenance
+from unite_fast.base import files, progress, provenance
 from unite_fast.base.errors import UserError, idle
 from unite_fast.evaluate.context import Context, short
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import SPATIAL, Extractor
 from unite_fast.evaluation.fid import Statistics
-from unite_fast.evaluation.generation import PLAIN, Options, Settings, score
+from unite_fast.evaluation.generation import Options, Settings, score
 from unite_fast.evaluation.results import compare, timeless
 from unite_fast.modality import lpips
 
@@ -29,6 +28,7 @@ TABLE = (
     ("dopri5, random", {"solver": "dopri5", "steps": 50, "labels": "random"}),
     ("exp3 32, balanced (ours)", {"solver": "exp3", "steps": 32, "labels": "equal"}),
 )
+OF_RECONSTRUCTIONS = ("heldout", "rfid")
 
 
 class Scorer:
@@ -66,21 +66,13 @@ class Scorer:
         if settings.compile and not self.compiled:
             sampling.compile_blocks(self.context.model)
             self.compiled = True
-        progress = (
-            (lambda line: print(line, end="\r", file=sys.stderr)) if sys.stderr.isatty() and ranks.is_main else None
-        )
-        options = Options(path, progress or PLAIN.report, replays=self.replays)
-        return score(
-            self.context.model,
-            settings,
-            self.extractor,
-            self.reference,
-            ranks,
-            json.dumps(self.context.weights()),
-            a.pairs,
-            a.kid_subset,
-            options,
-        )
+        with progress.bar(total=settings.count, unit="image", desc="FID", disable=not ranks.is_main) as shown:
+            options = Options(path, shown.update, replays=self.replays)
+            weights = json.dumps(self.context.weights())
+            extractor, reference = self.extractor, self.reference
+            return score(
+                self.context.model, settings, extractor, reference, ranks, weights, a.pairs, a.kid_subset, options
+            )
 
 
 def fid_command(context: Context) -> None:
@@ -172,6 +164,7 @@ def search_command(context: Context) -> None:
 
 
 def rfid_command(context: Context) -> None:
+    """Of held-out images; ``heldout``: without the network that rFID needs."""
     a, config = context.arguments, context.config
     if a.data:
         if not config.data.reads_files:
@@ -183,15 +176,22 @@ def rfid_command(context: Context) -> None:
         **{k: v for k, v in asked.items() if v is not None},
     )
     perceptual = None
-    if a.lpips:
+    if not a.lpips and Path(config.objective.perceptual_trunk).is_file():
+        a.lpips = config.objective.perceptual_trunk
+    if a.lpips and config.model.channels == 3:
         objective = dataclasses.replace(
             config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips, perceptual_dropout=False
         )
         perceptual = lpips.load_perceptual(objective, config.model.channels, settings.kernels)
     perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
-    extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
+    extractor = None
+    if a.command == "rfid":
+        extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
     source = data.open_source(config.data, config.model, "heldout")
-    result = reconstruction.score(context.model, settings, source, config.data, extractor, context.ranks, perceptual)
+    with progress.bar(total=len(source), unit="image", desc=a.command, disable=not context.ranks.is_main) as shown:
+        result = reconstruction.score(
+            context.model, settings, source, config.data, extractor, context.ranks, perceptual, report=shown.update
+        )
     said = statistics.described(config.data.source, config.model.image_size, "heldout", source, context.ranks.device)
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))
@@ -207,5 +207,6 @@ COMMANDS: dict[str, Callable[[Context], None]] = {
     "fid": fid_command,
     "table": table_command,
     "search": search_command,
+    "heldout": rfid_command,
     "rfid": rfid_command,
 }

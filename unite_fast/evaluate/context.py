@@ -119,6 +119,8 @@ def fill_in(arguments: argparse.Namespace, earlier: dict[str, Any] | None, locat
     protocol = earlier["protocol"] if earlier else {"checkpoint": {"weights": scored.weights}, "kid_subset": None}
     if arguments.weights is None:
         arguments.weights = protocol["checkpoint"]["weights"]
+    if arguments.command == "heldout":
+        return
     if arguments.extractor is None and not arguments.inception:
         arguments.extractor, arguments.inception = scored.extractor, scored.inception
         if scored.inception_sha256 != EvaluationConfig.inception_sha256:

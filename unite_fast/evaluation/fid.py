@@ -13,6 +13,8 @@ Shape letters: B batch, N images, F features, L logits, P parts.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.parallel.distributed import Ranks
 
 PARTS = 10
+log = logging.getLogger("unite_fast.evaluation")
 SEED = 2020  # torch-fidelity's
 
 
@@ -114,6 +117,15 @@ class Accumulator:
         return float(scores.mean()), float(scores.std(correction=0))
 
 
+@functools.cache
+def _say_few(count: int, features: int) -> None:
+    """Once for each pair of numbers."""
+    log.warning(
+        "%d images are no more than the %d features: that dominates the distance; compare it with others of so many "
+        "images alone", count, features,
+    )  # fmt: skip
+
+
 def frechet(a: Statistics, b: Statistics) -> float:
     """FID. Raises UserError when the two are of different features."""
     if a.mean.shape != b.mean.shape:
@@ -121,6 +133,9 @@ def frechet(a: Statistics, b: Statistics) -> float:
             f"the reference statistics have {len(b.mean)} features, the images {len(a.mean)}: "
             "they were made with another network or layer"
         )
+    for count in sorted({a.count, b.count}):
+        if 0 < count <= len(a.mean):
+            _say_few(count, len(a.mean))
     difference = a.mean - b.mean
     eigenvalues = np.linalg.eigvals(a.covariance @ b.covariance).astype(np.complex128)
     cross = np.sqrt(eigenvalues).sum().real

@@ -43,11 +43,12 @@ def of_run(objective: ObjectiveConfig, e: EvaluationConfig, efficiency: Efficien
 
 
 def protocol(
-    settings: Settings, extractor: Extractor, perceptual: Perceptual | None, source: dict[str, Any]
+    settings: Settings, extractor: Extractor | None, perceptual: Perceptual | None, source: dict[str, Any]
 ) -> dict[str, Any]:
     """What a score says of itself, besides the weights. source: of ``statistics.described``."""
     lpips = None if perceptual is None else {"trunk": perceptual.trunk_sha256, "range": perceptual.input_range}
-    said = {"extractor": extractor.identity(), "data": source, "settings": asdict(settings), "lpips": lpips}
+    looked = None if extractor is None else extractor.identity()
+    said = {"extractor": looked, "data": source, "settings": asdict(settings), "lpips": lpips}
     return said | {"uint8": "truncated"}
 
 
@@ -62,11 +63,13 @@ def score(
     perceptual: Perceptual | None = None,
     batch: int = 32,
     stopping: Callable[[], bool] = lambda: False,
+    report: Callable[[int], object] = lambda images: None,
 ) -> dict[str, float]:
     """{"images", "psnr", "l1", "rfid", "lpips", "images_per_second"} of all images of ``source``.
 
-    reading: workers and timeout. rfid and lpips only with their networks, which compute in float32. Raises on all ranks
-    what goes wrong on one, and Stopped once ``stopping()`` is true on one.
+    reading: workers and timeout. report: gets the number of images of each batch, all processes together. rfid and
+    lpips only with their networks, which compute in float32. Raises on all ranks what goes wrong on one, and Stopped
+    once ``stopping()`` is true on one.
     """
     model.use_kernels(settings.kernels)
     real, made = (
@@ -96,6 +99,7 @@ def score(
         absolute = (images - reconstruction).abs().flatten(1).mean(1)
         values = [sums.new_tensor(len(images)), psnr(images, reconstruction).sum(), absolute.sum(), lpips]
         sums.add_(torch.stack([v.double() for v in values]))
+        report(len(images) * ranks.world_size)
         if extractor is not None and real is not None and made is not None:
             real.add(found.samples, *extractor.compute(pictures.to_uint8(images)))
             made.add(found.samples, *extractor.compute(pictures.to_uint8(reconstruction)))

@@ -63,7 +63,7 @@ class Score(NamedTuple):
 class ImageFiles(NamedTuple):
     """What scores of images are computed with."""
 
-    extractor: Extractor
+    extractor: Extractor | None  # None: for scores that need none
     reference: Statistics | None
     about: dict[str, Any]  # of the reference
 
@@ -94,6 +94,11 @@ def _open_images(
     return ImageFiles(extractor, reference, about)
 
 
+def _open_heldout(reading: DataConfig, model: ModelConfig, *_: Any) -> ImageFiles:
+    data.open_source(reading, model, "heldout")
+    return ImageFiles(None, None, {})
+
+
 def _open_atoms(reading: DataConfig, model: ModelConfig, e: EvaluationConfig, *_: Any) -> AtomFiles:
     atoms.ready(e.scorer)
     return AtomFiles(atoms.open_heldout(reading, model), atoms.open_training(reading, model))
@@ -102,6 +107,7 @@ def _open_atoms(reading: DataConfig, model: ModelConfig, e: EvaluationConfig, *_
 def _search(at: Moment, files: ImageFiles, sweeps: bool = False) -> dict[str, Any]:
     """The published search from the best scale so far; a sweep also tries other intervals and cfg_first."""
     extractor, reference, about = files
+    assert extractor is not None, "opened for searches"
     identity = digest([at.weights, extractor.identity(), about["sha256"]])
     options = Options(at.progress, stopping=at.stopping)
 
@@ -176,11 +182,14 @@ def _validation(at: Moment, source: data.Source) -> dict[str, Any]:
     return {"protocol": {"definition": DEFINITION, "data": said, "samples": seen["samples"]}, "result": result}
 
 
-OF_IMAGES = ("fid", "is", "rfid", "psnr", "lpips")
+OF_IMAGES = ("fid", "is", "rfid", "psnr", "l1", "lpips")
 SCORES = {  # in the order in which they are computed
     "sweep": Score("the guidance sweep", "sweep_epoch", _open_images, _sweep, OF_IMAGES, holds="search"),
     "search": Score("the guidance search", "fid_epoch", _open_images, _search, OF_IMAGES),
-    "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _reconstructions, OF_IMAGES),
+    "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _reconstructions, OF_IMAGES, holds="heldout"),
+    "heldout": Score(
+        "the reconstruction of held-out images", "heldout_epoch", _open_heldout, _reconstructions, OF_IMAGES
+    ),
     "validation": Score(
         "the losses of held-out samples", "validation_epoch", _open_validation, _validation, ("flow", "psnr", "cosine")
     ),

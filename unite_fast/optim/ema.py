@@ -1,6 +1,8 @@
 """Several moving averages of the weights, kept at once beside the main one (``optim.ema_decay``).
 
     fixed           e += (1 - d)(p - e)
+    warmed up       of the main one with optim.ema_warmup: d at most (1 + t) / (10 + t) at update t, so that the initial
+                    weights are forgotten at once; after 10 / (1 - d) updates it is the fixed one
     power function  d = (1 - 1/t)^(g + 1) at update t: the average that weighs the weights of update s by s^g. Its
                     width, as a part of the training so far, stays what it is however long the run lasts: it is given
                     by the standard deviation of that profile relative to t (Karras et al. 2024, arXiv 2312.02696,
@@ -31,6 +33,12 @@ def names(config: OptimConfig) -> list[str]:
 def name(entry: float | str) -> str:
     """Of one entry of ``optim.ema_extra``."""
     return f"ema_{entry}" if isinstance(entry, str) else f"ema_{entry:.12g}"
+
+
+def warmed(decay: float, updates: Tensor) -> Tensor:
+    """The decay at update number ``updates`` (0-d, on the device) of a main average that warms up: 0-d float64."""
+    t = updates.double()
+    return ((1.0 + t) / (10.0 + t)).clamp_max(decay)
 
 
 def power_exponent(std: float) -> float:

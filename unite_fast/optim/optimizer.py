@@ -128,7 +128,7 @@ class Optimizer:
                 c.weight_decay,
                 clip_coef=coefficient,
                 skip=self.skip,
-                ema=locals_of(self.ema, grads),
+                ema=None if c.ema_warmup else locals_of(self.ema, grads),
                 ema_decay=c.ema_decay,
                 backend=self.backend,
             )
@@ -167,21 +167,19 @@ class Optimizer:
                 [0.2 * math.sqrt(max(self.muon[n].shape)) for n in updates],
                 self.config.muon_weight_decay,
                 skip=self.skip,
-                ema=locals_of(self.ema, updates),
+                ema=None if self.config.ema_warmup else locals_of(self.ema, updates),
                 ema_decay=self.config.ema_decay,
                 backend=self.backend,
             )
 
     def _average(self, live: Mapping[str, Tensor]) -> None:
-        """The averages of ``optim.ema_extra``; the main one is updated together with the weights."""
-        for entry in self.config.ema_extra:
-            multi_tensor.ema_lerp_(
-                locals_of(self.averages[ema.name(entry)], live),
-                locals_of(self.parameters, live),
-                ema.decay(entry, self.steps),
-                self.skip,
-                self.backend,
-            )
+        """The averages that are not updated together with the weights, as the main one is without a warm-up."""
+        decays = {ema.name(entry): ema.decay(entry, self.steps) for entry in self.config.ema_extra}
+        if self.config.ema_warmup:
+            decays["ema"] = ema.warmed(self.config.ema_decay, self.steps)
+        for name, decay in decays.items():
+            average, weights = locals_of(self.averages[name], live), locals_of(self.parameters, live)
+            multi_tensor.ema_lerp_(average, weights, decay, self.skip, self.backend)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors "momentum.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; ``steps`` and averages apart."""

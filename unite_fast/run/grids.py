@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,49 +11,70 @@ from unite_fast import data, sampling
 from unite_fast.base import faults
 from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.data import Batch
+from unite_fast.modality import pictures
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run.stats import Log
 from unite_fast.sampling.reconstruct import reconstruct
 from unite_fast.training.state import TrainState
 from unite_fast.training.step import weights_of
 
-GRID_COLUMNS = 8
+
+class Shown(NamedTuple):
+    """What stands in the grids."""
+
+    batch: Batch
+    names: list[str]  # of the classes, one of each column; empty without classes
+    held_out: bool  # whether the run is not trained on them
 
 
-def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> Batch:
+def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> Shown:
     """The samples of the grids: one of each of the first classes that have any.
 
     Held-out ones where the run has them.
     """
-    source, _ = data.open_heldout(reading, model)
-    present, columns = source.labels.unique(), torch.arange(GRID_COLUMNS)
+    source, split = data.open_heldout(reading, model)
+    held_out = split == "heldout"
+    present = source.labels.unique()
+    columns = torch.arange(pictures.columns(len(present)))
     labels, occurrence = present[columns % len(present)], columns // len(present)
     indices = []
     for label, number in zip(labels.tolist(), occurrence.tolist(), strict=True):
         members = (source.labels == label).nonzero()[:, 0]
         indices.append(int(members[number % len(members)]))
     batch = source.few(torch.tensor(indices))
-    return Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.tensors().items()})
+    batch = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.tensors().items()})
+    return Shown(batch, [source.class_names[i] for i in labels.tolist()] if source.class_names else [], held_out)
 
 
 @torch.no_grad()
-def save_pictures(path: Path, state: TrainState, how: SampleConfig, t_max: float, ranks: Ranks, shown: Batch) -> None:
+def save_pictures(
+    path: Path, state: TrainState, how: SampleConfig, t_max: float, ranks: Ranks, log: Log | None, shown: Shown
+) -> None:
     """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
 
     shown: the real ones; the samples have the same labels. t_max: of the times of tokenization.
-    A sharded model needs all ranks; rank 0 writes.
+    A sharded model needs all ranks; rank 0 writes, and sends them to the services of ``log``.
     """
-    model = state.model
+    model, batch = state.model, shown.batch
     model.eval()
     faults.strike("eval", state.step)
-    labels, content = shown.labels, model.modality.content(shown.content)
+    labels, content = batch.labels, model.modality.content(batch.content)
     seeds = range(len(labels))
     try:
         raw = sampling.sample(model, labels, how, seeds=seeds)
         with weights_of(state, state.optimizer.ema):
-            reconstruction = reconstruct(model, content, torch.arange(len(labels)), t_max, labels, shown.sizes)
+            reconstruction = reconstruct(model, content, torch.arange(len(labels)), t_max, labels, batch.sizes)
             averaged = sampling.sample(model, labels, how, seeds=seeds)
     finally:
         model.train()
     if ranks.is_main:
         real = model.modality.original(content)
-        model.modality.show(path / "samples" / f"step_{state.step:07d}.png", [real, reconstruction, averaged, raw])
+        guided = "" if how.cfg_scale == 1 else f"\nguidance {how.cfg_scale:g}"
+        near = model.modality.likeness(content, reconstruction)
+        kind = "real, held out" if shown.held_out else "real"
+        rows = [kind, f"reconstructed\nEMA {near}".rstrip(), f"sampled, EMA{guided}", f"sampled, raw{guided}"]
+        words = pictures.Words(f"step {state.step:,}", shown.names, rows)
+        target = path / "samples" / f"step_{state.step:07d}.png"
+        model.modality.show(target, [real, reconstruction, averaged, raw], words)
+        if log is not None:
+            log.picture(target, state.step)

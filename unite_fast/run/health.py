@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from unite_fast import data
+from unite_fast import checkpoint, data
 from unite_fast.base import files
 from unite_fast.base.errors import CommonError, RunError, UserError
 from unite_fast.config import TrainConfig
@@ -52,8 +54,14 @@ def check_unreadable(state: TrainState, source: data.Source, ranks: Ranks) -> No
         raise CommonError(str(error)) from None
 
 
-def recall_unreadable(state: TrainState, source: data.Source, ranks: Ranks, same_images: bool) -> None:
-    """At the start, on all ranks: what earlier starts replaced counts on, unless it can be read by now."""
+def recall_unreadable(
+    state: TrainState, source: data.Source, ranks: Ranks, path: Path | None, images: Mapping[str, Any]
+) -> None:
+    """At the start, on all ranks: what earlier starts replaced counts on, unless it can be read by now.
+
+    path: of the checkpoint from which the run goes on; images: ``Source.identity``.
+    """
+    same_images = path is not None and checkpoint.saved_images(path) == images
 
     def still() -> dict[int, str]:
         found = {}

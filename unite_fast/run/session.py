@@ -21,6 +21,7 @@ from unite_fast.base.errors import RunError, Stopped, UserError, first_line
 from unite_fast.checkpoint.saving import MAX_FAILURES, Writer
 from unite_fast.config import Config
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import summary
 from unite_fast.run.garbage import Collector
 from unite_fast.run.rank_log import RankLog, redact
 from unite_fast.run.stop import Stop
@@ -38,7 +39,7 @@ class Session:
         """started: time.monotonic() at which train.max_minutes began. images: ``Source.identity``, for checkpoints."""
         self.config, self.ranks, self.path = config, ranks, config.folder
         self.stop = Stop(ranks, config.train.max_minutes, started)
-        self.step = 0
+        self.step, self.started = 0, started
         self.begun = False
         self.outcome = ("finished", "")  # what status.json says at the end unless an exception does
         self.collector = Collector()
@@ -103,11 +104,16 @@ class Session:
                 f"the disk refused {self.writer.failures} checkpoints in a row; free some space, then start again"
             )
 
-    def finish_saving(self) -> None:
-        """Waits for the save in flight. Raises RunError when the state could not be saved at the end."""
+    def finish_saving(self, total: int) -> None:
+        """Waits for the save in flight, and says how the run of ``total`` steps ended. Raises RunError when the state
+        could not be saved at the end."""
         self.writer.wait()
         if self.writer.failures:
             raise RunError(f"the last checkpoint could not be saved; the one before is of step {self.last_good()}")
+        if self.ranks.is_main:
+            seconds = time.monotonic() - self.started
+            said = summary.ending(*self.outcome, self.step, total, self.path, self.last_good(), seconds)
+            print(said, flush=True)
 
     def status(self, state: str, reason: str = "") -> None:
         """Writes status.json, for schedulers and people; a full disk is no reason to stop."""
@@ -157,6 +163,8 @@ class Session:
         refused = isinstance(error, UserError) and not self.begun  # the status stays that of the run so far
         if not refused and (self._is_first_failure() if error is not None else self.ranks.is_main):
             self.status(state, reason)
+        if error is not None and self.begun and self.ranks.is_main:
+            print(summary.failed(self.step, self.path, self.last_good()), flush=True)
         self.stop.remove()
         if self.log is not None:
             self.log.close()

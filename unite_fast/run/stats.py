@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ class Service(Protocol):
 
     def write(self, row: dict[str, float]) -> None: ...
 
+    def picture(self, path: Path, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -46,6 +49,13 @@ class TensorBoard:
     def write(self, row: dict[str, float]) -> None:
         for name, value in row.items():
             self.writer.add_scalar(name, value, int(row["step"]))
+
+    def picture(self, path: Path, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image("pictures", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -69,6 +79,11 @@ class WeightsAndBiases:
     def write(self, row: dict[str, float]) -> None:
         self.run.log({name: value for name, value in row.items() if not math.isnan(value)}, step=int(row["step"]))
 
+    def picture(self, path: Path, step: int) -> None:
+        import wandb
+
+        self.run.log({"pictures": wandb.Image(str(path))}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -77,7 +92,7 @@ def check_services(train: TrainConfig) -> None:
     """Raises UserError when a service is asked for whose package is not installed."""
     for package in ("tensorboard", "wandb"):
         if getattr(train, package) and importlib.util.find_spec(package) is None:
-            raise UserError(f"train.{package}=true needs {package}; pip install 'unite-fast[log]'")
+            raise UserError(f"train.{package}=true needs {package}; pip install {package}")
 
 
 def open_services(folder: Path, t: TrainConfig, values: dict[str, Any]) -> list[Service]:
@@ -150,6 +165,14 @@ class Log:
             try:
                 service.write(row)
             except Exception as error:  # of somebody else's code, over a network
+                self._warn(service, error)
+
+    def picture(self, path: Path, step: int) -> None:
+        """A grid of the run, to the services, once it is there."""
+        for service in self.services if path.is_file() else ():
+            try:
+                service.picture(path, step)
+            except Exception as error:
                 self._warn(service, error)
 
     def close(self) -> None:
@@ -243,23 +266,35 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
-def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str], thing: str) -> str:
+def progress_line(row: dict[str, float], total_steps: int, terms: Sequence[str], thing: str, width: int = 0) -> str:
     """One line of the terminal: step, samples, loss and its terms, gradient norm, speed, memory, time to go.
 
-    thing: a sample, in a word.
+    thing: a sample, in a word. width: columns that there are, into which as much goes as fits; 0: any number.
     """
     left = int(row["seconds_left"])
     speed = f"mfu {row['mfu']:.1%}" if row["mfu"] == row["mfu"] else f"{row['tflops'] * 1e3:.1f} GFLOP/s"
-    losses = "  ".join(f"{name} {row[name]:.4f}" for name in terms)
-    right = f"  judged rightly {row['d_accuracy']:.0%}" if "d_accuracy" in row else ""
-    skipped = f"  skipped {row[SKIPPED]:.0f}" if row[SKIPPED] else ""
-    memory = f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""
-    return (
-        f"step {row['step']:.0f}/{total_steps}  {thing}s {row['images_seen']:.0f}  loss {row['total']:.4f}  "
-        f"{losses}{right}  latent std {row['latent_std']:.3f}  "
-        f"|grad| {row['grad_norm']:.3f}{skipped}  lr {row['lr']:.2e}  {row['images_per_second']:.1f} {thing}s/s  "
-        f"{speed}  data {row['data_wait']:.0%}{memory}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-    )
+    # With how soon each is left out where there is little room.
+    parts = [
+        (0, f"step {row['step']:.0f}/{total_steps}"),
+        (4, f"{thing}s {row['images_seen']:.0f}"),
+        (0, f"loss {row['total']:.4f}"),
+        *((2, f"{name} {row[name]:.4f}") for name in terms),
+        *([(2, f"judged rightly {row['d_accuracy']:.0%}")] if "d_accuracy" in row else []),
+        (3, f"latent std {row['latent_std']:.3f}"),
+        (5, f"|grad| {row['grad_norm']:.3f}"),
+        *([(0, f"skipped {row[SKIPPED]:.0f}")] if row[SKIPPED] else []),
+        (6, f"lr {row['lr']:.2e}"),
+        (1, f"{row['images_per_second']:.1f} {thing}s/s"),
+        (8, speed),
+        (7, f"data {row['data_wait']:.0%}"),
+        *([(9, f"{row['memory_gib']:.1f} GiB")] if "memory_gib" in row else []),
+        (0, f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"),
+    ]
+    for spare in range(9, 0, -1):
+        if not width or len("  ".join(text for _, text in parts)) < width:
+            break
+        parts = [part for part in parts if part[0] != spare]
+    return "  ".join(text for _, text in parts)
 
 
 class Alarm(Protocol):
@@ -327,7 +362,8 @@ def tell(
 ) -> None:
     """A log line: to the files and services of the run, and to the terminal, with the alarms that go off."""
     log.write(row)
-    print(progress_line(row, total_steps, terms, thing), flush=True)
+    width = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
+    print(progress_line(row, total_steps, terms, thing, width), flush=True)
     for alarm in alarms:
         if warning := alarm.check(row):
             print(warning, file=sys.stderr)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
 from unite_fast import data
-from unite_fast.base import files, provenance
-from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig
+from unite_fast.base import command, files, provenance
+from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig, yaml_text
 from unite_fast.model.discriminator import Discriminator
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.plan import cost
@@ -17,14 +18,46 @@ from unite_fast.run.start import last_step
 from unite_fast.training.state import TrainState
 
 
-def write_description(path: Path, resolved: str, ranks: Ranks, source: data.Source, began_with: dict[str, Any]) -> None:
-    """Writes into the run folder what the run is; resolved: its YAML; began_with: ``TrainState.origin``. Raises
-    UserError when the disk refuses."""
+def ending(state: str, reason: str, step: int, total: int, folder: Path, saved: int | None, seconds: float) -> str:
+    """How a run ended, where it is saved, how to go on: its last lines. state, reason: as in status.json."""
+    minutes, rest = divmod(int(seconds), 60)
+    where = f"saved in {folder / 'checkpoints' / f'step-{saved:07d}'}" if saved else f"{folder} has no checkpoint yet"
+    if state == "finished":
+        first = f"finished: {step:,} of {total:,} steps, {minutes}:{rest:02d} minutes in this start; {where}"
+        return "\n".join(
+            (
+                first,
+                f"to see it: {command.called('report')} {folder}",
+                f"to sample: {command.called('sample')} --checkpoint {folder} --out samples.png",
+                "to go on: raise train.epochs (and train.max_steps, if it is set), then start the same command",
+            )
+        )
+    why = {"time_limit": "train.max_minutes is over", "preempted": reason}.get(state, reason or state)
+    return f"stopped at step {step:,} of {total:,}: {why}; {where}\nto go on: start the same command again"
+
+
+def failed(step: int, folder: Path, saved: int | None) -> str:
+    """Where a run that an error ends after ``step`` is saved; the error's own line says why."""
+    if not saved:
+        return f"ended after step {step:,} by an error; nothing is saved yet, the same command begins again"
+    return f"ended after step {step:,} by an error; saved until step {saved:,}, from where the same command goes on"
+
+
+def write_description(path: Path, keys: dict[str, Any], ranks: Ranks, source: data.Source, state: TrainState) -> None:
+    """Writes into the run folder what the run is since this start, and adds it as a line to starts.jsonl.
+
+    keys: the configuration. Raises UserError when the disk refuses.
+    """
+    described = provenance.of(ranks.device, ranks.world_size) | {"pipeline": source.pipeline_id(ranks.device.type)}
+    described |= {"parameters": state.model.trainable_parameters(), "images": len(source)}
+    described |= {"fine_tuned_from": state.origin} if state.origin else {}
     with files.refusals(f"run folder {path}", "; choose another with run_dir=PATH"):
-        files.write(path / "config.resolved.yaml", resolved)
-        described = provenance.of(ranks.device, ranks.world_size) | {"pipeline": source.pipeline_id(ranks.device.type)}
-        described |= {"fine_tuned_from": began_with} if began_with else {}
-        files.write_json(path / "provenance.json", described)
+        starts = path / "starts.jsonl"
+        start = {"step": state.step} | described | {"config": keys}
+        before = starts.read_text() if starts.is_file() else ""
+        files.write(starts, before + "\n" * (before[-1:] not in ("", "\n")) + json.dumps(start) + "\n")
+        files.write(path / "config.resolved.yaml", yaml_text.dump(keys))
+        files.write_json(path / "provenance.json", described | {"class_names": source.class_names})
 
 
 def _discriminator(state: TrainState) -> list[str]:
