@@ -1,0 +1,162 @@
+"""Pictures that show what a model has learned, one command each.
+
+python -m unite_fast gallery guidance runs/pets                      a row per guidance scale, a column per class
+python -m unite_fast gallery classes runs/pets                       a row per class, a column per seed: same noise
+python -m unite_fast gallery between-seeds runs/pets --seeds 3,8     samples of noise between two seeds'
+python -m unite_fast gallery between-images runs/pets a.png b.png    decoded between the latents of two images
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unite_fast import checkpoint, sampling
+from unite_fast.base import outputs
+from unite_fast.base.errors import UserError, idle
+from unite_fast.config import DataConfig, SampleConfig
+from unite_fast.data.encoded import decode, explain
+from unite_fast.data.folder import read_file
+from unite_fast.data.transforms import transform
+from unite_fast.efficiency import precision
+from unite_fast.modality import pictures
+from unite_fast.modality.pictures import Words
+from unite_fast.model.unite import UNITE
+from unite_fast.sampling.generate import classes_of, parse_seeds
+from unite_fast.sampling.reconstruct import tokens
+from unite_kernels import backend
+
+SCALES = "1,1.5,2,3,5"
+MOST_CLASSES, SEEDS, STEPS = 10, 8, 9
+
+
+class Shown(NamedTuple):
+    """A model and what is asked of it."""
+
+    model: UNITE
+    how: SampleConfig
+    reading: DataConfig
+    t_max: float
+    names: Sequence[str]
+    labels: list[int]  # one per class that is shown
+    seeds: list[int]
+    scales: list[float]
+    images: list[str]
+
+    def called(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else f"class {label}" if label < self.null else "no class"
+
+    @property
+    def null(self) -> int:
+        return self.model.config.num_classes
+
+    def sample(self, labels: Sequence[int], seeds: Sequence[int], **options: float) -> Tensor:
+        """(B, Q, S, S), an image per label and seed."""
+        return sampling.sample(self.model, torch.tensor(labels), self.how, seeds=seeds, **options)
+
+
+def guidance(s: Shown) -> tuple[list[Tensor], Words]:
+    rows = [s.sample(s.labels, [s.seeds[0]] * len(s.labels), cfg_scale=scale) for scale in s.scales]
+    return rows, Words(f"seed {s.seeds[0]}", [s.called(y) for y in s.labels], [f"guidance {w:g}" for w in s.scales])
+
+
+def classes(s: Shown) -> tuple[list[Tensor], Words]:
+    rows = [s.sample([label] * len(s.seeds), s.seeds) for label in s.labels]
+    return rows, Words("", [f"seed {seed}" for seed in s.seeds], [s.called(y) for y in s.labels])
+
+
+def between_seeds(s: Shown) -> tuple[list[Tensor], Words]:
+    """On the arc between the two noises, of which every point is as long as noise is."""
+    if len(s.seeds) < 2:
+        raise UserError("gallery between-seeds: give two seeds, as --seeds 3,8")
+    ends = sampling.initial_noise(s.model, s.seeds[:2], s.model.latent_tokens.device)
+    parts = torch.linspace(0, 1, STEPS)
+    angles = (parts * math.pi / 2).to(ends)[:, None, None]
+    noise = angles.cos() * ends[0] + angles.sin() * ends[1]
+    rows = []
+    for label in s.labels:
+        rows.append(sampling.sample(s.model, torch.full((STEPS,), label), s.how, noise=noise))
+    above = [f"seed {s.seeds[0]}", *[f"{p:.0%}" for p in parts[1:-1].tolist()], f"seed {s.seeds[1]}"]
+    return rows, Words("", above, [s.called(y) for y in s.labels])
+
+
+def between_images(s: Shown) -> tuple[list[Tensor], Words]:
+    config = s.model.config
+    if len(s.images) != 2:
+        raise UserError("gallery between-images: name two images behind the checkpoint")
+    found = []
+    for path in s.images:
+        try:
+            image = decode(read_file(path), "L" if config.channels == 1 else "RGB", s.reading.alpha)
+        except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
+            raise UserError(f"cannot read {path}: {explain(error)}") from None
+        found.append(transform(image, config.image_size, "adm", False, None))
+    real = torch.stack(found).float().to(s.model.latent_tokens.device) / 255
+    z = tokens(s.model, real, torch.arange(2), s.t_max)
+    parts = torch.linspace(0, 1, STEPS).to(z)[:, None, None]
+    decoded = s.model.decode(s.model.normalise(torch.lerp(z[:1], z[1:], parts))).float().clamp(0, 1)
+    row = torch.cat([real[:1], decoded, real[1:]])
+    above = [Path(s.images[0]).name, *[f"{k / (STEPS - 1):.0%}" for k in range(STEPS)], Path(s.images[1]).name]
+    return [row], Words("", above, [])
+
+
+KINDS: dict[str, Callable[[Shown], tuple[list[Tensor], Words]]] = {
+    "guidance": guidance,
+    "classes": classes,
+    "between-seeds": between_seeds,
+    "between-images": between_images,
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m unite_fast gallery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("kind", choices=KINDS)
+    add("checkpoint", metavar="PATH", help="run folder, step-N folder, export, or official .pt")
+    add("images", nargs="*", metavar="IMAGE", help="two, for between-images")
+    add("--out", type=Path, metavar="FILE.png", help="default: gallery_KIND.png in the run folder's report/, or here")
+    add("--labels", help="classes by name or number, as dog,cat (default: the first ten)")
+    add("--seeds", help="as 0-7 (default: 0-7)")
+    add("--scales", help=f"guidance scales (default: {SCALES})")
+    add("--weights", default="ema", metavar="NAME", help="ema (default), model, or another average that it has")
+    add("--debug", action="store_true", help="show tracebacks")
+    a = parser.parse_args(argv)
+    unused = {"--images": a.images and a.kind != "between-images", "--scales": a.scales and a.kind != "guidance"}
+    for option in (name for name, given in unused.items() if given):
+        raise idle(option, f"with gallery {a.kind}")
+    located = checkpoint.locate(a.checkpoint)
+    run = located.parent.parent if located.is_dir() and located.parent.name == "checkpoints" else None
+    out = a.out or (run / "report" if run else Path()) / f"gallery_{a.kind.replace('-', '_')}.png"
+    outputs.check_file(out, "--out", [*checkpoint.reads(located), *map(Path, a.images)], lambda path: True)
+    model, config = checkpoint.load_model(located, a.weights)
+    if "pixels" not in model.modality.analyses:
+        raise UserError(f"gallery is for images; this is a model of {model.modality.thing}s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision.setup(device)
+    model.to(device)
+    model.use_kernels(backend.best(device))
+    names, count = checkpoint.class_names(located), model.config.num_classes
+    labels = classes_of(a.labels, count, names) if a.labels else list(range(min(count, MOST_CLASSES))) or [0]
+    if a.kind == "between-seeds" and not a.labels:
+        labels = labels[:3]
+    try:
+        scales = [float(part) for part in (a.scales or SCALES).split(",")]
+    except ValueError:
+        raise UserError(f"--scales {a.scales}: write numbers such as {SCALES}") from None
+    how = config.sample if count else dataclasses.replace(config.sample, cfg_scale=1.0)
+    seeds = parse_seeds(a.seeds or f"0-{SEEDS - 1}")
+    shown = Shown(model, how, config.data, config.objective.tokenizer_t_max, names, labels, seeds, scales, a.images)
+    with torch.no_grad():
+        rows, words = KINDS[a.kind](shown)
+    pictures.save_labelled(out, [row.cpu() for row in rows], words)
+    print(f"gallery of {a.kind} in {out}")
+    return 0

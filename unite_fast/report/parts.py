@@ -1,0 +1,53 @@
+"""What every part of the page uses: files of a run that may be damaged, pictures, folded text."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; others are left out."""
+    found = []
+    try:
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError):
+                continue
+    except OSError:
+        return []
+    return [one for one in found if isinstance(one, dict)]
+
+
+def readable(what: str, make: Callable[[], str]) -> str:
+    """What ``make`` makes of files of the run, or that they cannot be read: one damaged file costs its part alone."""
+    try:
+        return make()
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        return f"<p>{html.escape(what)} cannot be read.</p>"
+
+
+def picture(path: Path, caption: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    words = html.escape(caption)
+    return f'<figure><img alt="{words}" src="data:image/png;base64,{content}"><figcaption>{words}</figcaption></figure>'
+
+
+def folded(name: str, content: Any) -> str:
+    """Text, or JSON, behind a line that opens it."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1)
+    return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>"
