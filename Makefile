@@ -17,10 +17,11 @@ install: $(INSTALLED)  ## make .venv and install the project and its tools into 
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}; set PYTHON=")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt torch setuptools wheel
-	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	touch $@
+	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # an earlier start may have been cut short
+	@echo "installing PyTorch and the tools into $(VENV): some 6 GB, minutes; an interrupted start goes on when repeated"
+	$(RUN) -m pip install -c constraints.txt torch setuptools wheel
+	$(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
 
 # One thread: the matrices are too small to share.
 demo: install  ## train, reconstruct and sample real images on this CPU, in minutes

@@ -9,7 +9,12 @@ headers come from the torch of the environment, so install with
     pip install --no-build-isolation -e .        or, without pip:    python setup.py build_ext --inplace
 
 In an isolated build environment there is no torch; the Python code is then installed alone. A library that cannot be
-built prints one line saying why and fails nothing: the eager forms remain, and the doctor names the reason.
+built prints one line saying why and fails nothing: the eager forms remain, and the doctor names the reason. A CXX that
+was asked for and does not exist is an error.
+
+A wheel also holds train.py, sample.py and configs/, as unite_fast/programs and unite_fast/configs. Its tag says what is
+in it: py3-none-any without a compiled library, else py3-none-linux_x86_64 or so, of the machine it was built on, which
+is no manylinux tag because it needs the libraries of that torch's version or later. (No Python symbol is in one.)
 """
 
 from __future__ import annotations
@@ -19,14 +24,18 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+PROGRAMS = (ROOT / "train.py", ROOT / "sample.py")
 CPU, CUDA = "unite_kernels._C_cpu", "unite_kernels._C_cuda"
 STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.11
 CPU_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -80,6 +89,8 @@ def call_all(commands: list[list[str]]) -> None:
 def compiler() -> str:
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
+        if "CXX" in os.environ:
+            sys.exit(f"error: CXX={name}: there is no such compiler; name another, or unset CXX")
         raise NotBuilt(f"no C++ compiler {name!r}; install g++ 11 or later, or set CXX")
     return name
 
@@ -162,10 +173,42 @@ class BuildLibraries(build_ext):
                 (ROOT / "kernels" / name).with_suffix(".sources").write_text(sources_digest())
 
 
+class BuildPackages(build_py):
+    """With the programs and the configurations that lie beside the package in a checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib) / "unite_fast"
+        for folder, found in {"programs": PROGRAMS, "configs": sorted((ROOT / "configs").rglob("*.yaml"))}.items():
+            shutil.rmtree(package / folder, ignore_errors=True)
+            for path in found:
+                target = package / folder / path.relative_to(ROOT if folder == "programs" else ROOT / "configs")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+class Wheel(bdist_wheel):
+    """Tagged after what was really compiled."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        built = Path(self.get_finalized_command("build_ext").build_lib)
+        self.root_is_pure = not any((built / "unite_kernels").glob("_C_*.so"))
+        if self.root_is_pure:
+            self.distribution.ext_modules = []  # else its Python files would be installed as those of one platform
+        print("the wheel is pure" if self.root_is_pure else "the wheel has compiled libraries", flush=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]
+
+
 setup(
     packages=[*find_packages(".", include=["unite_fast*"]), *find_packages("kernels", include=["unite_kernels*"])],
     package_dir={"unite_kernels": "kernels/unite_kernels"},
-    package_data={"unite_kernels": ["launch_tables/*.json"]},
+    package_data={"unite_fast": ["py.typed"], "unite_kernels": ["launch_tables/*.json", "py.typed"]},
     ext_modules=[Extension(name, sources=[], optional=True) for name in (CPU, CUDA)],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPackages, "bdist_wheel": Wheel},
 )

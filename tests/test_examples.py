@@ -135,9 +135,10 @@ def test_every_command_has_a_verb(capsys):
     assert "evaluate " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         verbs.main(["evaluate", "--help"])
-    assert "{atoms,fid,table,search,rfid}" in capsys.readouterr().out
+    assert "{atoms,fid,table,search,heldout,rfid}" in capsys.readouterr().out
     for program in ("train", "sample"):
-        with pytest.raises(UserError, match=f"^{program} is a program of its own: python {program}.py --debug$"):
-            verbs.main([program, "--debug"])
-    with pytest.raises(UserError, match="no command 'evalute'; choose one of doctor"):
+        with pytest.raises(SystemExit) as ended:
+            verbs.main([program, "--help"])
+        assert ended.value.code == 0, program
+    with pytest.raises(UserError, match="no command 'evalute'; choose one of train, sample, doctor"):
         verbs.main(["evalute"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from pathlib import Path
+from types import ModuleType
 
 from unite_fast.base import command
 from unite_fast.base.errors import UserError
@@ -28,24 +31,54 @@ VERBS = {
     "small": ("unite_fast.evaluation.small", "scores of a model of small real images, real beside"),
     "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
+    "gallery": ("unite_fast.report.gallery", "guidance sweep, classes of one noise, between two seeds or images"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
 }
 OTHER_NAMES = {"atoms": "pack-atoms"}
-PROGRAMS = ("train", "sample")  # beside the package
+
+
+def program(name: str) -> ModuleType:
+    """train.py or sample.py: of a wheel in the package, of a checkout beside it."""
+    package = Path(__file__).resolve().parent
+    file = package / "programs" / f"{name}.py"
+    file = file if file.is_file() else package.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"unite_fast.programs.{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unite() -> None:
+    """The command ``unite``."""
+    sys.exit(command.run(main))
+
+
+def unite_train() -> None:
+    """The command ``unite-train``: what ``python train.py`` is in a checkout."""
+    sys.exit(command.run(program("train").main))
+
+
+def unite_sample() -> None:
+    """The command ``unite-sample``."""
+    sys.exit(command.run(program("sample").main))
 
 
 def main(argv: list[str]) -> int | None:
     """Runs the command that ``argv`` names. Raises UserError for one that does not exist."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"python -m unite_fast VERB ...\n\n{__doc__}\n")
-        print("\n".join(f"  {verb:12} {said}" for verb, (_, said) in VERBS.items()))
-        print("\nEach explains itself: python -m unite_fast VERB --help. Training and sampling: train.py, sample.py.")
+        print(f"{command.called('VERB')} ...\n\n{__doc__}\n")
+        said = {"train": "train a model", "sample": "samples, or reconstructions of a user's files"}
+        said |= {verb: words for verb, (_, words) in VERBS.items()}
+        print("\n".join(f"  {verb:12} {words}" for verb, words in said.items()))
+        print(f"\nEach explains itself: {command.called('VERB')} --help.")
         return 0
-    if argv[0] in PROGRAMS:
-        raise UserError(f"{argv[0]} is a program of its own: python {argv[0]}.py {' '.join(argv[1:]) or '...'}")
+    if argv[0] in command.PROGRAMS:
+        return program(argv[0]).main(argv[1:])
     verb = OTHER_NAMES.get(argv[0], argv[0])
     if verb not in VERBS:
-        raise UserError(f"no command '{verb}'; choose one of {', '.join(VERBS)}")
+        raise UserError(f"no command '{verb}'; choose one of {', '.join([*command.PROGRAMS, *VERBS])}")
     return importlib.import_module(VERBS[verb][0]).main(argv[1:])
 
 

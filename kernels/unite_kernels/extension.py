@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-BUILD = "python setup.py build_ext --inplace"
 CHECKOUT = Path(__file__).resolve().parents[2]
+BUILD = (  # a wheel is pure where no compiler was
+    "python setup.py build_ext --inplace"
+    if (CHECKOUT / "setup.py").is_file()
+    else "pip install --no-build-isolation FOLDER_OF_THE_SOURCES"
+)
 
 
 class Library(NamedTuple):

@@ -6,6 +6,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from unite_fast.base import files, launcher, streams
 from unite_fast.base.errors import CommonError, RunError, UserError, first_line
@@ -14,6 +15,7 @@ from unite_fast.base.errors import CommonError, RunError, UserError, first_line
 DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? (\d+)[\d, ]*\) (is killed|exited)")
 LOST_CONTACT = re.compile(r"Connection (reset|closed)|Timed out|timed out waiting|Broken pipe|Connection refused", re.I)
 NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.I)
+PROGRAMS = ("train", "sample")  # beside the package in a checkout, within it when it is installed
 MENDS = {
     (errno.ENOSPC, errno.EDQUOT): "free some space, then start the same command again",
     (errno.EACCES, errno.EPERM, errno.EROFS): "give this user the right to it, or choose another place",
@@ -22,6 +24,15 @@ MENDS = {
     (errno.ENAMETOOLONG,): "choose a shorter name",
 }
 MEND = "mend that, then start the same command again"
+
+
+def called(verb: str) -> str:
+    """How to call a command, in the way in which this process was called: from a checkout, or as installed."""
+    if Path(sys.argv[0]).name.startswith("unite"):
+        return f"unite-{verb}" if verb in PROGRAMS else f"unite {verb}"
+    if verb in PROGRAMS and Path(f"{verb}.py").is_file():
+        return f"python {verb}.py"
+    return f"python -m unite_fast {verb}"
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

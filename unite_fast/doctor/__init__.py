@@ -31,15 +31,15 @@ from unite_fast.run import monitor
 REQUIRED = ("torchvision", "lpips", "torch_fidelity", "torchdiffeq", "einops", "safetensors", "sklearn", "PIL", "yaml")
 # Each with what installs it and, where an import alone says little, one tiny call.
 OPTIONAL: dict[str, tuple[str, Callable[[], str] | None]] = {
-    "transformer_engine": ("pip install 'unite-fast[fp8]'", machine.transformer_engine),
-    "nvidia.dali": ("pip install 'unite-fast[dali]'", machine.dali),
-    "simplejpeg": ("pip install 'unite-fast[fast]'", None),
-    "pyarrow": ("pip install 'unite-fast[parquet]'", None),
-    "tensorboard": ("pip install 'unite-fast[log]'", None),
-    "wandb": ("pip install 'unite-fast[log]'", None),
-    "rdkit": ("pip install 'unite-fast[atoms]'", None),
-    "pymatgen.core": ("pip install 'unite-fast[atoms]'", None),
-    "smact": ("pip install 'unite-fast[atoms]'", None),
+    "transformer_engine": ("pip install 'transformer-engine[pytorch]'", machine.transformer_engine),
+    "nvidia.dali": ("pip install nvidia-dali-cuda130", machine.dali),
+    "simplejpeg": ("pip install simplejpeg", None),
+    "pyarrow": ("pip install pyarrow", None),
+    "tensorboard": ("pip install tensorboard", None),
+    "wandb": ("pip install wandb", None),
+    "rdkit": ("pip install rdkit", None),
+    "pymatgen.core": ("pip install pymatgen", None),
+    "smact": ("pip install smact", None),
 }
 
 

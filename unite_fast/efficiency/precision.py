@@ -267,7 +267,8 @@ def check(name: str, device: torch.device) -> None:
         except (ImportError, OSError, RuntimeError) as error:
             reason = first_line(error)
             raise UserError(
-                f"{asked} needs Transformer Engine ({reason}); pip install 'unite-fast[fp8]', or use bf16 or fp8"
+                f"{asked} needs Transformer Engine ({reason}); pip install 'transformer-engine[pytorch]', or use bf16 "
+                "or fp8"
             ) from None
         if name in TE_FLOAT8:
             available, reason = te.is_fp8_available(return_reason=True)

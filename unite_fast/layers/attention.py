@@ -53,7 +53,7 @@ PLUGGED = {"fa3": "FA3", "fa4": "FA4"}  # implementations that torch puts in the
 MODULES = {
     "fa2": ("flash_attn.flash_attn_interface", "pip install flash-attn"),
     "fa3": ("flash_attn_interface", "build the folder hopper/ of the flash-attention repository"),
-    "fa4": ("flash_attn.cute.interface", "pip install 'unite-fast[flash]'"),
+    "fa4": ("flash_attn.cute.interface", "pip install --pre flash-attn-4"),
 }
 
 # What auto takes, in half precision: per compute capability, (most keys, backends, the first that runs). Not measured:
