@@ -1,10 +1,14 @@
-"""Equality with the official code's float32 results, to the digits that float32 sums leave."""
+"""Equality with the official code's float32 results, to the digits that float32 sums leave.
+
+Those values lie beside the checkout; ``golden_small`` keeps some of our own computing for a clone alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 
+import golden_small
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -176,6 +180,15 @@ def test_written_checkpoints_have_the_official_content(reference, tmp_path):
         assert again[part]["param_groups"] == content[part]["param_groups"]
         for index, state in content[part]["state"].items():
             assert all(torch.equal(again[part]["state"][index][key], value) for key, value in state.items())
+
+
+def test_a_small_model_computes_what_it_did():
+    """Values of our own computing, at a commit whose values were the official code's: what a clone alone can hold."""
+    expected, found = json.loads(golden_small.FILE.read_text()), golden_small.computed()
+    assert found.keys() == expected.keys()
+    for name, (norm, product) in expected.items():
+        tolerance = (1e-4 if name.startswith("update") else 1e-5) * norm
+        assert found[name] == [pytest.approx(norm, abs=tolerance), pytest.approx(product, abs=tolerance)], name
 
 
 def test_base_has_the_published_number_of_parameters():
