@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,10 @@ from unite_fast.base import files, locks, parent, streams
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import find
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import open_source, stream
+from unite_fast.data import open_source, pack, stream
+from unite_fast.data.atoms import parallel
 from unite_fast.data.folder import Folder
+from unite_fast.parallel import distributed
 from unite_fast.run.stop import Stop
 
 
@@ -427,40 +431,48 @@ def test_a_process_ends_with_its_parent(tmp_path):
     assert ends(child)
 
 
-def read_forever(images: str, note: str) -> None:
-    """Training whose one worker hangs in its first read."""
+def hang(note: str, *arguments: object) -> Any:
+    """Tells its process in the file ``note`` and never returns."""
+    Path(note).write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
 
-    def hang(self: Folder, index: int) -> bytes:
-        Path(note).write_text(str(os.getpid()))
-        while True:
-            time.sleep(1)
 
-    Folder.encoded = hang
+def training(images: str, note: str) -> None:
+    """Whose one data worker hangs in its first read."""
+    Folder.encoded = lambda self, index: hang(note)
     multiprocessing.set_start_method("fork", force=True)  # as in a program; the server's children would use the server
     model = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
-    source = open_source(DataConfig(path=images), model)
-    next(iter(stream(source, 0, global_batch=2, workers=1)))
+    next(iter(stream(open_source(DataConfig(path=images), model), 0, global_batch=2, workers=1)))
 
 
-def test_a_data_worker_that_hangs_ends_with_training(tmp_path):
+def packing(images: str, note: str) -> None:
+    pack.pack_shard = functools.partial(hang, note)
+    pack.main([images, f"{images}_packed", "--size", "8", "--workers", "2"])
+
+
+def scoring_of_atoms(images: str, note: str) -> None:
+    list(parallel.mapped(functools.partial(hang, note), [1, 2], workers=2, chunk=1))
+
+
+def torchrun(images: str, note: str) -> None:
+    """As far as a rank sees it: a process in whose environment it stands, and that started it."""
+    if os.fork() == 0:
+        os.environ |= {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
+        distributed.start("cpu")
+        hang(note)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("start", [training, packing, scoring_of_atoms, torchrun])
+def test_what_a_killed_process_had_started_ends_with_it(start, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name / "0.png")
     note = tmp_path / "pid"
-    training = SERVER.Process(target=read_forever, args=(str(tmp_path / "images"), str(note)))
-    training.start()
+    program = SERVER.Process(target=start, args=(str(tmp_path / "images"), str(note)))
+    program.start()
     worker = pid_in(note)
-    training.kill()
-    training.join()
+    program.kill()
+    program.join()
     assert ends(worker)
-
-
-def test_whatever_starts_processes_ties_them_to_itself():
-    from inspect import getsource
-
-    from unite_fast.data import loader, pack
-    from unite_fast.parallel import distributed
-
-    assert "end_with_parent(signal.SIGKILL)" in getsource(loader._StartWorker)
-    assert "end_with_parent(signal.SIGKILL)" in getsource(pack._start)
-    assert "end_with_parent(signal.SIGTERM)" in getsource(distributed.start)

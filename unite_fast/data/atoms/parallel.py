@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from unite_fast.base.errors import RunError
+from unite_fast.base.parent import end_with_parent
 
 
 def processes(wanted: int = 0) -> int:
@@ -27,7 +29,8 @@ def mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 
     if count <= 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, context, initializer=end_with_parent, initargs=(signal.SIGKILL,)) as pool:
         try:
             yield from pool.map(function, items, chunksize=chunk)
         except BrokenProcessPool:
