@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     train, sample = program("train").main, program("sample").main
     config = ("--config", ROOT / "configs" / "images_32.yaml")
     run, tuned, shared = place / "runs" / "photos", place / "runs" / "tuned", place / "shared"
-    images = (f"data.path={place / 'photos'}", f"data.heldout_path={place / 'heldout'}")
+    images = (f"data.path={place / 'photos'}", f"data.heldout_path={place / 'heldout'}", "evaluation.heldout_epoch=10")
     call("train", train, *config, *images, "model.num_classes=4", "name=photos", f"run_dir={run}", *keys)
     call("report", report.main, run)
     call(

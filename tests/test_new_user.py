@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
-from support import ROOT
+from photographs import crop
+from support import ROOT, command
+
+import train
 
 SMALL = (
     "model.patch_size=8", "model.num_latents=16", "train.max_steps=2", "train.image_every=2", "train.global_batch=8",
@@ -31,3 +34,17 @@ def test_the_way_of_a_new_user(tmp_path, capsys):
         assert words in page
     for name in ("by_name.png", "runs/photos/report/gallery_guidance.png", "runs/photos/samples/step_0000002.png"):
         assert (tmp_path / name).is_file()
+
+
+def test_a_template_runs_as_it_stands(tmp_path):
+    """With the keys that the README gives it alone, up to the first step."""
+    for number in range(64):
+        folder = tmp_path / "pets" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        crop(number).save(folder / f"{number}.png")
+    for name in ("images_32", "images_64"):
+        keys = (f"data.path={tmp_path / 'pets'}", "model.num_classes=2", f"run_dir={tmp_path / name}")
+        done = command("train.py", "--config", ROOT / "configs" / f"{name}.yaml", *keys, "--dry-run")
+        assert "64 images/epoch" in done.stdout, done.stderr
+        settings = train.parse(["--config", str(ROOT / "configs" / f"{name}.yaml"), *keys])[1]
+        assert len(train.Inputs.check(settings).source) == 64
