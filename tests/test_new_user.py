@@ -47,4 +47,4 @@ def test_a_template_runs_as_it_stands(tmp_path):
         done = command("train.py", "--config", ROOT / "configs" / f"{name}.yaml", *keys, "--dry-run")
         assert "64 images/epoch" in done.stdout, done.stderr
         settings = train.parse(["--config", str(ROOT / "configs" / f"{name}.yaml"), *keys])[1]
-        assert len(train.Inputs.check(settings).source) == 64
+        assert len(train.Inputs.open(settings).source) == 64
