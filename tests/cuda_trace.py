@@ -156,6 +156,11 @@ SCENARIOS: dict[str, Callable[[OnTheGpu], None]] = {
     "B, fp32, fused": train("efficiency.precision=fp32"),
     "B, fp8": train("efficiency.precision=fp8"),
     "B, fp8_rowwise": train("efficiency.precision=fp8_rowwise"),
+    "B, bf16, fused, against a discriminator": train(
+        "objective.flow_steps=0",
+        "objective.adversarial.weight=0.75",
+        "optim.frozen=[encoder, encoder_layer_norm, latent_tokens, patch_embed]",
+    ),
     "L, bf16, fused": train("model.encoder.width=1024", "model.encoder.heads=16"),
     "XL, bf16, fused": train("model.encoder.width=1152", "model.encoder.heads=16"),
     "samples, bf16": sample("bf16", "cfg_first"),

@@ -26,6 +26,7 @@ from unite_fast.interop import load_reference, save_reference
 from unite_fast.objective import adversarial, augment
 from unite_fast.objective.adversarial import Adversarial
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.plan import cost
 from unite_fast.run.stats import DuelAlarm, read_metrics
 from unite_fast.training.state import tensors_of
 from unite_fast.training.step import TrainStep
@@ -298,6 +299,30 @@ def test_however_it_is_computed(alone, alone_on_a_copy, how, trunk, monkeypatch)
         expected = (alone if trunk == "frozen" else alone_on_a_copy)[name]
         close = {"rtol": tolerance, "atol": tolerance * 0.1, "msg": name}
         torch.testing.assert_close(found[name], expected, **close)
+
+
+@pytest.mark.parametrize("trunk", ["frozen", "trained"])
+def test_what_it_costs_is_counted_without_running(trunk):
+    """Memory as autograd keeps it in the passes themselves; a copy of the encoder costs its own gradients as well."""
+    step, batch = stage(f"objective.adversarial.trunk={trunk}")
+    m, o, e, model = step.config.model, step.config.objective, step.config.efficiency, step.state.model
+    counted = cost.activation_bytes(m, o, e, 16, FROZEN)
+    assert counted.keys() == {"reconstruction", "generator", "discriminator"}
+    draws = step.objective.draws(model, 0, batch.samples)
+    for judging in (False, True):
+        saved = cost.Saved([*model.parameters(), *duel(step).discriminator.parameters()])
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            _, prediction = step.objective.decoded(model, batch, draws)
+            shown = duel(step).shown(batch.content["images"], adversarial.opened(prediction), draws)
+            kept = (duel(step).judged if judging else duel(step).generator)(model, shown)
+        assert saved.bytes == pytest.approx(counted["discriminator" if judging else "generator"], rel=0.05)
+        del kept
+    parts = cost.persistent_parts(m, o, step.config.optim, e, step.config.train, 1)
+    assert parts["parameters"] == 4 * sum(p.numel() for p in step.state.parameters.values())
+    assert parts["frozen"] == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    adversary = dataclasses.replace(o.adversarial, trunk="frozen")
+    alone = cost.counted_flops(m, dataclasses.replace(o, adversarial=adversary), FROZEN)
+    assert (cost.counted_flops(m, o, FROZEN) > 1.2 * alone) == (trunk == "trained")
 
 
 def test_a_gradient_that_is_not_finite_stops_its_own_network_alone():
