@@ -302,6 +302,9 @@ def test_the_command_compares_and_the_report_shows(run):
         assert list(content["models"]) == ["shared", "separate"], name
         assert {"definition", "checkpoints", "environment"} <= content["protocol"].keys()
         assert (run / "analysis" / f"{name}.png").stat().st_size > 2000
+    seen = json.loads((run / "analysis" / "trajectory.json").read_text())["models"]["shared"]
+    assert seen["live"] == sum(gain >= 0.5 for gain in seen["gains"])
+    assert len(seen["gains"]) == 4
     found = json.loads((run / "analysis" / "alignment.json").read_text())["models"]["shared"]
     assert found["examples"] == {"registers": 64 * 8, "mean": 64, "cknna": 40}
     assert all(0 < v <= 1 for row in found["cka_registers"] for v in row)

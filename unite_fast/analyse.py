@@ -116,6 +116,8 @@ def of_samples(context: Context, wanted: list[str]) -> dict[str, Found]:
         context.walk(subject, context.split, source, places, list(opened.values()))
         for name, analysis in opened.items():
             found[name][subject.name] = context.ranks.gather(analysis.result() if context.ranks.is_main else None)[0]
+        if "trajectory" in wanted:
+            found["trajectory"][subject.name] |= trajectory.gains(subject.model)
     return found
 
 

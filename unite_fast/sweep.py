@@ -167,7 +167,7 @@ def train(run: Run, then: Sequence[Then]) -> None:
     """What is missing of one run. Raises RunError."""
     log = run.folder.with_name(f"{run.folder.name}.log")
     if not finished(run):
-        _call([sys.executable, str(ROOT / "train.py"), *run.words()], log)
+        _call([sys.executable, "-m", "unite_fast", "train", *run.words()], log)
     for step in then:
         if not (run.folder / step.makes).is_file():
             words = [word.replace("{run}", str(run.folder)) for word in step.command]
@@ -239,6 +239,8 @@ def write_table(sweep: Sweep) -> str:
 
 def array(runs: Sequence[Run], then: Sequence[Then], source: str) -> str:
     """The text of a job array: task k trains run k as scripts/slurm/train.sbatch does, and then measures it."""
+    if not (ROOT / JOB).is_file():
+        raise UserError(f"--slurm: the tasks run {JOB}, which a checkout has and an installed package has not")
     template = (ROOT / JOB).read_text().splitlines()
     lines = [
         "#!/bin/bash",

@@ -16,8 +16,10 @@ from torch.nn.functional import cosine_similarity
 from unite_fast.analysis.walk import Denoised, Tile
 from unite_fast.flow import EPS
 from unite_fast.modality.images import psnr
+from unite_fast.model.unite import UNITE
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LIVE = 0.5
 DEFINITION = {
     "cosine": "mean over samples and registers of the cosine between clean latents z and their prediction from "
     "z_t = t z + (1 - t) eps, without a class",
@@ -25,9 +27,16 @@ DEFINITION = {
     "x0_loss": "mean of (prediction - z)^2",
     "latent_std": "standard deviation over samples of each latent coordinate, mean over coordinates; absent registers "
     "count as 0",
+    "gains": "absolute gains of the latent LayerNorm, sorted; live: how many are at least 0.5, half of the first",
     "psnr": "dB, mean over images: the decoder's image of the prediction at t, clamped to [0, 1], against the input; "
     "psnr_clean: of the clean latents",
 }
+
+
+def gains(model: UNITE) -> dict[str, Any]:
+    """{"gains", "live"} of the latent LayerNorm."""
+    found = model.encoder_layer_norm.weight.detach().abs().sort().values.tolist()
+    return {"gains": found, "live": sum(gain >= LIVE for gain in found)}
 
 
 class Trajectory:
