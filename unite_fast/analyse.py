@@ -31,6 +31,7 @@ from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from unite_fast.data.source import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import statistics
+from unite_fast.modality.pictures import Words
 from unite_fast.model.unite import TOKENIZE_SEED, UNITE, build
 from unite_fast.objective import FLOW
 from unite_fast.parallel import distributed
@@ -164,12 +165,13 @@ def picture(context: Context, subject: Subject, path: Path) -> None:
     batch = data.Batch.from_tensors({k: v.to(context.ranks.device) for k, v in batch.tensors().items()})
     t_max = subject.config.objective.tokenizer_t_max
     tile = tokenized(model, batch, t_max)
-    rows = [model.modality.original(tile.content)]
-    rows.append(reconstruct(model, tile.content, batch.samples, t_max, batch.labels, batch.sizes))
+    made = {"reconstructed": reconstruct(model, tile.content, batch.samples, t_max, batch.labels, batch.sizes)}
     for t in PICTURED:
         prediction = model.decode(denoised(tile, t).prediction, batch.sizes)
-        rows.append(model.modality.finished(model, prediction, batch.labels, batch.sizes))
-    model.modality.show(path, rows)
+        made[f"denoised from t = {t:g}"] = model.modality.finished(model, prediction, batch.labels, batch.sizes)
+    said = [f"{name}\n{model.modality.likeness(tile.content, row)}".rstrip() for name, row in made.items()]
+    rows = [model.modality.original(tile.content), *made.values()]
+    model.modality.show(path, rows, Words(subject.name, (), ["real", *said]))
 
 
 DEFINITIONS = {
