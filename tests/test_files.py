@@ -137,3 +137,12 @@ def test_a_pipe_is_not_replaced(tmp_path):
     with pytest.raises(OSError, match="a device, a pipe or a socket"):
         files.write(tmp_path / "pipe", "x")
     assert names(tmp_path) == ["pipe"]
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="it is no regular file"):
+            files.read(path)
+    (tmp_path / "a").write_bytes(b"x\xff")
+    assert files.read_text(tmp_path / "a", "replace") == "x\ufffd"

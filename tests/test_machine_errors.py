@@ -55,6 +55,39 @@ def go_on(place: Path, run: Path, *words: object):
     return command("train.py", "--config", place / "tiny.yaml", f"run_dir={run}", "train.max_steps=3", *words)
 
 
+# --- what is no regular file ---------------------------------------------------------------------------------------
+
+PIPES = (
+    "metrics.jsonl", "status.json", "logs/rank_000.log", "began_from.txt", "checkpoints/step-0000003/manifest.json",
+)  # fmt: skip
+
+
+def meet_pipes(place: str, run: str) -> None:
+    """Ends with 0 where training, the report and an export make their way."""
+    trained = go_on(Path(place), Path(run), f"resume={run}_other")
+    assert (trained.returncode, "did not begin from there" in trained.stderr) == (2, True), trained
+    trained = go_on(Path(place), Path(run))
+    assert trained.returncode == 0, trained
+    (Path(run) / "provenance.json").unlink()
+    os.mkfifo(Path(run) / "provenance.json")
+    for said in (command_of(report.main, run), command_of(export.main, run, "--out", f"{run}_exported")):
+        assert said.returncode == 0, said
+
+
+def test_a_pipe_in_a_run_folder_is_not_waited_for(place, run):
+    """Whoever may write there could stop a run for good: of a pipe that nobody writes to, a read never ends."""
+    shutil.copytree(run, f"{run}_other")
+    for name in PIPES:
+        (run / name).unlink(missing_ok=True)
+        (run / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(run / name)
+    process = SERVER.Process(target=meet_pipes, args=(str(place), str(run)))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
 # --- an unreadable checkpoint --------------------------------------------------------------------------------------
 
 

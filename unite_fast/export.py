@@ -69,7 +69,7 @@ def origin(located: Path) -> tuple[str, dict[str, Any]]:
     kind, text = ("run" if located.is_dir() else "official"), "{}"
     try:
         if located.is_dir():
-            text = (located.parent.parent / "provenance.json").read_text()
+            text = files.read_text(located.parent.parent / "provenance.json")
         elif located.suffix == ".safetensors":
             with safe_open(located, "pt") as file:
                 said = file.metadata()
@@ -103,7 +103,7 @@ def score_lines(located: Path) -> str:
     lines = []
     for path in sorted((run / "scores").glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(files.read_text(path))
             protocol, result = content["protocol"], content["result"]
             kept = {k: v for k, v in result.items() if k in SCORES and isinstance(v, (int, float))}
             looked = (protocol.get("extractor") or {}).get("name", "no network")

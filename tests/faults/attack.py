@@ -230,9 +230,13 @@ def damages(path: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
         path.unlink()
         path.mkdir()
 
+    def pipe() -> None:
+        path.unlink()
+        os.mkfifo(path)
+
     return {
         "emptied": lambda: path.write_bytes(b""), "cut": lambda: path.write_bytes(content[: len(content) // 2]),
-        "changed by a bit": lambda: path.write_bytes(flipped), "gone": path.unlink, "a folder": folder,
+        "changed by a bit": lambda: path.write_bytes(flipped), "gone": path.unlink, "a folder": folder, "a pipe": pipe,
         "a list": lambda: path.write_text("[1]"), "a number": lambda: path.write_text("1e999"),
         "of other types": lambda: path.write_text(json.dumps({"step": "x", "result": 3, "rows": {}, "config": [1]})),
         "noise": lambda: path.write_bytes(rng.randbytes(200)),

@@ -27,6 +27,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read(path: Path) -> bytes:
+    """The whole of a regular file. Raises OSError, also for a pipe or a device, of which a read might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open_regular(descriptor, path, "rb") as file:
+        return file.read()
+
+
+def open_regular(descriptor: int, path: Path, mode: str, **options: Any) -> Any:
+    """The file object of a descriptor, opened with O_NONBLOCK. Raises OSError unless it is a regular file's."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, mode, **options)
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """As ``read``, of UTF-8. Raises OSError and ValueError."""
+    return read(path).decode(errors=errors)
+
+
 def digest(value: Any) -> str:
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -95,7 +95,7 @@ def _own(path: Path, place: object, mend: str) -> Path:
         except FileExistsError:
             pass
         with contextlib.suppress(FileNotFoundError):
-            holder = owner.read_text(errors="replace")
+            holder = files.read_text(owner, "replace")
             if not _is_ending(holder) and _is_renewed(owner, holder):
                 raise _busy(place, holder, mend)
             owner.unlink()

@@ -73,7 +73,7 @@ def holds_json(*keys: str) -> Callable[[Path], bool]:
 
     def told(path: Path) -> bool:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(files.read_text(path))
         except (OSError, ValueError, RecursionError):
             return False
         return isinstance(content, dict) and any(key in content for key in keys)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unite_fast import interop
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import posthoc, shards
 from unite_fast.checkpoint.compare import changed_settings, check_parts, check_same_model
@@ -99,7 +100,7 @@ def step_in(content: dict[str, Any]) -> int | None:
 def _read_counters(path: Path) -> dict[str, Any]:
     """state.json, of a format that is known. Raises UserError."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(files.read_text(path / "state.json"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {path} cannot be read: state.json: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -111,7 +112,7 @@ def _read_counters(path: Path) -> dict[str, Any]:
 def stored(path: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder, by its name in ``tensors_of``. Raises UserError."""
     try:
-        names = sorted(name for name in json.loads((path / "manifest.json").read_text()) if TENSORS.match(name))
+        names = sorted(name for name in json.loads(files.read_text(path / "manifest.json")) if TENSORS.match(name))
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} cannot be read: manifest.json: {error}") from None
     return shards.index([path / name for name in names])
@@ -124,7 +125,7 @@ def read(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
 
 def _saved_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "state.json").read_text())["config"]
+        config = json.loads(files.read_text(path / "state.json"))["config"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable configuration in state.json ({error!r})") from None
     return translated(config, str(path)) if isinstance(config, dict) else {}

@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from unite_fast.base import files
+
 
 def facts(path: Path) -> dict[str, str]:
     """The metadata of a .safetensors; empty for one that cannot be read."""
@@ -21,7 +23,7 @@ def facts(path: Path) -> dict[str, str]:
 def saved_images(path: Path) -> dict[str, Any]:
     """What a checkpoint folder keeps of the images that the run saw (``Source.identity``); empty in older ones."""
     try:
-        found = json.loads((path / "state.json").read_text()).get("data")
+        found = json.loads(files.read_text(path / "state.json")).get("data")
     except (OSError, ValueError, AttributeError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}

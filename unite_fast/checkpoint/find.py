@@ -54,7 +54,7 @@ def verify(path: Path, content: bool = True) -> str:
 
 def _problem(path: Path, content: bool) -> str:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(files.read_text(path / "manifest.json"))
         recorded = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
     except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         if (path / ".metadata").exists():

@@ -82,7 +82,7 @@ def read_index(root: Path, field: str) -> Index:
     """index.json of the pack at ``root``. Raises UserError when it is missing, damaged or of another version."""
     path = root / "index.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(files.read_text(path))
     except FileNotFoundError:
         if (root / ".parts").is_dir():
             how = f"packing has not finished; go on with python -m unite_fast.data.pack SOURCE {root}"

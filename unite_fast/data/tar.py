@@ -17,6 +17,7 @@ archive (absolute, or with "..") are refused with a warning.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -146,7 +147,7 @@ def read_index(tar: Path, field: str) -> TarIndex:
     path = index_path(tar)
     again = f"write it again with {COMMAND} {tar}"
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(io.BytesIO(files.read(path)), allow_pickle=False) as content:
             version, size = int(content["version"]), int(content["size"])
             modified = int(content["modified"]) if "modified" in content else 0
             extents, labels, names = content["extents"], content["labels"], content["names"]

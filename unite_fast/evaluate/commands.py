@@ -95,7 +95,7 @@ def fid_command(context: Context) -> None:
 def unfinished(path: Path) -> list[dict[str, Any]]:
     """The rows that an interrupted table has kept beside its place."""
     try:
-        rows = json.loads(path.read_text())["rows"]
+        rows = json.loads(files.read_text(path))["rows"]
         return rows if all(row["protocol"] and row["result"] for row in rows) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

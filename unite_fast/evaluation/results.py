@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.base import outputs
+from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 
 is_result = outputs.holds_json("result", "rows")
@@ -25,7 +25,7 @@ def timeless(protocol: dict[str, Any]) -> dict[str, Any]:
 def beside_other_commits(path: Path, environment: dict[str, Any]) -> Path:
     """``path``, or its name with the commit where a score of another commit has it: both are kept."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(files.read_text(path))
         protocol = found.get("protocol") or found.get("best") or found["rows"][0]["protocol"]
         before = protocol["environment"]["commit"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):

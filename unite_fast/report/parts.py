@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unite_fast.base import files
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file holds none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
@@ -23,7 +25,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of lines; others are left out."""
     found = []
     try:
-        for line in path.read_text(errors="replace").splitlines():
+        for line in files.read_text(path, "replace").splitlines():
             try:
                 found.append(json.loads(line))
             except (ValueError, RecursionError):
@@ -42,7 +44,7 @@ def readable(what: str, make: Callable[[], str]) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
+    content = base64.b64encode(files.read(path)).decode()
     words = html.escape(caption)
     return f'<figure><img alt="{words}" src="data:image/png;base64,{content}"><figcaption>{words}</figcaption></figure>'
 

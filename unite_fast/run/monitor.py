@@ -83,7 +83,7 @@ def due(e: EvaluationConfig, batch: int, images_seen: int, images_per_epoch: int
 def _finished(path: Path) -> dict[str, Any] | None:
     """The content of a score; None where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(files.read_text(path))
     except (OSError, ValueError):
         return None
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
+
+from unite_fast.base import files
 
 SECRET = re.compile(r"(?i)\b([\w-]*(?:key|token|secret|password)[\w-]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;&]+")
 
@@ -46,7 +49,8 @@ class RankLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / f"rank_{rank:03d}.log"
-            self.file = name.open("a", encoding="utf-8", errors="backslashreplace")
+            descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            self.file = files.open_regular(descriptor, name, "a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             refusal = f"{folder} cannot be written ({error.strerror or error}); training goes on without its logs"
         to_file = _File(self.file) if self.file is not None else logging.NullHandler()

@@ -174,6 +174,6 @@ class Session:
     def _is_first_failure(self) -> bool:
         """Whether no rank has yet said why the run ends: what follows on the others is a consequence."""
         try:
-            return json.loads((self.path / "status.json").read_text())["state"] not in ("failed", "diverged")
+            return json.loads(files.read_text(self.path / "status.json"))["state"] not in ("failed", "diverged")
         except (OSError, ValueError, KeyError):
             return True

@@ -70,7 +70,7 @@ def _is_named(resume: str) -> bool:
 def _began_there(path: Path, resume: str) -> bool:
     """Whether the run in the folder ``path`` began from the checkpoint that ``resume=PATH`` names."""
     try:
-        return (path / BEGAN_FROM).read_text().strip() == str(Path(resume).absolute())
+        return files.read_text(path / BEGAN_FROM).strip() == str(Path(resume).absolute())
     except OSError:
         return False
 

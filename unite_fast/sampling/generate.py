@@ -179,7 +179,7 @@ def _carried(path: Path) -> dict[str, object] | None:
     """The protocol that a folder of images, a grid, npz or tar carries; None when there is none."""
     try:
         if path.is_dir():
-            text = (path / PROTOCOL).read_text()
+            text = files.read_text(path / PROTOCOL)
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as content:
                 text = str(content["protocol"])
@@ -407,7 +407,7 @@ def merge(request: Request, out: str, identity: str) -> None:
             tarfile.open(None, "w", file, format=tarfile.PAX_FORMAT, pax_headers={"comment": protocol}) as tar,
         ):
             for name in names:
-                content = (folder / name).read_bytes()
+                content = files.read(folder / name)
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

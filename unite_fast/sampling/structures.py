@@ -43,7 +43,7 @@ def _protocol(path: Path) -> Path:
 
 def _carried(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(_protocol(path).read_text())
+        return json.loads(files.read_text(_protocol(path)))
     except (OSError, ValueError, RecursionError):
         return None
 
