@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 import numpy as np
@@ -56,6 +57,12 @@ BAD = {
     "broken sdf": ("a.sdf", "x\n\n\n  9  9  0\nnothing\n$$$$\n", "broken SDF: the record cannot be read"),
     "unreadable sdf": ("a.sdf", "garbage\n$$$$\n", "broken SDF: the record cannot be read"),
 }  # fmt: skip
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.xyz")
+    with pytest.raises(UserError, match=r"a\.xyz.*not a regular file"):
+        open_structures("files", tmp_path, "all", largest=8)
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -175,6 +176,14 @@ def test_images_of_kinds_that_are_not_read_are_counted(folder, caplog):
     assert caplog.messages == [
         f"data.path {folder}: 2 .bmp, 1 .tif are left out; only .jpg, .jpeg, .png, .webp are read"
     ]
+
+
+@pytest.mark.parametrize("link", ["c", "b/more"])
+def test_a_folder_reached_twice_is_refused(folder, link):
+    """Its images would have two labels, or count twice."""
+    (folder / link).symlink_to(folder / "a")
+    with pytest.raises(UserError, match=r"f/a and .*f/(c|b/more) are one folder, whose files would count twice"):
+        open_source(DataConfig(path=str(folder), workers=0), dataclasses.replace(MODEL, num_classes=3 - ("/" in link)))
 
 
 def test_class_folders_that_unicode_writes_in_two_ways(folder):

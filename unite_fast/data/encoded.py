@@ -140,6 +140,10 @@ class EncodedSource(FileSource):
         except Exception:  # whoever reads the image says why it cannot be read
             return False
 
+    def length(self, index: int) -> int:
+        """The bytes of sample ``index`` where that is known without reading it, else 0."""
+        return 0
+
     def pipeline_id(self, device: str = "cpu") -> str:
         library = fast.versions() if self.crop == "fast" else f"pillow-{PIL.__version__}"
         return f"{library}/{self.crop}-{self.size}/alpha-{self.alpha}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
-from unite_fast.data.listing import images_below, say_left_out
+from unite_fast.data.listing import Folders, images_below, say_left_out
 from unite_fast.data.source import BadImage, NoPath, check_channels, check_classes
 
 
@@ -43,6 +43,12 @@ class Folder(EncodedSource):
 
     def name(self, index: int) -> str:
         return self._paths[index]
+
+    def length(self, index: int) -> int:
+        try:
+            return os.stat(self._paths[index]).st_size
+        except OSError:  # said when it is read
+            return 0
 
     def encoded(self, index: int) -> bytes:
         return read_file(self._paths[index])
@@ -88,8 +94,9 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
     labels: list[int] = []
     empty = []
     left_out: Counter[str] = Counter()
+    listed: Folders = {}
     for label, name in enumerate(names):
-        found = images_below(root / name, [root], left_out)
+        found = images_below(root / name, [root], left_out, listed)
         if not found:
             empty.append(name)
         paths += found

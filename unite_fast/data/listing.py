@@ -79,22 +79,32 @@ def _unbraced(pattern: str) -> list[str]:
     return [name for c in choices for name in _unbraced(pattern[: begun.start()] + c + pattern[begun.end() :])]
 
 
-def images_below(folder: Path, above: Sequence[Path] = (), left_out: Counter[str] | None = None) -> list[str]:
+Folders = dict[tuple[int, int], str]  # that were listed, by what tells them apart
+
+
+def images_below(
+    folder: Path, above: Sequence[Path] = (), left_out: Counter[str] | None = None, listed: Folders | None = None
+) -> list[str]:
     """As ``files_below``, of images. left_out: gets the number of images of kinds that are not read, by suffix."""
-    return files_below(folder, EXTENSIONS, above, left_out)
+    return files_below(folder, EXTENSIONS, above, left_out, listed)
 
 
 def files_below(
-    folder: Path, endings: tuple[str, ...], above: Sequence[Path] = (), left_out: Counter[str] | None = None
+    folder: Path,
+    endings: tuple[str, ...],
+    above: Sequence[Path] = (),
+    left_out: Counter[str] | None = None,
+    listed: Folders | None = None,
 ) -> list[str]:
     """Paths of the files with such endings in ``folder``, then of those in each of its sub-folders, sorted within each.
 
     endings: in small letters, with their dots; above: folders that ``folder`` lies in. Names that begin with a dot are
-    left out. Links are followed. Raises UserError for a sub-folder that cannot be read, and for a link to one above
-    it, which has no end.
+    left out. Links are followed. Raises UserError for a sub-folder that cannot be read, for a link to one above it,
+    which has no end, and for one that is reached twice. listed: folders that count as reached; gets these.
     """
     counts: Counter[str] = Counter() if left_out is None else left_out
-    return _below(str(folder), endings, tuple(_identity(str(path)) for path in above), counts)
+    reached = {} if listed is None else listed
+    return _below(str(folder), endings, tuple(_identity(str(path)) for path in above), counts, reached)
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -106,11 +116,14 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _below(
-    folder: str, endings: tuple[str, ...], above: tuple[tuple[int, int], ...], left_out: Counter[str]
+    folder: str, endings: tuple[str, ...], above: tuple[tuple[int, int], ...], left_out: Counter[str], listed: Folders
 ) -> list[str]:
     here = _identity(folder)
     if here in above:
         raise UserError(f"{folder} is a link to a folder that it lies in; remove the link")
+    other = listed.setdefault(here, folder)
+    if other != folder and os.path.realpath(other) == os.path.realpath(folder):
+        raise UserError(f"{other} and {folder} are one folder, whose files would count twice; remove the link")
     try:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
         folders = [entry.path for entry in entries if entry.is_dir()]
@@ -119,5 +132,5 @@ def _below(
     found = [e.path for e in entries if e.name.lower().endswith(endings) and not e.is_dir()]
     left_out.update(suffix for e in entries for suffix in OTHER if e.name.lower().endswith(suffix))
     for path in folders:
-        found += _below(path, endings, (*above, here), left_out)
+        found += _below(path, endings, (*above, here), left_out, listed)
     return found

@@ -15,6 +15,7 @@ number, class, the sha256 of its pixels (RGB, H x W x 3) and the name in SOURCE.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -50,6 +51,7 @@ from unite_fast.data.packed import FORMATS, Format, Index, Shard, shard_name
 from unite_fast.data.source import BadImage, WorkerError
 from unite_fast.data.verify import verify, write_stats
 
+SOURCE = "source.sha256"  # of what a finished pack was made of: Plan.names_sha256
 PARTS = ".parts"  # of an unfinished pack: plan.json, and one .json per finished shard
 
 
@@ -63,7 +65,7 @@ class Plan:
     per_shard: int  # images of the source; fewer are packed when some are unreadable and skipped
     on_error: str
     samples: int
-    names_sha256: str  # of the samples' names and labels
+    names_sha256: str  # of the samples' names, labels and sizes in bytes
     pipeline: str
     class_names: list[str]
 
@@ -81,7 +83,9 @@ def make_plan(
     """The plan of packing ``source``, which lies at ``root``."""
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
-        digest.update(f"{os.path.relpath(source.name(i), root)}\0{label}\n".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{os.path.relpath(source.name(i), root)}\0{label}\0{source.length(i)}\n".encode("utf-8", "surrogateescape")
+        )
     names = digest.hexdigest()
     return Plan(
         size, format, quality, per_shard, on_error, len(source), names, source.pipeline_id(), source.class_names
@@ -246,6 +250,7 @@ def finish(dest: Path, plan: Plan) -> Index:
     files.write(dest / "index.json", index.to_json(), sync=True)
     hashes["index.json"] = file_sha256(dest / "index.json")
     files.write(dest / "manifest.sha256", "".join(f"{h}  {name}\n" for name, h in sorted(hashes.items())), sync=True)
+    files.write(dest / SOURCE, f"{plan.names_sha256}\n", sync=True)
     shutil.rmtree(dest / PARTS)
     return index
 
@@ -306,6 +311,11 @@ def check_same(dest: Path, plan: Plan) -> None:
     found = (index.format, index.size, index.crop, index.class_names, packed)
     if found != (plan.format, plan.size, plan.pipeline, plan.class_names, plan.samples):
         raise UserError(f"{dest} holds a pack of other images or options; choose a new or empty folder")
+    with contextlib.suppress(FileNotFoundError):  # earlier packs do not say it
+        if files.read_text(dest / SOURCE).strip() != plan.names_sha256:
+            raise UserError(
+                f"{dest} holds a pack of images that had other names, classes or sizes; choose a new or empty folder"
+            )
     check_sizes(dest, index)
 
 

@@ -235,6 +235,9 @@ class Tar(EncodedSource):
     def name(self, index: int) -> str:
         return f"{self.tars[self._tar(index)]}/{self._members[index]}"
 
+    def length(self, index: int) -> int:
+        return int(self._extents[index, 1])
+
     def encoded(self, index: int) -> bytes:
         offset, length = self._extents[index].tolist()
         check_bytes(length)

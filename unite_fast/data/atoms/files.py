@@ -118,6 +118,8 @@ READERS: dict[str, Callable[[Path, int], Iterator[Found]]] = {
 def _read(job: tuple[Path, int]) -> list[Found]:
     """Runs in the workers: everything in one file."""
     path, largest = job
+    if path.exists() and not path.is_file():  # of a pipe a read might never end
+        return [(str(path), "unreadable: not a regular file")]
     try:
         return list(READERS[path.suffix.lower()](path, largest))
     except OSError as error:
