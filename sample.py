@@ -16,8 +16,8 @@ from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
-from unite_fast.sampling.generate import Request, named, parse_interval, parse_labels, parse_seeds
 from unite_fast.sampling.makers import maker_of
+from unite_fast.sampling.request import Request, named, parse_interval, parse_labels, parse_seeds
 from unite_kernels import backend
 
 SEEDS, LABELS = "0-49", "equal"

@@ -19,7 +19,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import index, open_source, pack
 from unite_fast.data.transforms import adm_crop, to_tensor
-from unite_fast.sampling.generate import classes_of
+from unite_fast.sampling.request import classes_of
 
 MODEL = ModelConfig(image_size=16, num_classes=2)
 

@@ -19,8 +19,8 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.modality import pictures
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.generate import as_ranges, parse_labels, parse_seeds
 from unite_fast.sampling.makers import MAKERS, maker_of
+from unite_fast.sampling.request import as_ranges, parse_labels, parse_seeds
 
 
 def test_seeds_and_labels():

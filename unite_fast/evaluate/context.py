@@ -18,7 +18,7 @@ from unite_fast.evaluation.results import beside_other_commits, is_result, timel
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import freeze
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.generate import parse_interval
+from unite_fast.sampling.request import parse_interval
 
 
 @dataclasses.dataclass(frozen=True)

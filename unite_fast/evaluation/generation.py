@@ -26,7 +26,7 @@ from unite_fast.modality import pictures
 from unite_fast.model.flops import sampling_flops
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.generate import parse_labels
+from unite_fast.sampling.request import parse_labels
 
 SAVE_SECONDS = 60.0
 

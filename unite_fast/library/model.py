@@ -15,8 +15,8 @@ from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.library.forms import Form, from_tensor, to_tensor_of
 from unite_fast.model.unite import UNITE
-from unite_fast.sampling.generate import classes_of
 from unite_fast.sampling.reconstruct import tokens
+from unite_fast.sampling.request import classes_of
 from unite_kernels import backend
 
 BATCH = 32  # images per pass

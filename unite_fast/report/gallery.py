@@ -29,8 +29,8 @@ from unite_fast.efficiency import precision
 from unite_fast.modality import pictures
 from unite_fast.modality.pictures import Words
 from unite_fast.model.unite import UNITE
-from unite_fast.sampling.generate import classes_of, parse_seeds
 from unite_fast.sampling.reconstruct import tokens
+from unite_fast.sampling.request import classes_of, parse_seeds
 from unite_kernels import backend
 
 SCALES = "1,1.5,2,3,5"

@@ -29,8 +29,9 @@ from unite_fast.data.atoms.structures import load
 from unite_fast.flow.field import Replays
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.sampling.generate import PROTOCOL, Request, made_once, open_folder, speed
+from unite_fast.sampling.generate import PROTOCOL, made_once, open_folder, speed
 from unite_fast.sampling.reconstruct import reconstruct
+from unite_fast.sampling.request import Request
 
 
 def _is_file(path: Path) -> bool:
