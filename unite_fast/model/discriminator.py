@@ -8,7 +8,8 @@
 
 The published recipe says that the discriminator is initialised from the Generative Encoder (arXiv 2603.22283), not
 which features it reads nor by which heads. Several depths with a small head each are as in Sauer et al. 2021 (arXiv
-2111.01007); judging patches as in Isola et al. 2017 (arXiv 1611.07004).
+2111.01007); judging patches as in Isola et al. 2017 (arXiv 1611.07004). At small scale the blocks that are read matter
+little, and a trunk that learns tells far more images apart than a frozen one (LOG.md).
 
 Shape letters: B batch, Q channels, S image size, K registers, C latent dim, M patches, D encoder width, H heads.
 """
