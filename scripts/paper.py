@@ -19,6 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from unite_fast.analysis import plots  # noqa: E402
 from unite_fast.base import files  # noqa: E402
 from unite_fast.config import Config, yaml_text  # noqa: E402
 from unite_fast.plan import throughput  # noqa: E402
@@ -160,7 +161,7 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
         lines += ["Real images: " + "; ".join(f"{k} {v:.4g}" for k, v in results.get("real", {}).items()) + ".", ""]
         lines += ["![Every run, its seeds as dots](../benchmarks/results/claims/table.png)", ""]
         lines += [results["markdown"], ""]
-        for name in ("alignment", "trajectory", "entropy", "dynamics"):
+        for name in FIGURES:
             if (RESULTS / f"{name}.png").is_file():
                 lines += [f"![{FIGURES[name]}](../benchmarks/results/claims/{name}.png)", "", f"*{FIGURES[name]}*", ""]
     lines += [
@@ -212,10 +213,12 @@ of them: `python -m unite_fast sweep configs/paper/paper.yaml data.path=... --sl
 a PREDICTION at an MFU of 40 %. The learning rates are those of `configs/imagenet_b.yaml`, the published
 code's.
 """
+VARIANTS = ("shared", "separate", "shared_no_stop", "separate_no_stop")
 FIGURES = {
     "alignment": "Figure 6, left and middle, at small scale: how alike the two passes are, by layer; seed 0",
     "trajectory": "Figures 6, right, and 7: predictions over t; seed 0",
     "entropy": "Section 4: bits of the weights; seed 0",
+    "probes": "Section 7: classes read out of latents; seed 0",
     "dynamics": "Figure 4: curves; seed 0",
 }
 
@@ -255,9 +258,21 @@ def take(table: Path) -> None:
     found = {"about": about, "real": real, "rows": content["rows"], "markdown": (out / "table.md").read_text()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     files.write_json(RESULTS / "claims.json", found)
-    for picture in [out / "table.png", *(out / "analysis" / f"{name}.png" for name in FIGURES)]:
-        if picture.is_file():
-            files.write(RESULTS / picture.name, picture.read_bytes())
+    if (out / "table.png").is_file():
+        files.write(RESULTS / "table.png", (out / "table.png").read_bytes())
+    for name in FIGURES:
+        side_by_side(out, name)
+
+
+def side_by_side(out: Path, name: str) -> None:
+    """One analysis of seed 0 of the four variants in a picture, from what the sweep measured."""
+    models: dict[str, Any] = {}
+    for variant in VARIANTS:
+        path = out / variant / "seed_0" / "analysis" / f"{name}.json"
+        if path.is_file():
+            models |= json.loads(path.read_text())["models"]
+    if models and plots.available():
+        plots.DRAWN[name](RESULTS / f"{name}.png", models)
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import atoms_support
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,10 @@ from unite_fast import analyse, checkpoint, data, report
 from unite_fast.analysis import alignment, dynamics, entropy, probe, trajectory
 from unite_fast.analysis.walk import chosen, denoised, recorded, significant, tokenized, walk
 from unite_fast.config import yaml_text
+from unite_fast.data.atoms.source import AtomSource
 from unite_fast.flow import interpolate
 from unite_fast.modality.images import psnr
-from unite_fast.model.unite import UNITE
+from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
 from unite_kernels import philox
 from unite_kernels.adaln import adaln
@@ -257,6 +259,36 @@ def test_two_processes_give_the_numbers_of_one(run):
     alone = on_each(ONE, str(run), 90)
     assert on_ranks(2, on_each, str(run), 90) == [alone, alone]
     assert len(alone["0"]["cknna"][0]) == 3
+
+
+def test_of_molecules_and_crystals_what_is_there_counts():
+    """Absent registers hold numbers as well, which must not enter."""
+    settings = atoms_support.config()
+    model, generator = build(settings.model).eval(), torch.Generator().manual_seed(0)
+    source = AtomSource(atoms_support.structures(), atoms_support.SLOTS, ("molecules", "crystals"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    model.modality.prepare(model, source)
+    places, m = torch.arange(24), settings.model
+    like = alignment.Alignment(places, m.encoder.depth, m.encoder.width, ONE.device, (0.5,), k=3, paired=24)
+    back = trajectory.Trajectory(ONE.device, model.latent_shape, False, (0.5,))
+    walk(model, source, places, settings.data, [like, back], ONE, 0.01)
+    with torch.no_grad():
+        tile = tokenized(model, source.few(places), 0.01)
+        seen = denoised(tile, 0.5)
+    there, result = tile.taken, like.result()
+    assert result["examples"] == {"registers": int(tile.sizes.sum()), "mean": 24, "cknna": 24}
+    assert int(there.sum()) < there.numel()
+    for i, (x, y) in enumerate(zip(tile.layers, seen.layers, strict=True)):
+        direct = alignment.PairSums(m.encoder.width, ONE.device)
+        direct.add(x[there], y[there])
+        assert result["cka_registers"][0][i] == pytest.approx(direct.cka()["cka"], rel=1e-5)
+        means = [torch.stack([v[k, there[k]].double().mean(0) for k in range(24)]) for v in (x, y)]
+        assert result["cknna"][0][i] == pytest.approx(alignment.cknna(*means, 3), rel=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(tile.latents[there], seen.prediction[there], dim=-1).mean()
+    assert back.result()["cosine"][0] == pytest.approx(float(cosine), rel=1e-5)
+    assert "psnr" not in back.result()
 
 
 # --- without samples -------------------------------------------------------------------------------------------------
