@@ -87,6 +87,7 @@ def test_every_new_thing_has_an_example():
         "modality": "A modality",
         "data source": "A source",
     }
+    assert {len(row) for row in rows} == {4}, "a row of DESIGN's table without where, what holds it, an example"
     for new, _, _, example in rows:
         pointers = re.findall(r"`([\w/]+\.py)::([\w.]+)`", example)
         assert pointers or below[new.strip()] in DIFFS, new

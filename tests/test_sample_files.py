@@ -218,7 +218,9 @@ def test_weights_by_name(trained, tmp_path):
     words = ("--checkpoint", tmp_path / "run", "--weights", "ema_0.99", "--out", tmp_path / "a.npz")
     said = command("sample.py", *words)
     assert said.returncode == 2
-    assert said.stderr.endswith("has no 'ema_0.99' weights; it has ema, ema_0.5, model, or posthoc_std0.07 for example\n")
+    assert said.stderr.endswith(
+        "has no 'ema_0.99' weights; it has ema, ema_0.5, model, or posthoc_std0.07 for example\n"
+    )
     make(tmp_path / "run", tmp_path / "b", "--weights", "ema_0.5", "--seeds", "0-3")
     refused = command("sample.py", "--checkpoint", tmp_path / "run", "--seeds", "0-3", "--out", tmp_path / "b")
     assert "other options" in refused.stderr  # the folder holds images of other weights
