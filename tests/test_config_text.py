@@ -53,6 +53,7 @@ def test_values_on_the_command_line(override, key, value):
         ("train.max_steps=!!int ''", "not valid YAML"),
         ("name=", "is not the name of a folder"),
         ("name=../../x", "is not the name of a folder"),
+        ("name='\\ud800'".replace("'", '"'), "name must be text"),
         ("name=..", "is not the name of a folder"),
         ("data.path=$NO_SUCH_VARIABLE/x", "the environment has no NO_SUCH_VARIABLE"),
         ("data.path=~nobody-of-this-name/x", "no such home folder"),

@@ -88,6 +88,24 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(place, run):
     assert process.exitcode == 0
 
 
+def test_planted_links_are_not_followed(place, run, tmp_path):
+    """Nor do they keep a run from saving: a log, an unfinished save, an unfinished removal."""
+    (tmp_path / "elsewhere").mkdir()
+    planted = (
+        "logs/rank_000.log",
+        "checkpoints/step-0000004.incomplete",
+        "checkpoints/step-0000002.removed.incomplete",
+    )
+    for name in planted:
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "elsewhere" / Path(name).name)
+    said = command("train.py", "--config", place / "tiny.yaml", f"run_dir={run}", "train.max_steps=4")
+    assert said.returncode == 0, said
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (run / "checkpoints" / "step-0000004" / "manifest.json").is_file()
+    assert "pid" in (run / "logs" / "rank_000.log").read_text()
+
+
 # --- an unreadable checkpoint --------------------------------------------------------------------------------------
 
 

@@ -115,15 +115,23 @@ def replacing(path: Path, writer: str = "", sync: bool = False) -> Iterator[Bina
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder, or a link or a file in its place; what the system refuses stays."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``path`` when the block ends without an error. Raises OSError."""
     temporary = aside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from unite_fast.base import faults
+from unite_fast.base import faults, files
 from unite_fast.checkpoint.shards import Piece, Stored, sharding, write_tensors
 
 SINGLE = "training.safetensors"
@@ -73,7 +72,7 @@ class Writer(torch_dcp.StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """The others begin to write only after the plan, which rank 0 makes after this."""
         if is_coordinator:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            files.remove_folder(self.folder)
             self.folder.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: torch_dcp.SavePlan) -> torch_dcp.SavePlan:

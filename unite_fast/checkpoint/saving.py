@@ -16,7 +16,6 @@ import importlib
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unite_fast import checkpoint
-from unite_fast.base import faults
+from unite_fast.base import faults, files
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.parallel.distributed import Ranks
@@ -115,7 +114,7 @@ def commit(
         dcp.save(tensors, copies, writer, group)
     except OSError:
         if group is None or dist.get_rank(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            files.remove_folder(temporary)
         raise
 
 
@@ -142,10 +141,10 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Not half a checkpoint under its name, even if this process ends in the middle."""
     doomed = path.with_name(f"{path.name}.removed.incomplete")
-    shutil.rmtree(doomed, ignore_errors=True)
+    files.remove_folder(doomed)
     os.replace(path, doomed)
     faults.strike("ckpt.prune", checkpoint.step_of(path) or 0)
-    shutil.rmtree(doomed, ignore_errors=True)
+    files.remove_folder(doomed)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
@@ -166,7 +165,7 @@ def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
 def clean(folder: Path) -> None:
     """Removes unfinished saves and removals. Only for the holder of the run folder's lock."""
     for path in folder.glob("step-*.incomplete"):
-        shutil.rmtree(path, ignore_errors=True)
+        files.remove_folder(path)
 
 
 class Writer:

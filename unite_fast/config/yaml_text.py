@@ -22,6 +22,7 @@ from unite_fast.config.earlier import GONE, written
 BASE = "base"  # in a file: another one, by its path from this one, whose keys it begins with
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 50
+LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # halves of letters; the others are bytes of a path, not UTF-8
 
 
 class _Loader(yaml.SafeLoader):
@@ -139,7 +140,7 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif kind is str:
-        if isinstance(value, str) and "\0" not in value:
+        if isinstance(value, str) and "\0" not in value and not LONE.search(value):
             return value
         if value is None:
             return ""

@@ -49,7 +49,10 @@ class RankLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / f"rank_{rank:03d}.log"
-            descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            if name.is_symlink():
+                name.unlink()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(name, flags, 0o644)
             self.file = files.open_regular(descriptor, name, "a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             refusal = f"{folder} cannot be written ({error.strerror or error}); training goes on without its logs"
