@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from support import TINY, command
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig, yaml_text
 from unite_fast.data import open_source, verify
@@ -107,9 +108,8 @@ def test_a_label_makes_no_list_of_its_size(tmp_path):
 def test_a_small_parquet_does_not_unfold(tmp_path, monkeypatch, kind):
     """Its compression or its dictionaries would make 52 KB gigabytes; a path as long is never read."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    from unite_fast.data import parquet as reading
 
-    monkeypatch.setattr(reading, "MARGIN", 1 << 19)
+    monkeypatch.setattr(files, "MARGIN", 1 << 19)
     n, noise = 200, np.random.default_rng(0).bytes(1 << 16)
     value = {"compressed": bytes(1 << 16), "dictionary": noise}.get(kind, png(1, "RGB"))
     contents = pa.array([value]).take(pa.array([0] * n))
@@ -225,6 +225,11 @@ WRONG = {
     "count is text": ({"count": np.array("many")}, "not a readable .npz"),
     "mu is text": ({"mu": np.array(["a"] * 4)}, "not a readable .npz"),
     "sizes": ({"mu": np.zeros(3)}, "expected"),
+    "complex": ({"sigma": np.eye(4) * 1j}, "sigma holds complex128, not numbers"),
+    "times": ({"mu": np.zeros(4, "M8[s]")}, r"mu holds datetime64\[s\], not numbers"),
+    "negative count": ({"count": np.array(-1)}, "count is -1"),
+    "overflow": ({"mu": np.full(4, 1e200)}, "no features are so large"),
+    "hash is a number": ({"protocol": np.array('{"extractor": {"sha256": 1, "name": 2}}')}, "with which extractor"),
 }
 
 
@@ -233,6 +238,13 @@ def test_references_that_are_none(tmp_path, case):
     changes, says = WRONG[case]
     with pytest.raises(UserError, match=f"^reference statistics .*{says}"):
         statistics.read(reference(tmp_path / "r.npz", **changes))
+
+
+def test_a_small_reference_does_not_unfold(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MARGIN", 1 << 19)
+    np.savez_compressed(tmp_path / "r.npz", mu=np.zeros(4), sigma=np.zeros((512, 512)))
+    with pytest.raises(UserError, match=r"it unfolds to \d+ bytes"):
+        statistics.read(str(tmp_path / "r.npz"))
 
 
 def test_an_array_that_no_memory_holds(tmp_path):

@@ -14,11 +14,14 @@ import os
 import re
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from unite_fast.base.errors import UserError
+
+RATIO, MARGIN = 16, 1 << 26  # of what a file unfolds to: to its size, and in bytes beside that
 
 
 def file_sha256(path: Path) -> str:
@@ -45,6 +48,19 @@ def open_regular(descriptor: int, path: Path, mode: str, **options: Any) -> Any:
 def read_text(path: Path, errors: str = "strict") -> str:
     """As ``read``, of UTF-8. Raises OSError and ValueError."""
     return read(path).decode(errors=errors)
+
+
+def room(path: Path) -> int:
+    """The most bytes that a file of numbers or images, which compression hardly shortens, may unfold to."""
+    return RATIO * path.stat().st_size + MARGIN
+
+
+def check_zip(path: Path) -> None:
+    """Raises ValueError for a zip, as an .npz is one, that unfolds to more than it has ``room`` for, and OSError."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > room(path):
+        raise ValueError(f"it unfolds to {size} bytes; {room(path)} are allowed")
 
 
 def digest(value: Any) -> str:

@@ -27,14 +27,14 @@ from unite_fast.data.folder import place
 from unite_fast.data.listing import files_of
 from unite_fast.data.source import BadImage, check_channels, check_classes, numbered
 
-MOST_BYTES, RATIO, MARGIN = 1 << 31, 16, 1 << 26  # of a row group; in proportion to its file; beyond that
+MOST_BYTES = 1 << 31  # of a row group
 BATCH = 64  # rows read at a time, at most
 MOST_HELD = 1 << 32  # bytes of encoded images in memory
 
 
 def room(table: Path) -> int:
     """The most bytes that the labels of a file, or the images of one of its row groups, may take in memory."""
-    return min(MOST_BYTES, RATIO * table.stat().st_size + MARGIN)
+    return min(MOST_BYTES, files.room(table))
 
 
 class Tables(NamedTuple):

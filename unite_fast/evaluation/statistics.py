@@ -33,6 +33,7 @@ from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
 
 TOLERANCE = 1e-5  # relative; published files hold sums of float32
+LARGEST = 1e30  # of a mean or covariance, whose squares still are numbers
 
 
 def read(path: str) -> tuple[Statistics, dict[str, Any]]:
@@ -41,14 +42,17 @@ def read(path: str) -> tuple[Statistics, dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{where}: no such file; make it with python -m unite_fast.evaluation.statistics")
     try:
+        files.check_zip(file)
         with np.load(file, allow_pickle=False) as content:
             missing = {"mu", "sigma"} - set(content.files)
             if missing:
                 raise UserError(f"{where}: no array {sorted(missing)[0]!r} in it, only {', '.join(content.files)}")
-            mean, covariance = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+            mean, covariance = _numbers(content, "mu"), _numbers(content, "sigma")
             kept = content["features"] if "features" in content.files else None
             count = int(content["count"]) if "count" in content.files else 0
             protocol = json.loads(str(content["protocol"])) if "protocol" in content.files else None
+            if not 0 <= count < 1 << 53:
+                raise ValueError(f"count is {count}")
     except UserError:
         raise
     except Exception as error:  # a damaged zip, or a header of impossible sizes, raises nearly anything
@@ -58,19 +62,30 @@ def read(path: str) -> tuple[Statistics, dict[str, Any]]:
     return Statistics(mean, covariance, count, kept), about
 
 
+def _numbers(content: Any, name: str) -> np.ndarray:
+    """As float64. Raises ValueError for what would be made numbers without being any."""
+    found = content[name]
+    if found.dtype.kind not in "fiu":
+        raise ValueError(f"{name} holds {found.dtype}, not numbers")
+    return found.astype(np.float64)
+
+
 def _check(mean: np.ndarray, covariance: np.ndarray, protocol: Any, where: str) -> None:
     """Raises UserError for what is no mean and covariance of features, and for a protocol of another form."""
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{where}: mu is {mean.shape} and sigma {covariance.shape}; expected (F,) and (F, F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{where}: holds values that are not finite")
+    if not max(np.abs(mean).max(initial=0.0), np.abs(covariance).max(initial=0.0)) < LARGEST:
+        raise UserError(f"{where}: holds values above {LARGEST:g}; no features are so large")
     largest = float(np.abs(covariance).max(initial=0.0))
     if np.abs(covariance - covariance.T).max(initial=0.0) > TOLERANCE * largest:
         raise UserError(f"{where}: sigma is not symmetric, so no covariance; make the file again")
     if largest and (lowest := float(np.linalg.eigvalsh(covariance)[0])) < -TOLERANCE * largest * len(mean):
         raise UserError(f"{where}: sigma has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
     made_with = protocol.get("extractor") if isinstance(protocol, dict) else protocol
-    if made_with is not None and not (isinstance(made_with, dict) and {"sha256", "name"} <= made_with.keys()):
+    told = isinstance(made_with, dict) and all(isinstance(made_with.get(key), str) for key in ("sha256", "name"))
+    if made_with is not None and not told:
         raise UserError(f"{where}: its protocol does not say with which extractor it was made; make the file again")
 
 

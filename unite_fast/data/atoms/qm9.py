@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.data.atoms.checks import Read
 from unite_fast.data.atoms.elements import atomic_numbers, extra
@@ -111,6 +112,7 @@ def read_npz(root: Path, part: str) -> Structures:
     """``part`` of "train", "valid", "test" as EDM's preparation writes it. Raises UserError."""
     path = root / f"{part}.npz"
     try:
+        files.check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             sizes, charges, positions = (file[name] for name in ("num_atoms", "charges", "positions"))
             numbers = file["index"] if "index" in file else np.arange(1, len(sizes) + 1)
