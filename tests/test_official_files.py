@@ -116,6 +116,10 @@ def endless_moment(content: dict[str, Any]) -> None:
     content["optimizer_muon"]["state"][0]["momentum_buffer"] = torch.zeros(1).expand(1 << 40, 4)
 
 
+def float8(content: dict[str, Any]) -> None:
+    content["ema"]["latent_tokens"] = content["ema"]["latent_tokens"].to(torch.float8_e4m3fn)
+
+
 def no_groups(content: dict[str, Any]) -> None:
     del content["optimizer"]["param_groups"]
 
@@ -142,6 +146,7 @@ def no_average(content: dict[str, Any]) -> None:
         (meta, "'model' holds 'latent_tokens', which is not a dense tensor"),
         (endless, "'model' holds 'latent_tokens', which is not a dense tensor"),
         (endless_moment, r"'optimizer_muon' holds a momentum_buffer of .* that is \(1099511627776, 4\)"),
+        (float8, "'ema' holds 'latent_tokens', which is not a dense tensor"),
         (no_groups, "'optimizer' is not a state of torch.optim"),
         (odd_step, "'optimizer' is not a state of torch.optim"),
         (no_state, "'optimizer_muon' has no state of"),

@@ -25,6 +25,7 @@ DERIVED = re.compile(
     r"^lpips_loss\.|(^|\.)feat_rope\w*\.freqs_(cos|sin)$|^(encoder|denoiser)\.pos_embed$|^decoder\.decoder_pos_embed$"
 )
 OPTIONAL = re.compile(r"\.special_time_emb$|^patch_embed\.position_embeddings$")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch can compute
 MOST_TABLES = 1 << 30  # bytes of what a model has beside its weights; 75 MB at 2048 x 2048 pixels
 UNTOLD = "unite_fast_model"  # our entry in an official file: what shapes do not tell
 UNTOLD_KEYS = ("encoder.in_context_start", "encoder.rope", "decoder.heads", "time_shift", "patch_positions")
@@ -69,7 +70,7 @@ def _is_dense(value: Any) -> bool:
     """Whether a value holds each of its floating-point numbers: one that repeats a few may be of any size."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return False
-    return value.is_floating_point() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    return value.dtype in FLOATS and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _is_zip(path: Path) -> bool:
