@@ -78,6 +78,21 @@ def test_sums_under_the_names_of_an_earlier_version(tiny, tmp_path):
     assert rows(resumed)[-1] == rows(straight)[-1]
 
 
+def test_the_checkpoint_that_a_run_began_from_has_many_names(tmp_path, monkeypatch):
+    """Through a link, over "..", relative; it may be gone by now, and its name need not be UTF-8."""
+    odd = os.fsdecode(b"r\xe9sum")
+    for name in ("step-0000002", odd):
+        place = tmp_path / "first" / "checkpoints" / name
+        (tmp_path / "next").mkdir(exist_ok=True)
+        start.tidy(tmp_path / "next", str(place), start.Choice(place, "", [], []), 0)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "first")
+        monkeypatch.chdir(tmp_path)
+        for asked in (place, f"link/checkpoints/{name}", f"first/../first/checkpoints/{name}"):
+            assert start._began_there(tmp_path / "next", str(asked)), asked
+        assert not start._began_there(tmp_path / "next", f"{place}0")
+
+
 def test_a_run_that_began_from_a_named_checkpoint_goes_on_from_its_own(tiny, tmp_path):
     """The same command started again makes progress, whatever checkpoint it names; nothing is deleted on the way."""
     other, path, often = tmp_path / "other", tmp_path / "run", "train.checkpoint_every=2"

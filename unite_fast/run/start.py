@@ -70,8 +70,9 @@ def _is_named(resume: str) -> bool:
 def _began_there(path: Path, resume: str) -> bool:
     """Whether the run in the folder ``path`` began from the checkpoint that ``resume=PATH`` names."""
     try:
-        return files.read_text(path / BEGAN_FROM).strip() == str(Path(resume).absolute())
-    except OSError:
+        noted, asked = Path(files.read_text(path / BEGAN_FROM, "surrogateescape").strip()), Path(resume).absolute()
+        return noted == asked or noted.resolve() == asked.resolve()  # it may be gone by now, or called otherwise
+    except (OSError, ValueError, RuntimeError):
         return False
 
 
