@@ -40,16 +40,17 @@ from PIL import Image
 
 import sample
 import train
-from unite_fast import checkpoint, evaluate, export, report
+from unite_fast import checkpoint, evaluate, export, interop, report
 from unite_fast.base import command
 from unite_fast.checkpoint import dcp  # noqa: F401
-from unite_fast.data import index
+from unite_fast.data import index, pack
 from unite_fast.evaluation import statistics
 from unite_fast.evaluation.atoms import __main__ as score_atoms
 
 PROGRAMS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train.main, "sample": sample.main, "export": export.main, "report": report.main,
-    "evaluate": evaluate.main, "statistics": statistics.main, "index": index.main, "score-atoms": score_atoms.main,
+    "evaluate": evaluate.main, "statistics": statistics.main, "pack": pack.main, "index": index.main,
+    "score-atoms": score_atoms.main,
 }  # fmt: skip
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "os.utime",
               "shutil.rmtree")  # fmt: skip
@@ -264,6 +265,19 @@ def damage(place: Place, most: int, rng: random.Random) -> Trials:
         yield f"{name} {kind}", partial(trial, name, kind, random.Random(rng.random()))
 
 
+def tables(picture: bytes, out: Path) -> dict[str, tuple[bytes, Callable[[Path], list[object]]]]:
+    """A Parquet file of images, where pyarrow is installed."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        return {}
+    content = io.BytesIO()
+    images = pa.array([{"bytes": picture}] * 4, pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), content)
+    return {"x.parquet": (content.getvalue(), lambda p: ["pack", p, out, "--size", 8, "--workers", 0])}
+
+
 def seeds_of(place: Place) -> dict[str, tuple[bytes, Callable[[Path], list[object]]]]:
     """An input of each format, and the command that reads it from a path."""
     picture, archive, arrays = io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -276,10 +290,13 @@ def seeds_of(place: Place) -> dict[str, tuple[bytes, Callable[[Path], list[objec
     np.savez(arrays, mu=np.zeros(64), sigma=np.eye(64), count=100, protocol=np.array("{}"))
     exported = place.root / "exported"
     place.expect(run(["export", place.begun, "--out", exported]))
+    official = place.root / "official.pt"
+    interop.save_reference(official, checkpoint.load_model(place.begun)[0])
     sampling: list[object] = ["--seeds", "0", "--out", place.root / "out" / "s"]
     scoring = ["evaluate", "fid", "--checkpoint", place.begun, "--extractor", "digits", "--count", "10", "--out",
                place.root / "out" / "f.json", "--reference"]  # fmt: skip
-    return {
+    return tables(picture.getvalue(), place.root / "out" / "p") | {
+        "x.pt": (official.read_bytes(), lambda p: ["sample", "--checkpoint", p, *sampling]),
         "x.yaml": (place.config.read_bytes(), lambda p: ["train", "--print-config", "--config", p]),
         "x.tar": (archive.getvalue(), lambda p: ["index", p]),
         "x.npz": (arrays.getvalue(), lambda p: [*scoring, p]),

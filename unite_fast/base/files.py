@@ -17,7 +17,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from unite_fast.base.errors import UserError
 
@@ -97,6 +97,14 @@ def create(path: Path) -> BinaryIO:
     """A new file in the place of what has its name; a link is not followed. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def open_log(path: Path) -> TextIO:
+    """A file that is appended to; a link in its place is removed. Raises OSError, also for a pipe or a device."""
+    if path.is_symlink():
+        path.unlink()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    return open_regular(os.open(path, flags, 0o644), path, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def open_lock(path: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import os
 import re
 import sys
 import time
@@ -49,11 +48,7 @@ class RankLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / f"rank_{rank:03d}.log"
-            if name.is_symlink():
-                name.unlink()
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(name, flags, 0o644)
-            self.file = files.open_regular(descriptor, name, "a", encoding="utf-8", errors="backslashreplace")
+            self.file = files.open_log(name)
         except OSError as error:
             refusal = f"{folder} cannot be written ({error.strerror or error}); training goes on without its logs"
         to_file = _File(self.file) if self.file is not None else logging.NullHandler()
