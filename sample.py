@@ -82,7 +82,7 @@ def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int, 
         if arguments.cfg is not None:
             raise idle("--cfg", unguided)
         how = dataclasses.replace(how, cfg_scale=1.0)
-    seeds = parse_seeds(arguments.seeds or SEEDS)
+    seeds = parse_seeds(SEEDS if arguments.seeds is None else arguments.seeds)
     return Request(
         seeds=seeds,
         labels=parse_labels(arguments.labels or LABELS, seeds, num_classes, names),

@@ -26,7 +26,7 @@ from unite_fast.data.listing import files_of
 from unite_fast.data.source import numbered
 from unite_fast.data.tar import write_index
 from unite_fast.evaluation import statistics
-from unite_fast.evaluation.results import beside_other_commits
+from unite_fast.evaluation.results import beside_other_commits, is_result_of
 
 MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=2)
 
@@ -289,6 +289,18 @@ def test_a_run_goes_on_when_its_first_weights_are_gone(tmp_path):
     assert said.returncode == 2
     assert "none of the checkpoints" in said.stderr
     assert "choose another name or run_dir" in said.stderr
+
+
+def test_a_result_is_replaced_by_its_own_command_alone(tmp_path):
+    """A finished table takes hours, and any other command might be given its name."""
+    contents = {
+        "fid": {"result": {}, "protocol": {"reference": {}}}, "rfid": {"result": {}, "protocol": {"data": {}}},
+        "table": {"rows": []}, "search": {"rows": [], "best": {}}, "": {"result": {}}, "none": [],
+    }  # fmt: skip
+    for command_of_it, content in contents.items():
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        for name in ("fid", "rfid", "table", "search"):
+            assert is_result_of(name)(tmp_path / "r.json") == (name == command_of_it)
 
 
 def test_a_score_of_another_commit_stays(tmp_path):

@@ -14,7 +14,7 @@ from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, EvaluationConfig
 from unite_fast.evaluation.generation import Settings, of_run
-from unite_fast.evaluation.results import beside_other_commits, is_result, timeless
+from unite_fast.evaluation.results import beside_other_commits, is_result_of, timeless
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import freeze
 from unite_fast.parallel.distributed import Ranks
@@ -55,7 +55,7 @@ class Context:
             read = [path for name in given if (path := getattr(a, name, None))]
             if Path(a.out).suffix != ".json":
                 raise UserError(f"--out {a.out}: name a .json file; what else is kept lies beside it")
-            outputs.check_file(Path(a.out), "--out", [*checkpoint.reads(self.located), *read], is_result)
+            outputs.check_file(Path(a.out), "--out", [*checkpoint.reads(self.located), *read], is_result_of(a.command))
         else:
             outputs.check(folder, "the scores' folder")
         with files.refusals(str(folder), "; choose another place with --out"):

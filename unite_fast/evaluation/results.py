@@ -17,6 +17,21 @@ from unite_fast.base.errors import UserError
 is_result = outputs.holds_json("result", "rows")
 
 
+def is_result_of(command: str) -> Callable[[Path], bool]:
+    """A function that tells whether a file is a result of this command of ``evaluate``: no other replaces it."""
+
+    def told(path: Path) -> bool:
+        if not is_result(path):
+            return False
+        content = json.loads(files.read_text(path))
+        if "rows" in content:
+            return command == ("search" if "best" in content else "table")
+        protocol = content.get("protocol")
+        return isinstance(protocol, dict) and command == ("rfid" if "data" in protocol else "fid")
+
+    return told
+
+
 def timeless(protocol: dict[str, Any]) -> dict[str, Any]:
     """A protocol, as JSON has it, without when and where it was followed."""
     return json.loads(json.dumps({k: v for k, v in protocol.items() if k != "environment"}))
