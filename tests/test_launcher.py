@@ -80,6 +80,7 @@ def test_srun_without_a_meeting_point(known, environment, tiny, tmp_path):
         ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK='abc' in the environment is not a number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": "1"}, "but no MASTER_ADDR to meet at"),
     ],
     ids=str,
 )

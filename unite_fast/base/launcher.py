@@ -50,7 +50,7 @@ def local_rank() -> int:
 
 def check_meeting_point() -> None:
     """Raises CommonError when several processes are not told where they meet."""
-    missing = [name for name in MEETING_POINT if name not in os.environ]
+    missing = [name for name in MEETING_POINT if not os.environ.get(name, "").strip()]
     if world_size() > 1 and missing:
         raise CommonError(
             f"{world_size()} processes, but no {' and no '.join(missing)} to meet at; start them with torchrun, or "
