@@ -97,7 +97,7 @@ def entropy(path: Path, models: Results) -> None:
 
     for i, (name, found) in enumerate(models.items()):
         places = [k + i * step for k in range(len(keys))]
-        axes.bar(places, [height(found, "trained", key) for key in keys], step, label=name)
+        axes.bar(places, [height(found, "trained", key) for key in keys], step, label=name, color=f"C{i}")
         if "start" in found:
             heights = [height(found, "start", key) for key in keys]
             axes.bar(places, heights, step, fill=False, edgecolor="black", linewidth=0.7)
