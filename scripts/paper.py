@@ -195,8 +195,8 @@ GPUs, which have not been at hand. What a small model on real images can say of 
 table, what each row would take the second.
 """
 SMALL = """Fashion-MNIST (60,000 real images of 28x28, Debian's `dataset-fashion-mnist`), 375 steps of 32 images, a
-model of 0.5 million parameters: `configs/claims/fashion.yaml`. Seeds {seeds}; commit {commit};
-{machine}. Everything again, in one command:
+model of 0.5 million parameters: `configs/claims/fashion.yaml`. Seeds {seeds}; trained
+at commit {commit}; {machine}. Everything again, in one command:
 
 ```
 python -m unite_fast sweep configs/claims/claims.yaml && python scripts/paper.py --results runs/claims/table.json
@@ -204,8 +204,8 @@ python -m unite_fast sweep configs/claims/claims.yaml && python scripts/paper.py
 
 **held**: every seed of the one lies on the claimed side of every seed of the other; **did not hold**:
 on the other side; **not decidable**: they overlap. With three seeds a side, chance alone gives one of
-the two first verdicts once in ten. These are claims about a model a thousandth of the paper's in data
-and compute, without LPIPS; they confirm or refute nothing at its scale.
+the two first verdicts once in ten. The model and its training are far smaller than the paper's, and
+without LPIPS; this confirms or refutes nothing at its scale.
 """
 FULL = """`torchrun --standalone --nproc_per_node=8 train.py --config ...` with `data.path=imagenet/train
 objective.perceptual_trunk=vgg16-397923af.pth`, then `python -m unite_fast evaluate fid` and `rfid`; all

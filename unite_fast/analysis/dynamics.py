@@ -8,10 +8,11 @@ from typing import Any
 
 MEASURED = ("total", "latent_std", "grad_norm")
 LAST = 0.1  # of the rows: what "end" is the mean of
+START = 0.2  # of the rows: latents that are still nearly equal have the lowest flow losses of all
 DEFINITION = {
     "curves": "columns of metrics.jsonl over optimizer steps: losses as logged, means between log lines",
     "end": "mean over the last tenth of the rows",
-    "lowest": "lowest value, and the step of it",
+    "lowest": "lowest value behind the first fifth of the rows, and the step of it",
     "rise": "end divided by lowest: above 1 where a curve rises after its lowest point",
 }
 
@@ -30,9 +31,9 @@ def summary(found: dict[str, list[list[float]]]) -> dict[str, Any]:
     """{name: {"end", "lowest", "at", "rise"}} of ``curves``."""
     said = {}
     for name, (steps, values) in found.items():
-        last = values[-max(1, round(LAST * len(values))) :]
-        end, lowest = sum(last) / len(last), min(values)
-        said[name] = {"end": end, "lowest": lowest, "at": steps[values.index(lowest)]}
+        last, first = values[-max(1, round(LAST * len(values))) :], int(START * len(values))
+        end, lowest = sum(last) / len(last), min(values[first:])
+        said[name] = {"end": end, "lowest": lowest, "at": steps[values.index(lowest, first)]}
         if lowest > 0:
             said[name]["rise"] = end / lowest
     return said
