@@ -30,8 +30,8 @@ demo: install  ## train, reconstruct and sample real images on this CPU, in minu
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast analyse runs/digits --only alignment
 	$(RUN) -m unite_fast.report runs/digits
 
-demo-molecules: install  ## train on real molecules on this CPU, generate and reconstruct some, in a quarter of an hour
-	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/molecules.yaml
+demo-molecules: install  ## train on real molecules on two cores, generate and reconstruct some, in a quarter of an hour
+	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node=2 train.py --config configs/molecules.yaml
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast evaluate atoms --checkpoint runs/molecules
 	$(RUN) -m unite_fast.report runs/molecules
 
