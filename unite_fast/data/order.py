@@ -5,7 +5,8 @@ permutation(seed, epoch)[p % n]. No epoch drops a remainder; a batch may hold th
 of the next. To resume at the same place, one integer is enough: the number of images seen.
 
 Where batches are to hold samples of a kind (molecules of similar sizes), the samples of every WINDOW batches, counted
-from position 0, are sorted by kind before they are cut into batches, and these batches come in a random order.
+from position 0, are sorted by kind before they are cut into batches, and these batches come in a random order. The
+order then depends on the batch over all ranks, too: one that is changed when a run resumes begins other windows.
 """
 
 from __future__ import annotations
