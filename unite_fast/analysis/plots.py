@@ -153,19 +153,24 @@ DRAWN: dict[str, Callable[[Path, Results], None]] = {
 }  # fmt: skip
 
 
-def sweep(path: Path, rows: Mapping[str, Mapping[str, dict[str, Any]]], columns: list[str]) -> None:
-    """A panel per column: each run's seeds as dots, their mean as a line."""
-    figure, grid = _figure(len(columns), 1, 2.6, 1 + 0.28 * len(rows))
-    names = list(rows)
-    for axes, column in zip(grid[0], columns, strict=True):
+def sweep(path: Path, rows: Mapping[str, Mapping[str, dict[str, Any]]], columns: list[str], across: int = 5) -> None:
+    """A panel per column that has numbers: each run's seeds as dots, their mean as a line."""
+    names, shown = list(rows), [column for column in columns if any(column in row for row in rows.values())]
+    figure, grid = _figure(across, -(-len(shown) // across), 2.6, 0.8 + 0.22 * len(rows))
+    panels = list(grid.flat)
+    for k, (axes, column) in enumerate(zip(panels, shown, strict=False)):
         for place, name in enumerate(names):
             if cell := rows[name].get(column):
                 values = list(cell["values"].values())
                 axes.plot(values, [place] * len(values), "o", markersize=3, color="tab:blue")
                 axes.plot([cell["mean"]], [place], "|", markersize=12, color="black")
         axes.set_title(column, fontsize="x-small")
-        axes.set_yticks(range(len(names)), names if axes is grid[0][0] else [""] * len(names), fontsize="x-small")
+        axes.set_yticks(range(len(names)), names if k % across == 0 else [""] * len(names), fontsize="x-small")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize="x-small")
+        axes.ticklabel_format(axis="x", useOffset=False)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="y", linewidth=0.3)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
     _save(figure, path)
