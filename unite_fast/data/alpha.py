@@ -18,7 +18,7 @@ def opaque(image: Image.Image, alpha: str) -> Image.Image:
     if not image.has_transparency_data or image.mode.startswith("I"):
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    least = rgba.getextrema()[3][0]
+    least, _ = rgba.getchannel("A").getextrema()
     if least == 255:
         return rgba.convert("RGB")
     if alpha == "refuse":

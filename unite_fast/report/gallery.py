@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Shown(NamedTuple):
     def null(self) -> int:
         return self.model.config.num_classes
 
-    def sample(self, labels: Sequence[int], seeds: Sequence[int], **options: float) -> Tensor:
+    def sample(self, labels: Sequence[int], seeds: Sequence[int], **options: Any) -> Tensor:
         """(B, Q, S, S), an image per label and seed."""
         return sampling.sample(self.model, torch.tensor(labels), self.how, seeds=seeds, **options)
 
