@@ -25,7 +25,8 @@ from training import MODELS, Origin, OurStep, composed, configuration, median, p
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.efficiency import precision
 from unite_fast.model.flops import peak_flops, training_flops
-from unite_fast.plan.throughput import NODE, Projection
+from unite_fast.modality.images import IMAGENET
+from unite_fast.plan.throughput import NODE, epoch_minutes
 
 # A rung: overrides over the rungs before it, and how far its first loss may be from eager's, relative.
 RUNGS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -128,7 +129,7 @@ def row(
         flops = training_flops(config.model, flow_steps, config.objective.perceptual_weight > 0)["total"]
         peak = peak_flops(device)
         mfu = rate * flops / peak if peak else None
-        minutes = Projection(mfu or 0.0, rate).minutes(NODE)
+        minutes = epoch_minutes(IMAGENET, rate, NODE)
         count = launches(v.step.whole, device)
         found |= {"ms": ms, "images_per_second": rates, "mfu": mfu, "gib": v.gib, "minutes_per_epoch_8": minutes}
         found["launches"] = count

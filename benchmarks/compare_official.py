@@ -148,7 +148,8 @@ def our_config(official: Official, batch: int, recipe: str, flow_steps: int, ove
         f"efficiency.flow_mini_batch={flow_steps}", *overrides,
     ])  # fmt: skip
     state = interop.clean_keys(official.model.state_dict())
-    told = {"in_context_start": official.settings["in_content_start"]}  # which shapes do not tell
+    # Which shapes do not tell:
+    told = {"in_context_start": official.settings["in_content_start"], "decoder_heads": official.decoder_heads}
     return dataclasses.replace(config, model=interop.infer_config(state, told, "the official model"))
 
 

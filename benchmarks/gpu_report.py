@@ -118,7 +118,8 @@ def utilisation(rows: Rows) -> str | None:
     """MFU, epoch and eta of the best setting; eta against this day's ceilings where they are there."""
     from unite_fast.config import Config
     from unite_fast.model.flops import peak_of, training_flops
-    from unite_fast.plan.throughput import NODE, Projection
+    from unite_fast.modality.images import IMAGENET
+    from unite_fast.plan.throughput import NODE, epoch_minutes
 
     row, config = rows.best(), Config()
     peak = peak_of(rows.device)
@@ -126,7 +127,7 @@ def utilisation(rows: Rows) -> str | None:
         return None
     rate = row["images_per_second"][WIDE]
     mfu = rate * training_flops(config.model, 3, True)["total"] / peak
-    text = f"MFU {mfu:.1%}, {Projection(mfu, rate).minutes(NODE):.1f} minutes per epoch on {NODE} at that rate"
+    text = f"MFU {mfu:.1%}, {epoch_minutes(IMAGENET, rate, NODE):.1f} minutes per epoch on {NODE} at that rate"
     found = eta(rows, rate)
     return text + (f", eta {found:.2f}" if found else "")
 

@@ -64,6 +64,7 @@ class Official:
             settings["in_content_start"] = 1
             for name, sizes in TOY.items():
                 getattr(unite, name).update(sizes)
+        self.decoder_heads: int = unite.DECODER_CONFIGS["Base"][2]
         with _random_lpips(lpips), torch.device(device):  # on a GPU drawn there, which saves seconds
             self.model: Any = unite.UNITE(settings)
         if trunk is not None:

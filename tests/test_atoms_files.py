@@ -167,7 +167,7 @@ def test_a_missing_package_is_one_line(package, call, tmp_path, monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"needs {package}, which is not installed; pip install 'unite-fast\[atoms\]'"):
+    with pytest.raises(UserError, match=rf"needs {package}, which is not installed; pip install {package}"):
         call(tmp_path)
 
 

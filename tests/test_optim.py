@@ -131,7 +131,9 @@ def official(epoch: float, total: float = 600, accumulation: int = 2) -> float:
     return 5e-5 + (1e-4 - 5e-5) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("imagenet_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "configs" / f"imagenet_{size}.yaml" for size in ("b", "l", "xl")], ids=lambda path: path.stem
+)
 def test_the_published_recipes_have_the_published_learning_rates(path):
     """To the bit; what 041eeaa computed for some epochs is written out."""
     published = yaml_text.load(path).optim

@@ -28,7 +28,7 @@ class Projection(NamedTuple):
 
     def minutes(self, gpus: int) -> float:
         """Per epoch."""
-        return self.samples / (self.images_per_second * gpus) / 60
+        return epoch_minutes(self.samples, self.images_per_second, gpus)
 
     def line(self) -> str:
         official = " (the official code)" if self.official else ""
@@ -37,6 +37,11 @@ class Projection(NamedTuple):
             f"MFU {self.mfu:.1%}: {self.images_per_second:,.0f} {things}/s per GPU, {self.minutes(1):,.3g} minutes "
             f"per {epoch}, {self.minutes(NODE):,.3g} on {NODE} GPUs{official}"
         )
+
+
+def epoch_minutes(samples: int, per_second: float, gpus: int) -> float:
+    """per_second: samples on one GPU."""
+    return samples / (per_second * gpus) / 60
 
 
 def device_name() -> str:
