@@ -24,8 +24,8 @@ from training import MODELS, Origin, OurStep, composed, configuration, median, p
 
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.efficiency import precision
-from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.modality.images import IMAGENET
+from unite_fast.model.flops import peak_flops, training_flops
 from unite_fast.plan.throughput import NODE, epoch_minutes
 
 # A rung: overrides over the rungs before it, and how far its first loss may be from eager's, relative.

@@ -117,8 +117,8 @@ def ratio(rows: Rows) -> str | None:
 def utilisation(rows: Rows) -> str | None:
     """MFU, epoch and eta of the best setting; eta against this day's ceilings where they are there."""
     from unite_fast.config import Config
-    from unite_fast.model.flops import peak_of, training_flops
     from unite_fast.modality.images import IMAGENET
+    from unite_fast.model.flops import peak_of, training_flops
     from unite_fast.plan.throughput import NODE, epoch_minutes
 
     row, config = rows.best(), Config()
