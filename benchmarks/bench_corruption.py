@@ -21,9 +21,7 @@ STEPS = 3
 def draws(z: Tensor, labels: Tensor, samples: Tensor, backend: str) -> list[Tensor]:
     noise, t = corruption.draw_tokenizer(5, samples, tuple(z.shape[1:]), 0.3, backend)
     noised = corruption.noise_injection(z, samples, 5, 0.5, 0.7, 1.0, backend)
-    flow = corruption.flow_corruption(
-        z, labels, samples, 5, STEPS, "logit_normal", 0.0, 1.0, 0.5, 0.1, 1000, 0, backend
-    )
+    flow = corruption.flow_corruption(z, labels, samples, 5, STEPS, "logit_normal", 0.0, 1.0, 0.5, 0.1, 1000, backend)
     return [noise, t, noised, *flow]
 
 

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> lpips_head_bwd(Tensor, Tensor, Tensor, Tensor, bool, 
 Tensor philox_uniform(int64_t, int64_t, Tensor, int64_t);
 Tensor philox_normal(int64_t, int64_t, Tensor, int64_t);
 std::tuple<Tensor, Tensor> noise_injection(Tensor, Tensor, int64_t, double, double, double);
-std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool, double,
+std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor, Tensor, Tensor, int64_t, int64_t, bool, double,
                                                    double, double, double, int64_t);
 std::tuple<Tensor, Tensor, Tensor> clip(List, double);
 void adamw_(List, List, List, List, Tensor, Tensor, double, double, double, double, Maybe, Maybe, List, double);
@@ -75,7 +75,7 @@ STABLE_TORCH_LIBRARY(unite_kernels_cpu, m) {
   m.def("philox_normal(int seed, int stream, Tensor samples, int count) -> Tensor");
   m.def("noise_injection(Tensor z, Tensor samples, int seed, float p, float t_low, float t_high) -> (Tensor, Tensor)");
   m.def(
-      "flow_corruption(Tensor z, Tensor labels, Tensor samples, int seed, int steps, int first_step, bool uniform_law,"
+      "flow_corruption(Tensor z, Tensor labels, Tensor samples, int seed, int steps, bool uniform_law,"
       " float mu, float sigma, float shift, float label_drop, int null_label) -> (Tensor, Tensor, Tensor)");
   m.def("clip(Tensor[] tensors, float max_norm) -> (Tensor, Tensor, Tensor)");
   m.def(

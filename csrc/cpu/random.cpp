@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> noise_injection(Tensor z, Tensor samples, int64_t see
 }
 
 std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor z, Tensor labels, Tensor samples, int64_t seed, int64_t steps,
-                                                   int64_t first_step, bool uniform_law, double mu, double sigma,
+                                                   bool uniform_law, double mu, double sigma,
                                                    double shift, double label_drop, int64_t null_label) {
   const char* op = "flow_corruption";
   const Latents in = latents_of(op, z);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor z, Tensor labels, Tens
   Tensor time = empty_float(z, {steps, in.batch});
   Tensor kept = torch::stable::new_empty(labels, {sizes.data(), 2});
   for (int64_t row = 0; row < steps * in.batch; ++row) {
-    const int64_t base = kStreamsPerStep * (first_step + row / in.batch), b = row % in.batch;
+    const int64_t base = kStreamsPerStep * (row / in.batch), b = row % in.batch;
     float s;
     if (uniform_law) {
       s = one_uniform(draw_of(seed, base + kFlowTime), index[b]);
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_corruption(Tensor z, Tensor labels, Tens
   }
   char* target = static_cast<char*>(out.data_ptr());
   for_parts(steps * in.batch, in.size, [&](int64_t row, int64_t first, int64_t n) {
-    const int64_t b = row % in.batch, stream = kStreamsPerStep * (first_step + row / in.batch) + kFlowNoise;
+    const int64_t b = row % in.batch, stream = kStreamsPerStep * (row / in.batch) + kFlowNoise;
     kernels().corrupt(draw_of(seed, stream), index[b], first, n, floats(time)[row],
                       in.data + (b * in.size + first) * in.bytes, in.bf16, target + (row * in.size + first) * in.bytes);
   });

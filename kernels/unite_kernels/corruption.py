@@ -58,13 +58,12 @@ def draw_flow(
     sigma: float,
     shift: float,
     label_drop: float,
-    first_step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shifted times (N, B), noise (N, B, *shape) and label drops (N, B) bool of flow steps first_step .. +steps."""
+    """Shifted times (N, B), noise (N, B, *shape) and label drops (N, B) bool of the flow steps."""
     if law not in LAWS:
         raise ValueError(f"unknown time law {law!r}: choose one of {', '.join(LAWS)}")
     times, noises, drops = [], [], []
-    for step in range(first_step, first_step + steps):
+    for step in range(steps):
         base = STREAMS_PER_STEP * step
         if law == "uniform":
             s = philox.uniform(seed, base + FLOW_TIME, samples)
@@ -146,7 +145,7 @@ def _inject_kernel(
 
 
 # A number that is specialised to 1 has no dtype to be cast from.
-@jit(do_not_specialize=["seed", "first_step", "null_label", "batch"])
+@jit(do_not_specialize=["seed", "null_label", "batch"])
 def _flow_kernel(
     p_z,
     p_labels,
@@ -155,7 +154,6 @@ def _flow_kernel(
     p_t,
     p_label,
     seed,
-    first_step,
     mu,
     sigma,
     shift,
@@ -178,7 +176,7 @@ def _flow_kernel(
     m = o < size
     z = tl.load(p_z + b * size + o, mask=m, other=0.0).to(tl.float32)
     for n in tl.range(0, STEPS):
-        base = (first_step + n) * STREAMS_PER_STEP
+        base = n * STREAMS_PER_STEP
         if UNIFORM:
             s = uniform(seed, base + FLOW_TIME, sample)
         else:
@@ -264,7 +262,6 @@ def _flow_corruption(
     samples: Tensor,
     seed: int,
     steps: int,
-    first_step: int,
     uniform_law: bool,
     mu: float,
     sigma: float,
@@ -275,14 +272,14 @@ def _flow_corruption(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "cpp":
         return _backend.cpu_op("flow_corruption")(
-            z, labels, samples, seed, steps, first_step, uniform_law, mu, sigma, shift, label_drop, null_label
+            z, labels, samples, seed, steps, uniform_law, mu, sigma, shift, label_drop, null_label
         )
     out, t, kept = _flow_outputs(z, labels, steps)
     size = z[0].numel()
     groups, warps = _launch(size, z.device)
     with torch.cuda.device_of(z):
         _flow_kernel[(triton.cdiv(size, 4 * groups), len(z))](
-            *(z, labels, samples, out, t, kept, seed, first_step, mu, sigma, shift, shift - 1.0, label_drop),
+            *(z, labels, samples, out, t, kept, seed, mu, sigma, shift, shift - 1.0, label_drop),
             *(null_label, size, len(z), steps, uniform_law, FLOW_TIME, FLOW_NOISE, LABEL_DROP, STREAMS_PER_STEP),
             groups,
             num_warps=warps,
@@ -297,7 +294,7 @@ def _flow_outputs(z: Tensor, labels: Tensor, steps: int) -> tuple[Tensor, Tensor
 
 
 @_flow_corruption.register_fake
-def _(z, labels, samples, seed, steps, first_step, uniform_law, mu, sigma, shift, label_drop, null_label, backend):
+def _(z, labels, samples, seed, steps, uniform_law, mu, sigma, shift, label_drop, null_label, backend):
     return _flow_outputs(z, labels, steps)
 
 
@@ -352,7 +349,6 @@ def flow_corruption(
     shift: float,
     label_drop: float,
     null_label: int,
-    first_step: int = 0,
     backend: str = "fused",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Corrupted latents (N, B, ...), times (N, B) float32 and labels (N, B) of N = ``steps`` flow steps.
@@ -370,10 +366,8 @@ def flow_corruption(
         raise ValueError("flow corruption takes detached latents: call .detach() on z")
     if backend != "eager":
         return _flow_corruption(
-            *(z, labels.contiguous(), samples.contiguous(), seed, steps, first_step, law == "uniform"),
+            *(z, labels.contiguous(), samples.contiguous(), seed, steps, law == "uniform"),
             *(mu, sigma, shift, label_drop, null_label, backend),
         )
-    t, noise, dropped = draw_flow(
-        seed, samples, steps, tuple(z.shape[1:]), law, mu, sigma, shift, label_drop, first_step
-    )
+    t, noise, dropped = draw_flow(seed, samples, steps, tuple(z.shape[1:]), law, mu, sigma, shift, label_drop)
     return blend(z, t, noise), t, torch.where(dropped, null_label, labels)

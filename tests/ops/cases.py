@@ -127,7 +127,7 @@ def launch_model_shape(name: str, width: int) -> None:
         corruption._tokenizer_draws(samples, 7, z[0].numel(), 0.3, "triton")
         corruption._noise_injection(z, samples, 7, 0.5, 0.7, 1.0, "triton")
         for uniform in (False, True):
-            corruption._flow_corruption(z, samples, samples, 7, 3, 0, uniform, 0.0, 1.0, 0.5, 0.1, 1000, "triton")
+            corruption._flow_corruption(z, samples, samples, 7, 3, uniform, 0.0, 1.0, 0.5, 0.1, 1000, "triton")
         return
     if name == "lpips_head":
         for channels in (64, 512):

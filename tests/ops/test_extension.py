@@ -210,11 +210,11 @@ def test_philox_bits_of_many(ops):
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("law", corruption.LAWS)
 def test_flow_corruption(ops, law, dtype):
-    samples, steps, first = torch.tensor([3, 4, 5, 2**35]), 3, 2
+    samples, steps = torch.tensor([3, 4, 5, 2**35]), 3
     z, labels = draws((4, 9, 7))[0].to(dtype), torch.tensor([1, 2, 3, 4])
     uniform = law == "uniform"
-    out, t, kept = ops.flow_corruption(z, labels, samples, 11, steps, first, uniform, -0.4, 1.2, 3.0, 0.5, 10)
-    times, noise, drops = corruption.draw_flow(11, samples, steps, (9, 7), law, -0.4, 1.2, 3.0, 0.5, first)
+    out, t, kept = ops.flow_corruption(z, labels, samples, 11, steps, uniform, -0.4, 1.2, 3.0, 0.5, 10)
+    times, noise, drops = corruption.draw_flow(11, samples, steps, (9, 7), law, -0.4, 1.2, 3.0, 0.5)
     scale = times[..., None, None]
     assert torch.equal(t, times)
     assert torch.equal(kept, torch.where(drops, 10, labels))
