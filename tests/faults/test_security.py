@@ -199,7 +199,7 @@ def test_interrupted_sampling(launcher, straight, tmp_path):
         f"made {40 - done} of 40" in again.said() or f"made {41 - done} of 40" in again.said()
     )  # one was half-written
     one, two = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "cut.npz")
-    for key in ("images", "labels", "seeds"):
+    for key in ("arr_0", "labels", "seeds"):
         assert np.array_equal(one[key], two[key]), key
 
 
