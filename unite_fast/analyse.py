@@ -55,8 +55,7 @@ class Subject(NamedTuple):
     @property
     def run(self) -> Path | None:
         """The run folder that the checkpoint lies in, if it does."""
-        folder = self.located.parent.parent
-        return folder if self.located.parent.name == "checkpoints" else None
+        return checkpoint.run_of(self.located)
 
 
 class Context(NamedTuple):
@@ -161,8 +160,7 @@ def picture(context: Context, subject: Subject, path: Path) -> None:
     """Rows of real samples, their reconstructions, and what is decoded of predictions at PICTURED."""
     source, model = context.source, subject.model
     assert source is not None
-    batch = source.few(chosen(source, SHOWN))
-    batch = data.Batch.from_tensors({k: v.to(context.ranks.device) for k, v in batch.tensors().items()})
+    batch = source.few(chosen(source, SHOWN)).to(context.ranks.device)
     t_max = subject.config.objective.tokenizer_t_max
     tile = tokenized(model, batch, t_max)
     made = {"reconstructed": reconstruct(model, tile.content, batch.samples, t_max, batch.labels, batch.sizes)}

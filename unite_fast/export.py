@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from unite_fast import __version__, checkpoint, interop, modality
 from unite_fast.base import files, outputs
@@ -71,8 +70,7 @@ def origin(located: Path) -> tuple[str, dict[str, Any]]:
         if located.is_dir():
             text = files.read_text(located.parent.parent / "provenance.json")
         elif located.suffix == ".safetensors":
-            with safe_open(located, "pt") as file:
-                said = file.metadata()
+            said = checkpoint.facts(located)
             kind, text = said.get("origin", "run"), said.get("provenance", "{}")
         found = json.loads(text)
     except (OSError, ValueError):
@@ -118,11 +116,8 @@ def score_lines(located: Path) -> str:
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what ``export`` writes, perhaps with its scores, and nothing else."""
     names = {"model.safetensors", "config.json", "README.md", "samples.png", "scores", *PIPELINE}
-    try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            return "unite_fast" in (file.metadata() or {}) and {p.name for p in folder.iterdir()} <= names
-    except (OSError, SafetensorError):
-        return False
+    marked = "unite_fast" in checkpoint.facts(folder / "model.safetensors")
+    return marked and {p.name for p in folder.iterdir()} <= names
 
 
 def export(

@@ -35,6 +35,7 @@ from unite_fast.analysis import plots
 from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.base.provenance import ROOT
+from unite_fast.checkpoint.compare import differences
 from unite_fast.config import yaml_text
 
 KEYS = ("config", "out", "seeds", "overrides", "runs", "then", "table")
@@ -125,25 +126,16 @@ def listed(sweep: Sweep) -> list[Run]:
     ]
 
 
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found
-
-
 def check(run: Run) -> None:
     """Raises UserError for overrides that train.py would refuse, and for a folder of another configuration."""
-    wanted = _flat(yaml_text.to_dict(yaml_text.load(run.config, run.words()[2:])))
+    wanted = yaml_text.to_dict(yaml_text.load(run.config, run.words()[2:]))
     before = run.folder / "config.resolved.yaml"
     if not before.is_file():
         return
-    had = _flat(yaml_text.read(before) or {})
-    for key in sorted(wanted.keys() & had.keys()):
-        if wanted[key] != had[key] and key not in FREE and not key.endswith("path"):
+    for key, had, says in differences(yaml_text.read(before) or {}, wanted):
+        if key not in FREE and not key.endswith("path"):
             raise UserError(
-                f"{run.folder} was made with {key}={had[key]}, this sweep says {wanted[key]}; move it away, or choose "
-                "another out"
+                f"{run.folder} was made with {key}={had}, this sweep says {says}; move it away, or choose another out"
             )
 
 

@@ -26,7 +26,8 @@ from unite_fast.flow import interpolate
 from unite_fast.model.encoder import GenerativeEncoder
 from unite_fast.model.unite import TOKENIZE_SEED, UNITE
 from unite_fast.parallel.distributed import Ranks
-from unite_kernels import corruption, philox
+from unite_fast.sampling.reconstruct import tokens
+from unite_kernels import philox
 
 TILE = 32
 NOISE_STREAM = 1 << 19  # of the noise that latents are corrupted with; the same at all times
@@ -100,9 +101,8 @@ def recorded(encoder: GenerativeEncoder, registers: int) -> Iterator[list[Tensor
 def tokenized(model: UNITE, batch: data.Batch, t_max: float) -> Tile:
     """The tokenization pass, with the registers' noise and times that each sample's place gives."""
     content = model.modality.content(batch.content)
-    noise, t = corruption.draw_tokenizer(TOKENIZE_SEED, batch.samples, model.latent_shape, t_max)
     with recorded(model.encoder, model.config.num_latents) as layers:
-        latents = model.tokenize(content, noise, t, batch.sizes)
+        latents = tokens(model, content, batch.samples, t_max, batch.sizes)
     return Tile(model, content, batch.labels, batch.samples, batch.sizes, latents.float(), layers)
 
 

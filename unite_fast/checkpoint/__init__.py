@@ -37,6 +37,7 @@ from unite_fast.checkpoint.find import (
     newest,
     newest_first,
     reads,
+    run_of,
     step_of,
     verify,
 )
@@ -55,7 +56,7 @@ from unite_fast.training.state import STEPS, TrainState, prefix, tensors_of
 __all__ = [
     "EXPORTED", "changes", "check_same_model", "class_names", "counters_of", "described", "facts", "found_scale",
     "identity", "load_model", "load_weights", "locate", "newest", "newest_first", "official_config", "read", "reads",
-    "recorded_step", "resume", "saved_config", "saved_images", "step_in", "step_of", "stored", "verify",
+    "recorded_step", "resume", "run_of", "saved_config", "saved_images", "step_in", "step_of", "stored", "verify",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -69,9 +70,8 @@ def counters_of(state: TrainState) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def described(path: str, weights: str, name: str) -> dict[str, Any]:
+def described(located: Path, weights: str, name: str) -> dict[str, Any]:
     """What a run says of the ``weights`` of a checkpoint that it began with: no path. name: their run's, if known."""
-    located = locate(path, quiet=True)
     return {"name": name, "step": recorded_step(located), "weights": weights, "sha256": identity(located)}
 
 
@@ -316,10 +316,10 @@ def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tens
     _read_counters(path)
     config, found = saved_config(path), stored(path)
     if posthoc.entry_of(weights) is not None:
-        tensors = {k.removeprefix("model."): t for k, t in shards.read(
-            found, [k for k in found if k.startswith("model.")]
-        ).items()} | posthoc.combined(_kept_until(path), weights)  # fmt: skip
-        return tensors, config
+        averages = posthoc.combined(_kept_until(path), weights)
+        others = {k: k.removeprefix("model.") for k in found if k.startswith("model.")}
+        others = {k: name for k, name in others.items() if name not in averages}
+        return {others[k]: tensor for k, tensor in shards.read(found, others).items()} | averages, config
     known = [*ema.names(config.optim), "model"]
     if weights not in known:
         raise UserError(f"{path} has no '{weights}' weights; it has {', '.join(known)}, or posthoc_std0.07 for example")

@@ -21,12 +21,12 @@ QUIET = (
 )  # fmt: skip
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of everything that differs; keys that only one side has are left out."""
     found = []
     for key in old.keys() & new.keys():
         if isinstance(old[key], dict) and isinstance(new[key], dict):
-            found += _differences(old[key], new[key], f"{path}{key}.")
+            found += differences(old[key], new[key], f"{path}{key}.")
         elif old[key] != new[key]:
             found.append((path + key, old[key], new[key]))
     return sorted(found)
@@ -34,7 +34,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> li
 
 def check_same_model(saved: dict[str, Any], model: ModelConfig, where: str) -> None:
     """Raises UserError when the saved configuration describes another model, which equal shapes would not show."""
-    changed = _differences({"model": saved.get("model", {})}, {"model": to_dict(model)})
+    changed = differences({"model": saved.get("model", {})}, {"model": to_dict(model)})
     if changed:
         listed = "; ".join(f"{key} is {old} there and {new} here" for key, old, new in changed[:3])
         raise UserError(f"{where} holds another model: {listed}")
@@ -60,6 +60,6 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
     """A line for each key that changes what the steps compute. saved: the configuration of the checkpoint ``where``."""
     return [
         f"changed since {where}: {key} {old} -> {new}"
-        for key, old, new in _differences(saved, now)
+        for key, old, new in differences(saved, now)
         if not key.startswith(QUIET)
     ]

@@ -131,6 +131,11 @@ def reads(located: Path) -> list[Path]:
     return [located.parent if located.parent.name == "checkpoints" else located]
 
 
+def run_of(located: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it does."""
+    return located.parent.parent if located.is_dir() and located.parent.name == "checkpoints" else None
+
+
 def identity(located: Path) -> str:
     """A sha256 that changes whenever the weights do: of a file, or of a checkpoint folder's manifest."""
     return file_sha256(located if located.is_file() else located / "manifest.json")

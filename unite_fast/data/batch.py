@@ -43,6 +43,9 @@ class Batch(NamedTuple):
         content = {k.removeprefix(CONTENT): v for k, v in named.items() if k.startswith(CONTENT)}
         return cls(content, named["labels"], named["samples"], named.get("sizes"))
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of ``size`` samples, views of this one."""
         named = self.tensors()

@@ -12,23 +12,17 @@ from torch.nn import functional as F
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.order import permutation
-from unite_fast.data.source import ResidentSource, check_channels, check_classes, to_device
+from unite_fast.data.source import HeldSource, check_channels, check_classes
 
 HELD_OUT_PER_CLASS = 30
 SPLIT_SEED = 0  # of the split, not of the run: the held-out images never change
 
 
-class Digits(ResidentSource):
+class Digits(HeldSource):
     """float32 images in [0, 1]: gray levels 0 to 16 of the library, divided by 16."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        super().__init__(labels, [str(i) for i in range(10)], flip=False)
-        self._images = {torch.device("cpu"): images}  # (n, C, H, W), one copy per device in use
-
-    def gather(self, indices: Tensor, seed: int, device: torch.device) -> Tensor:
-        if device not in self._images:
-            self._images[device] = self._images[torch.device("cpu")].to(device)
-        return self._images[device][to_device(indices, device)]
+        super().__init__(images, labels, [str(i) for i in range(10)], flip=False)
 
 
 def held_out(labels: Tensor) -> Tensor:

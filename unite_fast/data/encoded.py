@@ -31,6 +31,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # decided by content: a PNG named .jpg is read, anything else is refused
 MAX_ENCODED_BYTES = 128 * 2**20
 LOOKED_AT = 5000  # images of a source, evenly spread, whose headers are read at the start of a run
+HEAD_BYTES = 1 << 16  # of an image, in which its header lies
 
 
 def check_bytes(count: int) -> None:

@@ -12,9 +12,21 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+from PIL import Image
+
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes, labels_of
+from unite_fast.data.encoded import (
+    EXTENSIONS,
+    HEAD_BYTES,
+    MAX_ENCODED_BYTES,
+    EncodedSource,
+    Names,
+    check_bytes,
+    decode,
+    explain,
+    labels_of,
+)
 from unite_fast.data.listing import Folders, images_below, say_left_out
 from unite_fast.data.source import BadImage, NoPath, check_channels, check_classes
 
@@ -27,6 +39,14 @@ def read_file(path: str, most: int = MAX_ENCODED_BYTES) -> bytes:
     check_bytes(status.st_size)
     with open(path, "rb") as file:
         return file.read(most)
+
+
+def read_image(path: str | Path, mode: str = "RGB", alpha: str = "white", mend: str = "") -> Image.Image:
+    """One image that a user names; mode, alpha: as of ``decode``. Raises UserError, which ends with ``mend``."""
+    try:
+        return decode(read_file(str(path)), mode, alpha)
+    except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
+        raise UserError(f"cannot read {path}: {explain(error)}{mend}") from None
 
 
 class Folder(EncodedSource):
@@ -54,7 +74,7 @@ class Folder(EncodedSource):
         return read_file(self._paths[index])
 
     def head(self, index: int) -> bytes:
-        return read_file(self._paths[index], 1 << 16)
+        return read_file(self._paths[index], HEAD_BYTES)
 
 
 def _class_names(root: Path, field: str) -> list[str]:

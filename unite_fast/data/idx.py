@@ -25,24 +25,18 @@ from torch.nn import functional as F
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.folder import place
-from unite_fast.data.source import ResidentSource, check_channels, check_classes, numbered, to_device
+from unite_fast.data.source import HeldSource, check_channels, check_classes, numbered
 
 UNSIGNED_BYTE = 8
 MOST_BYTES = 1 << 32  # what a file may say that it holds: more is no set for memory
 PARTS = {"train": "train", "heldout": "t10k"}
 
 
-class Idx(ResidentSource):
+class Idx(HeldSource):
     """uint8 images."""
 
     def __init__(self, images: Tensor, labels: Tensor, flip: bool) -> None:
-        super().__init__(labels, numbered(int(labels.max()), "the labels"), flip)
-        self._images = {torch.device("cpu"): images}  # (n, C, H, W), one copy per device in use
-
-    def gather(self, indices: Tensor, seed: int, device: torch.device) -> Tensor:
-        if device not in self._images:
-            self._images[device] = self._images[torch.device("cpu")].to(device)
-        return self._images[device][to_device(indices, device)]
+        super().__init__(images, labels, numbered(int(labels.max()), "the labels"), flip)
 
 
 def read(folder: Path, name: str, dimensions: int) -> Tensor:

@@ -32,7 +32,7 @@ from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.ahead import ahead
 from unite_fast.data.batch import Batch, batch_of_images
-from unite_fast.data.encoded import EncodedSource, check_bytes
+from unite_fast.data.encoded import HEAD_BYTES, MAX_ENCODED_BYTES, EncodedSource, check_bytes
 from unite_fast.data.folder import place
 from unite_fast.data.source import BadImage, Request, Source, check_classes, mirror, to_device
 from unite_fast.data.transforms import is_mirrored
@@ -273,15 +273,22 @@ class PackedEncoded(EncodedSource):
         return f"packed-{self.index.format}:{self.index.crop}:{super().pipeline_id(device)}"
 
     def encoded(self, index: int) -> bytes:
+        return self._bytes(index, MAX_ENCODED_BYTES)
+
+    def head(self, index: int) -> bytes:
+        return self._bytes(index, HEAD_BYTES)
+
+    def _bytes(self, index: int, most: int) -> bytes:
+        """At most the first ``most`` bytes."""
         offset, length = self._extents[index].tolist()
         check_bytes(length)
         number = int(self.shards.locate(torch.tensor([index]))[0])
         descriptor = os.open(self.root / shard_name(number), os.O_RDONLY)
         try:
-            data = os.pread(descriptor, length, offset)
+            data = os.pread(descriptor, min(length, most), offset)
         finally:
             os.close(descriptor)
-        if len(data) != length:
+        if len(data) != min(length, most):
             raise BadImage("the shard has become shorter")
         return data
 

@@ -32,6 +32,10 @@ BATCH = 64  # rows read at a time, at most
 MOST_HELD = 1 << 32  # bytes of encoded images in memory
 
 
+class TooLarge(BadImage):
+    """What a file would unfold to has no room."""
+
+
 def room(table: Path) -> int:
     """The most bytes that the labels of a file, or the images of one of its row groups, may take in memory."""
     return min(MOST_BYTES, files.room(table))
@@ -169,7 +173,7 @@ def list_parquet(tables: list[Path], field: str, data: DataConfig, labelled: boo
 
 
 def _read_group(table: Path, number: int, column: str) -> Any:
-    """The images' bytes of a row group. Raises BadImage for more than there is room for."""
+    """The images' bytes of a row group. Raises TooLarge."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -182,7 +186,7 @@ def _read_group(table: Path, number: int, column: str) -> Any:
     for batch in file.iter_batches(step, row_groups=[number], columns=[path], use_threads=False):
         found += batch.nbytes
         if max(found, size) > most:
-            raise BadImage(f"row group {number} unfolds to {max(found, size)} bytes; {most} are allowed")
+            raise TooLarge(f"row group {number} unfolds to {max(found, size)} bytes; {most} are allowed")
         pieces.append(batch.column(0).field("bytes") if nested else batch.column(0))
     return pa.chunked_array(pieces)
 
@@ -235,9 +239,9 @@ class Held(Parquet):
         for index in range(len(self)):
             try:
                 part = super().encoded(index)
-            except BadImage as error:
-                if "unfolds" in str(error):
-                    raise UserError(f"{self.name(index)}: {error}") from None
+            except TooLarge as error:
+                raise UserError(f"{self.name(index)}: {error}") from None
+            except BadImage:
                 part = b""  # which ``encoded`` refuses as the file would
             parts.append(np.frombuffer(part, dtype=np.uint8))
             lengths.append(len(part))

@@ -192,6 +192,19 @@ class ResidentSource(Source):
             yield batch_of_images(images, to_device(self.labels[indices], device), to_device(positions, device))
 
 
+class HeldSource(ResidentSource):
+    """Images (n, C, H, W) that are there from the start."""
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: list[str], flip: bool) -> None:
+        super().__init__(labels, class_names, flip)
+        self._images = {torch.device("cpu"): images}  # one copy per device in use
+
+    def gather(self, indices: Tensor, seed: int, device: torch.device) -> Tensor:
+        if device not in self._images:
+            self._images[device] = self._images[torch.device("cpu")].to(device)
+        return self._images[device][to_device(indices, device)]
+
+
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     """Images (B, C, H, W), on their device, of which those ``mirrored`` (bool (B,), on the CPU) are flipped in W.
 

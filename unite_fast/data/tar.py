@@ -33,7 +33,7 @@ import torch
 from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data.encoded import EXTENSIONS, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
+from unite_fast.data.encoded import EXTENSIONS, HEAD_BYTES, MAX_ENCODED_BYTES, EncodedSource, Names, check_bytes
 from unite_fast.data.folder import place
 from unite_fast.data.listing import files_of
 from unite_fast.data.source import BadImage, check_channels, check_classes, numbered
@@ -239,6 +239,13 @@ class Tar(EncodedSource):
         return int(self._extents[index, 1])
 
     def encoded(self, index: int) -> bytes:
+        return self._bytes(index, MAX_ENCODED_BYTES)
+
+    def head(self, index: int) -> bytes:
+        return self._bytes(index, HEAD_BYTES)
+
+    def _bytes(self, index: int, most: int) -> bytes:
+        """At most the first ``most`` bytes."""
         offset, length = self._extents[index].tolist()
         check_bytes(length)
         number = self._tar(index)
@@ -248,8 +255,8 @@ class Tar(EncodedSource):
             with contextlib.suppress(KeyError):
                 while len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
-        data = os.pread(file.descriptor, min(length, MAX_ENCODED_BYTES), offset)
-        if len(data) != length:
+        data = os.pread(file.descriptor, min(length, most), offset)
+        if len(data) != min(length, most):
             raise BadImage("the tar has become shorter")
         return data
 

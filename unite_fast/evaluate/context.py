@@ -42,10 +42,9 @@ class Context:
         """Where results lie."""
         if self.arguments.out:
             return Path(self.arguments.out).parent
-        within, name = self.located.parent, self.located.name
-        if self.located.is_dir():
-            return (within.parent if within.name == "checkpoints" else within) / "scores"
-        return within / "scores" if name == checkpoint.EXPORTED else Path("scores")
+        if self.located.is_dir() or self.located.name == checkpoint.EXPORTED:
+            return (checkpoint.run_of(self.located) or self.located.parent) / "scores"
+        return Path("scores")
 
     def check_out(self) -> None:
         """Raises UserError where results lie in what is read, would replace something else, or cannot be written."""

@@ -171,13 +171,14 @@ def _open_validation(reading: DataConfig, model: ModelConfig, *_: Any) -> data.S
 def _validation(at: Moment, source: data.Source) -> dict[str, Any]:
     """The flow's losses with the same samples, noise and times at every call, so that they compare over a run."""
     c, places = at.config, chosen(source, at.config.evaluation.validation_count)
-    found = Trajectory(at.ranks.device, at.model.latent_shape, "pixels" in at.model.modality.analyses)
+    images = "pixels" in at.model.modality.analyses
+    found = Trajectory(at.ranks.device, at.model.latent_shape, images, predictions=False)
     t_max, recipe = c.objective.tokenizer_t_max, c.evaluation.precision
     walk(at.model, source, places, c.data, [found], at.ranks, t_max, recipe, stopping=at.stopping)
     seen = found.result()
     by_time = {f"flow_t{t:g}": loss for t, loss in zip(seen["times"], seen["velocity_loss"], strict=True)}
     result = {"flow": fmean(by_time.values()), "x0": fmean(seen["x0_loss"]), "cosine": fmean(seen["cosine"])}
-    result |= {"latent_std": seen["latent_std"]} | ({"psnr": seen["psnr_clean"]} if "psnr" in seen else {}) | by_time
+    result |= {"latent_std": seen["latent_std"]} | ({"psnr": seen["psnr_clean"]} if images else {}) | by_time
     said = statistics.described(c.data.source, c.model.image_size, "heldout", source, at.ranks.device)
     return {"protocol": {"definition": DEFINITION, "data": said, "samples": seen["samples"]}, "result": result}
 

@@ -98,15 +98,15 @@ def classifier(path: Path, reading: DataConfig, model: ModelConfig) -> Classifie
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    network = Classifier(model.channels, model.num_classes)
     if not path.is_file():
         outputs.check_file(path, "--classifier")
         network = fit(data.open_source(reading, model), model)
         with files.refusals(f"--classifier {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(network.state_dict(), files.aside(path))
-            files.aside(path).rename(path)
+            with files.replacing(path) as file:
+                save_file(network.state_dict(), file.name)
         return network
+    network = Classifier(model.channels, model.num_classes)
     try:
         network.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:

@@ -16,11 +16,10 @@ from unite_fast.interop.weights import (
     load_reference,
     load_weights,
     read_official,
-    sidecar,
     weights_of,
 )
 
 __all__ = [
     "OPTIONAL", "best_scale", "build_filled", "check_model", "clean_keys", "infer_config", "known_of",
-    "load_reference", "load_training", "load_weights", "read_official", "save_reference", "sidecar", "weights_of",
+    "load_reference", "load_training", "load_weights", "read_official", "save_reference", "weights_of",
 ]  # fmt: skip

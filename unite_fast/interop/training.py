@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
-from unite_fast.config.yaml_text import to_dict
 from unite_fast.interop.weights import OPTIONAL, UNTOLD, UNTOLD_KEYS, check_weights, clean_keys, copy_weights
 from unite_fast.layers import sincos_2d
 from unite_fast.model.unite import UNITE
@@ -98,18 +98,12 @@ def save_reference(
         "scheduler": {},
         "optimizer_muon": {},
         "scheduler_muon": {},
-        UNTOLD: {key: _value_of(to_dict(model.config), key) for key in UNTOLD_KEYS},
+        UNTOLD: {key: attrgetter(key)(model.config) for key in UNTOLD_KEYS},
     }
     if optimizer is not None:
         content["optimizer"], content["optimizer_muon"] = _official_optimizers(model, optimizer, lr)
     with files.replacing(Path(path)) as file:
         torch.save(content, file)
-
-
-def _value_of(values: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _official_optimizers(model: UNITE, optimizer: Optimizer, lr: float) -> tuple[dict[str, Any], dict[str, Any]]:

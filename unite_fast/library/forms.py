@@ -12,8 +12,7 @@ from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.alpha import opaque
-from unite_fast.data.encoded import decode, explain
-from unite_fast.data.folder import read_file
+from unite_fast.data.folder import read_image
 from unite_fast.data.transforms import adm_crop, to_tensor
 from unite_fast.modality import pictures
 
@@ -26,10 +25,7 @@ def to_tensor_of(image: Any, shape: tuple[int, int, int], alpha: str) -> Tensor:
     alpha: as in ``data.alpha``. Raises UserError.
     """
     if isinstance(image, str | Path):
-        try:
-            image = decode(read_file(str(image)), alpha=alpha)
-        except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
-            raise UserError(f"cannot read {image}: {explain(error)}") from None
+        image = read_image(image, alpha=alpha)
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image if image.ndim == 2 else image.transpose(2, 0, 1))
     if isinstance(image, Image.Image):

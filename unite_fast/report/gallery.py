@@ -22,8 +22,7 @@ from unite_fast import checkpoint, sampling
 from unite_fast.base import outputs
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import DataConfig, SampleConfig
-from unite_fast.data.encoded import decode, explain
-from unite_fast.data.folder import read_file
+from unite_fast.data.folder import read_image
 from unite_fast.data.transforms import transform
 from unite_fast.efficiency import precision
 from unite_fast.modality import pictures
@@ -93,10 +92,7 @@ def between_images(s: Shown) -> tuple[list[Tensor], Words]:
         raise UserError("gallery between-images: name two images behind the checkpoint")
     found = []
     for path in s.images:
-        try:
-            image = decode(read_file(path), "L" if config.channels == 1 else "RGB", s.reading.alpha)
-        except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
-            raise UserError(f"cannot read {path}: {explain(error)}") from None
+        image = read_image(path, "L" if config.channels == 1 else "RGB", s.reading.alpha)
         found.append(transform(image, config.image_size, "adm", False, None))
     real = torch.stack(found).float().to(s.model.latent_tokens.device) / 255
     z = tokens(s.model, real, torch.arange(2), s.t_max)
@@ -134,7 +130,7 @@ def main(argv: list[str]) -> int:
     for option in (name for name, given in unused.items() if given):
         raise idle(option, f"with gallery {a.kind}")
     located = checkpoint.locate(a.checkpoint)
-    run = located.parent.parent if located.is_dir() and located.parent.name == "checkpoints" else None
+    run = checkpoint.run_of(located)
     out = a.out or (run / "report" if run else Path()) / f"gallery_{a.kind.replace('-', '_')}.png"
     outputs.check_file(out, "--out", [*checkpoint.reads(located), *map(Path, a.images)], lambda path: True)
     model, config = checkpoint.load_model(located, a.weights)

@@ -40,7 +40,7 @@ def begin_from(path: str, model: UNITE, strict: bool, class_names: Sequence[str]
     """
     located = checkpoint.locate(path)
     weights, saved = checkpoint.load_weights(located, "ema")
-    kept = checkpoint.described(path, "ema", "" if saved is None else saved.name)
+    kept = checkpoint.described(located, "ema", "" if saved is None else saved.name)
     if not strict:
         origin = transfer.Origin(path, saved and saved.model, checkpoint.class_names(located))
         return transfer.take(model, weights, origin, class_names), kept

@@ -41,8 +41,7 @@ def examples(reading: DataConfig, model: ModelConfig, device: torch.device) -> S
     for label, number in zip(labels.tolist(), occurrence.tolist(), strict=True):
         members = (source.labels == label).nonzero()[:, 0]
         indices.append(int(members[number % len(members)]))
-    batch = source.few(torch.tensor(indices))
-    batch = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.tensors().items()})
+    batch = source.few(torch.tensor(indices)).to(device)
     return Shown(batch, [source.class_names[i] for i in labels.tolist()] if source.class_names else [], held_out)
 
 

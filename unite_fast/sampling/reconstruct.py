@@ -11,8 +11,7 @@ from torch import Tensor
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig
-from unite_fast.data.encoded import decode, explain
-from unite_fast.data.folder import read_file
+from unite_fast.data.folder import read_image
 from unite_fast.data.listing import images_below
 from unite_fast.data.transforms import transform
 from unite_fast.modality import Content, pictures
@@ -76,10 +75,7 @@ def reconstruct_folder(
         chunk = mine[begin : begin + batch]
         tensors = []
         for path in chunk:
-            try:
-                image = decode(read_file(str(path)), mode, reading.alpha)
-            except Exception as error:  # Pillow's readers raise many kinds; each means an unreadable image
-                raise UserError(f"cannot read {path}: {explain(error)}; mend or remove it") from None
+            image = read_image(path, mode, reading.alpha, "; mend or remove it")
             tensors.append(transform(image, model.config.image_size, "adm", False, None))
         images = torch.stack(tensors).to(ranks.device).float() / 255
         places = torch.arange(len(files))[ranks.rank :: ranks.world_size][begin : begin + batch]

@@ -191,8 +191,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def place(located: Path, step: int | None, weights: str, protocol: dict[str, Any]) -> Path:
     """Where a result lies that no other protocol has."""
-    within = located.parent
-    folder = within.parent if located.is_dir() and within.name == "checkpoints" else within
+    folder = checkpoint.run_of(located) or located.parent
     named = f"atoms_{located.stem if step is None else f'step_{step:07d}'}_{weights}_{files.digest(protocol)[:8]}.json"
     return folder / "scores" / named
 
