@@ -204,8 +204,8 @@ python -m unite_fast sweep configs/claims/claims.yaml && python scripts/paper.py
 
 **held**: every seed of the one lies on the claimed side of every seed of the other; **did not hold**:
 on the other side; **not decidable**: they overlap. With three seeds a side, chance alone gives one of
-the two first verdicts once in ten. The model and its training are far smaller than the paper's, and
-without LPIPS; this confirms or refutes nothing at its scale.
+the two first verdicts once in ten, with two once in three. The model and its training are far smaller
+than the paper's, and without LPIPS; this confirms or refutes nothing at its scale.
 """
 FULL = """`torchrun --standalone --nproc_per_node=8 train.py --config ...` with `data.path=imagenet/train
 objective.perceptual_trunk=vgg16-397923af.pth`, then `python -m unite_fast evaluate fid` and `rfid`; all

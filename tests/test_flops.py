@@ -79,6 +79,7 @@ def test_count_agrees_with_the_budget():
         parts = training_flops(ModelConfig(), steps, True)
         for name, expected in (BUDGET | {"flow": flow, "total": total}).items():
             assert parts[name] / 1e9 == pytest.approx(expected, rel=0.01), (steps, name)
+    assert training_flops(ModelConfig(), 3, True, pruned=True)["total"] / 1e9 == pytest.approx(999.9, rel=1e-4)
 
 
 def test_peaks():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,8 @@ class Job:
         content.pop("config")
         return content
 
-    def rows(self) -> list[list[float]]:
-        return [[row[k] for k in COMPARED] for row in read_metrics(self.run / "metrics.jsonl")]
+    def rows(self, columns: Sequence[str] = COMPARED) -> list[list[float]]:
+        return [[row[k] for k in columns] for row in read_metrics(self.run / "metrics.jsonl")]
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from atoms_support import TINY, structures
@@ -9,6 +11,7 @@ from jobs import Job, equal
 from test_numbers import skips_step_five
 
 fault = pytest.mark.fault
+COLUMNS = ("step", "images_seen", "total", "types", "positions", "fractional", "flow", "grad_norm", "lr")
 STEPS = ("train.max_steps=12", "train.checkpoint_every=4", "train.keep_last=10")
 
 
@@ -28,30 +31,29 @@ def straight(launcher, config, tmp_path_factory) -> Job:
     return done
 
 
-def rows(job: Job) -> list[dict[str, float]]:
-    from unite_fast.run.stats import read_metrics
+def ends_as(job: Job, straight: Job) -> None:
+    """Its last checkpoint and its log have the same bits."""
+    assert equal(job.tensors(12), straight.tensors(12))
+    assert job.counters(12) == straight.counters(12)
+    assert job.rows(COLUMNS) == straight.rows(COLUMNS)
 
-    kept = ("step", "images_seen", "total", "types", "positions", "fractional", "flow", "grad_norm", "lr")
-    return [{name: row[name] for name in kept} for row in read_metrics(job.run / "metrics.jsonl")]
 
-
-@fault("F01", "resume exactness", "20 steps and 11 + 9 steps are bit-equal on two ranks, state and log")
+@fault("F01", "resume exactness", "12 steps and 7 + 5 steps are bit-equal on two ranks, state and log")
 def test_resume_is_exact(jobs, config, straight):
     job = jobs("resumed", config)
     job.train("train.max_steps=7", *STEPS[1:])
     assert "step-0000007 at step 7" in job.train(*STEPS)
-    assert equal(job.tensors(12), straight.tensors(12))
-    assert rows(job) == rows(straight)
+    ends_as(job, straight)
 
 
 @fault("F02", "kill -9 of one rank in a step", "the other rank ends; the next start gives the same bits")
 def test_killed_rank(jobs, config, straight):
     job = jobs("killed", config)
-    said = job.train(*STEPS, fault="kill@rank=1,step=7,phase=bwd", seconds=15, code=None)
+    # The save of step 8 waits for that of step 4, so by then at least that one is whole.
+    said = job.train(*STEPS, fault="kill@rank=1,step=9,phase=bwd", seconds=15, code=None)
     assert "another rank is gone" in said
-    assert "step-0000004 at step 4" in job.train(*STEPS)
-    assert equal(job.tensors(12), straight.tensors(12))
-    assert rows(job) == rows(straight)
+    assert re.search(r"step-00000(04 at step 4|08 at step 8)", job.train(*STEPS))
+    ends_as(job, straight)
 
 
 @fault("F04", "world size 2 -> 1 -> 2", "the same order and losses within rounding; no sample lost or doubled")
@@ -59,7 +61,7 @@ def test_other_world_sizes(jobs, config, straight):
     job = jobs("worlds", config)
     for steps, ranks in ((4, 2), (8, 1), (12, 2)):
         job.train(f"train.max_steps={steps}", *STEPS[1:], ranks=ranks)
-    for ours, expected in zip(rows(job), rows(straight), strict=True):
+    for ours, expected in zip(job.rows(COLUMNS), straight.rows(COLUMNS), strict=True):
         assert ours == pytest.approx(expected, rel=2e-3)
     for name, value in straight.tensors(12).items():
         torch.testing.assert_close(job.tensors(12)[name], value, rtol=2e-3, atol=2e-4, msg=name)
