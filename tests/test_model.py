@@ -83,7 +83,7 @@ def test_masked_context_tokens_do_not_matter():
     mask = torch.arange(16)[None] < 13  # 6 registers and 7 real context tokens
     padded = encoder(x, t, y, positions, context, mask)
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(encoder(x, t, y, positions, context), alone, atol=1e-4)
+    assert (encoder(x, t, y, positions, context) - alone).abs().max() > 5e-5  # ten times what the mask may leave
 
 
 def test_the_last_block_is_pruned_exactly():
