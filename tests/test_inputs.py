@@ -21,6 +21,7 @@ from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig, yaml_text
 from unite_fast.data import open_source, verify
+from unite_fast.data.atoms.files import read_path
 from unite_fast.data.containers import open_container
 from unite_fast.data.listing import files_of
 from unite_fast.data.source import numbered
@@ -73,6 +74,55 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path):
         of_tars(tmp_path / "t" / "other-*.tar")
     with pytest.raises(UserError, match="several splits"):
         of_tars(tmp_path / "t" / "*.tar")
+    shutil.copytree(tmp_path / "t", tmp_path / "odd[1]{2}")
+    assert of_tars(tmp_path / "odd[1]{2}" / "train-00[02].tar") == 4  # signs in the names of folders are none
+    (tmp_path / "t" / "latest.tar").symlink_to("train-000.tar")
+    with pytest.raises(UserError, match=r"latest.tar and .*train-000.tar are one file, whose content would count"):
+        files_of(tmp_path / "t" / "{latest,train-000}.tar", ".tar")
+
+
+@pytest.mark.parametrize("names", [("mnist_train", "mnist_test"), ("Train", "EVAL"), ("data.train.0", "data.t10k.0"),
+                                   ("x-train-1", "x-hold-out-1"), ("dataTrain", "dataTest"), ("0-train", "0-unlabeled"),
+                                   ("train/0", "test/0")])  # fmt: skip
+def test_the_advice_on_several_splits_selects_one(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="several splits") as error:
+        files_of(tmp_path / "*" if "/" not in names[0] else tmp_path / "*" / "*", ".parquet")
+    advice = Path(str(error.value).rpartition("such as ")[2].strip("'"))
+    assert len(files_of(advice, ".parquet")) == 1
+
+
+def test_folders_of_several_splits_are_no_classes(tmp_path):
+    """Nor are they mixed without classes, or within one: a set as it was fetched, named one folder too high."""
+    for name in ("train", "Validation"):
+        for label in ("a", "b"):
+            (tmp_path / "s" / name / label).mkdir(parents=True)
+            (tmp_path / "s" / name / label / "0.png").write_bytes(png(1))
+    for name in ("train", "bus"):  # a class of its own beside others
+        (tmp_path / "t" / name).mkdir(parents=True)
+        (tmp_path / "t" / name / "0.png").write_bytes(png(1))
+    for root, classes in ((tmp_path / "s", 2), (tmp_path / "s", 0), (tmp_path, 2)):
+        with pytest.raises(
+            UserError, match=r"holds folders of several splits \(train, val\); name one of them, such as"
+        ):
+            open_container(root, "data.path", DataConfig(), dataclasses.replace(MODEL, num_classes=classes))
+    assert len(open_container(tmp_path / "t", "data.path", DataConfig(), MODEL)) == 2
+    assert len(open_container(tmp_path / "s" / "train", "data.path", DataConfig(), MODEL)) == 2
+
+
+def test_splits_of_structures(tmp_path):
+    pytest.importorskip("ase")
+    for name in ("train", "test/0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.xyz").write_text("3\n\nO 0 0 0\nH 0.76 0.59 0\nH -0.76 0.59 0\n")
+    with pytest.raises(UserError, match=r"files of several splits \(test, train\)"):
+        read_path(tmp_path, 9, 1)
+    assert len(read_path(tmp_path / "tr*.xyz", 9, 1).structures) == 1
+    assert len(read_path(tmp_path / "{train,train}.xyz", 9, 1).structures) == 1
+    with pytest.raises(UserError, match=r"one\.xyz is not there"):
+        read_path(tmp_path / "{train,one}.xyz", 9, 1)
 
 
 @pytest.mark.parametrize("names", [("constrained-0", "tests_a"), ("a_train", "b_train"), ("trainer-1", "value-2")])
@@ -294,13 +344,21 @@ def test_a_run_goes_on_when_its_first_weights_are_gone(tmp_path):
 def test_a_result_is_replaced_by_its_own_command_alone(tmp_path):
     """A finished table takes hours, and any other command might be given its name."""
     contents = {
-        "fid": {"result": {}, "protocol": {"reference": {}}}, "rfid": {"result": {}, "protocol": {"data": {}}},
-        "table": {"rows": []}, "search": {"rows": [], "best": {}}, "": {"result": {}}, "none": [],
+        "fid": {"result": {}, "protocol": {"reference": {}, "extractor": {}}}, "table": {"rows": []},
+        "rfid": {"result": {}, "protocol": {"data": {}, "extractor": {"name": "digits"}}},
+        "heldout": {"result": {}, "protocol": {"data": {}, "extractor": None}}, "search": {"rows": [], "best": {}},
+        "small": {"result": {}, "protocol": {"classifier": {}, "data": "folder"}},
+        "atoms": {"result": {}, "protocol": {"heldout": ""}}, "": {"result": {}}, "none": [],
+        "training": {"kind": "rfid", "result": {}, "protocol": {"data": {}}},
     }  # fmt: skip
+    names = ("fid", "rfid", "heldout", "table", "search", "small", "atoms")
     for command_of_it, content in contents.items():
         (tmp_path / "r.json").write_text(json.dumps(content))
-        for name in ("fid", "rfid", "table", "search"):
+        for name in names:
             assert is_result_of(name)(tmp_path / "r.json") == (name == command_of_it)
+    for said in names:
+        (tmp_path / "r.json").write_text(json.dumps({"command": said, "result": {}, "protocol": {"data": {}}}))
+        assert [name for name in names if is_result_of(name)(tmp_path / "r.json")] == [said]
 
 
 def test_a_score_of_another_commit_stays(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from support import command
 
 from unite_fast.base import launcher
+from unite_fast.base.errors import UserError
 from unite_fast.parallel import distributed
 
 # As SLURM sets them (its manual pages of sbatch, salloc and srun), for a job of 8 tasks on one node.
@@ -109,3 +110,16 @@ def test_a_port_in_use(environment, tiny, tmp_path):
     assert refused.returncode == 2
     assert f"no meeting at 127.0.0.1:{port}" in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+def test_a_torchrun_that_has_ended_before_its_rank_began(monkeypatch):
+    """Its rank would train on alone, in the way of the next start: nothing tells it of a parent that it never saw."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with socket.socket() as store:
+        store.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        with pytest.raises(UserError, match=r"torchrun is gone: nobody answers at localhost:\d+; start it again"):
+            launcher.check_torchrun()
+        store.listen()
+        launcher.check_torchrun()

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.forked import end_with
 from PIL import Image
 from ranks import SERVER
 from support import TINY, command, command_of
 
 import train
-from unite_fast import checkpoint, evaluate, export, report
+from unite_fast import checkpoint, evaluate, export, report, sweep
 from unite_fast.base import command as base_command
 from unite_fast.base import files, locks, parent, streams
 from unite_fast.base.errors import UserError
@@ -192,9 +193,7 @@ def test_a_refused_print_costs_training_one_warning(place, tmp_path, monkeypatch
     words = ["--config", str(place / "tiny.yaml"), f"run_dir={tmp_path / 'run'}", "train.max_steps=3"]
     assert base_command.run(train.main, words) == 0
     monkeypatch.undo()
-    said = err.getvalue()
-    assert said.count("standard output cannot be written") <= 1
-    assert said.count("\n") <= 1
+    assert err.getvalue() == f"warning: standard output cannot be written ({os.strerror(code)}); the work goes on\n"
     assert checkpoint.newest_first(tmp_path / "run" / "checkpoints")[0].name == "step-0000003"
 
 
@@ -240,14 +239,18 @@ def test_a_pipe_that_nobody_reads(place, tmp_path):
     os.close(read)
     pid = os.fork()
     if pid == 0:
-        os.dup2(write, 1)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        code = base_command.run(report.main, [str(place / "run"), "--out", str(tmp_path / "page.html")])
-        try:
-            sys.stdout.flush()
-        except OSError:
-            code = 99
-        os._exit(code)
+
+        def call() -> int:
+            os.dup2(write, 1)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            code = base_command.run(report.main, [str(place / "run"), "--out", str(tmp_path / "page.html")])
+            try:
+                sys.stdout.flush()
+            except OSError:
+                code = 99
+            return code
+
+        end_with(call, failed=98)
     os.close(write)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (tmp_path / "page.html").is_file()
@@ -343,6 +346,7 @@ def test_a_full_disk_is_one_line_and_no_obstacle_later(place, run, tmp_path, mon
         count = 0
         said = start(program, *words)
         if count < refused:
+            assert refused > 1, "nothing was refused"
             break
         assert said.returncode in (1, 2), said
         assert said.stderr.count("error: ") == 1, said.stderr
@@ -358,9 +362,13 @@ def test_two_jobs_do_not_make_one_file(place, run, tmp_path):
     (tmp_path / "s.npz.parts").mkdir()
     pid = os.fork()
     if pid == 0:  # POSIX locks are those of a process
-        locks.take(tmp_path / "s.npz.parts" / ".lock", "s.npz", "")
-        time.sleep(60)
-        os._exit(0)
+
+        def hold() -> int:
+            locks.take(tmp_path / "s.npz.parts" / ".lock", "s.npz", "")
+            time.sleep(60)
+            return 0
+
+        end_with(hold, failed=1)
     try:
         while not (tmp_path / "s.npz.parts" / ".lock").exists() or not (tmp_path / "s.npz.parts" / ".lock").read_text():
             time.sleep(0.01)
@@ -467,18 +475,40 @@ def pid_in(note: Path) -> int:
     return int(note.read_text())
 
 
-def test_a_process_ends_with_its_parent(tmp_path):
-    note = tmp_path / "pid"
+def started(note: Path, gone: Path) -> int:
+    """Of a process that asks to end with its parent: at once, or once ``gone`` says that the parent has ended."""
+
+    def child() -> int:
+        note.with_suffix(".new").write_text(str(os.getpid()))
+        note.with_suffix(".new").rename(note)
+        while gone.name and not gone.exists():
+            time.sleep(0.01)
+        parent.end_with_parent()
+        time.sleep(60)
+        return 0
+
+    def middle() -> int:
+        if os.fork() == 0:
+            end_with(child, failed=1)
+        time.sleep(60)
+        return 0
+
     pid = os.fork()
     if pid == 0:
-        if os.fork() == 0:
-            parent.end_with_parent(signal.SIGKILL)
-            note.write_text(str(os.getpid()))
-        time.sleep(60)
-        os._exit(0)
-    child = pid_in(note)
+        end_with(middle, failed=1)
+    found = pid_in(note)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    return found
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    assert ends(started(tmp_path / "pid", Path()))
+
+
+def test_a_process_ends_with_a_parent_that_had_gone_before_it_asked(tmp_path):
+    child = started(tmp_path / "pid", tmp_path / "gone")
+    (tmp_path / "gone").touch()
     assert ends(child)
 
 
@@ -508,14 +538,23 @@ def scoring_of_atoms(images: str, note: str) -> None:
 
 def torchrun(images: str, note: str) -> None:
     """As far as a rank sees it: a process in whose environment it stands, and that started it."""
-    if os.fork() == 0:
+
+    def rank() -> int:
         os.environ |= {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
         distributed.start("cpu")
-        hang(note)
+        return hang(note)
+
+    if os.fork() == 0:
+        end_with(rank, failed=1)
     time.sleep(60)
 
 
-@pytest.mark.parametrize("start", [training, packing, scoring_of_atoms, torchrun])
+def sweeping(images: str, note: str) -> None:
+    words = [sys.executable, "-c", f"import os, time; open({note!r}, 'w').write(str(os.getpid())); time.sleep(60)"]
+    sweep._call(words, Path(f"{note}.log"))
+
+
+@pytest.mark.parametrize("start", [training, packing, scoring_of_atoms, torchrun, sweeping])
 def test_what_a_killed_process_had_started_ends_with_it(start, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -70,6 +70,8 @@ def test_positions_are_resampled():
     assert torch.allclose(new.latent_tokens.mean(1), old.latent_tokens.mean(1), atol=0.05)
     ramp = torch.arange(4.0).repeat(4)[None, :, None]  # a square grid, rising to the right
     larger = transfer.resampled(ramp, 64).reshape(8, 8)
+    inside = larger[:, 2:6]
+    assert torch.allclose(inside, torch.tensor([0.75, 1.25, 1.75, 2.25]), atol=0.1)
     assert (larger.diff(dim=1) >= -0.1).all()
     assert torch.allclose(larger[0], larger[-1])
     line = transfer.resampled(torch.arange(3.0)[None, :, None], 6).flatten()

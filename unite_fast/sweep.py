@@ -22,9 +22,11 @@ one task a run; --collect makes the table of what there is.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ from typing import Any, NamedTuple
 from unite_fast.analysis import plots
 from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import RunError, UserError
+from unite_fast.base.parent import end_with_parent
 from unite_fast.base.provenance import ROOT
 from unite_fast.checkpoint.compare import differences
 from unite_fast.config import yaml_text
@@ -150,7 +153,10 @@ def _call(words: Sequence[str], log: Path) -> None:
     """Runs a program, its output in a file. Raises RunError with where to read what went wrong."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        code = subprocess.run(words, cwd=Path.cwd(), stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        # A run that this process leaves behind would hold its folder's lock: asked to stop, it saves.
+        follow = functools.partial(end_with_parent, signal.SIGTERM)
+        run = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, preexec_fn=follow, check=False)
+        code = run.returncode
     if code:
         raise RunError(f"{shlex.join(words)} ended with code {code}; its output is at the end of {log}")
 

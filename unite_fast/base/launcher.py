@@ -7,8 +7,9 @@ SLURM_STEP_NUM_TASKS comes from srun, with the processes that it starts, and SLU
 from __future__ import annotations
 
 import os
+import socket
 
-from unite_fast.base.errors import CommonError
+from unite_fast.base.errors import CommonError, UserError
 
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -46,6 +47,19 @@ def world_size() -> int:
 def local_rank() -> int:
     """Among the processes of this node, so the number of its GPU."""
     return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def check_torchrun() -> None:
+    """Raises UserError when the torchrun that started this process has ended: it holds the store where ranks meet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    where = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", "", 0)
+    try:
+        socket.create_connection(where, timeout=10).close()
+    except ConnectionRefusedError:
+        raise UserError(f"torchrun is gone: nobody answers at {where[0]}:{where[1]}; start it again") from None
+    except (OSError, OverflowError):  # of the network: who needs it will say so
+        return
 
 
 def check_meeting_point() -> None:

@@ -16,6 +16,7 @@ from unite_fast.base.files import file_sha256
 NO_PICKLE = "this program executes nothing while it loads"
 EXPORTED = "model.safetensors"  # what ``export`` writes: one set of weights, the configuration in its metadata
 NAME = re.compile(r"step-(\d{7,})$")
+_hashes: dict[tuple[int, ...], str] = {}
 TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
 
 
@@ -66,9 +67,18 @@ def _problem(path: Path, content: bool) -> str:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
-        if content and file_sha256(file) != sha256:
+        if content and _hashed(file) != sha256:
             return f"{name} does not have the recorded sha256: its content changed"
     return "" if "state.json" in manifest and _is_complete(manifest) else "its manifest is incomplete"
+
+
+def _hashed(file: Path) -> str:
+    """Its sha256. A command looks for a checkpoint more than once: what is as it was is hashed once in a process."""
+    status = file.stat()
+    known = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if known not in _hashes:
+        _hashes[known] = file_sha256(file)
+    return _hashes[known]
 
 
 def _is_complete(names: Iterable[str]) -> bool:

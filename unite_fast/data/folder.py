@@ -27,7 +27,7 @@ from unite_fast.data.encoded import (
     explain,
     labels_of,
 )
-from unite_fast.data.listing import Folders, images_below, say_left_out
+from unite_fast.data.listing import Folders, check_split_folders, images_below, say_left_out
 from unite_fast.data.source import BadImage, NoPath, check_channels, check_classes
 
 
@@ -121,6 +121,7 @@ def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]
             empty.append(name)
         paths += found
         labels += [label] * len(found)
+    check_split_folders(root, listed)
     say_left_out(left_out, f"{field} {root}")
     if not paths:
         raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in its {len(names)} class folders")
@@ -135,7 +136,9 @@ def list_unlabelled(root: Path, field: str) -> tuple[list[str], list[int], list[
     if not root.is_dir():
         raise UserError(f"{field} {root}: no such folder; give a folder of images")
     left_out: Counter[str] = Counter()
-    paths = images_below(root, left_out=left_out)
+    listed: Folders = {}
+    paths = images_below(root, left_out=left_out, listed=listed)
+    check_split_folders(root, listed)
     say_left_out(left_out, f"{field} {root}")
     if not paths:
         raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in it")

@@ -7,16 +7,20 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unite_fast.base.errors import UserError
 from unite_fast.data.encoded import EXTENSIONS
 
 OTHER = (".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".ico", ".jfif")
-SPLIT = re.compile(r"(?:^|[-_.])(train|test|val|dev|heldout)(?:ing|idation|id)?(?=[-_.\d]|$)", re.I)
+SPLITS = "train|test|val|dev|eval|h[eo]ld[-_]?out|t10k|unlabell?ed|unsupervised"
+SPLIT = re.compile(
+    rf"(?:^|[-_. ]|(?<=[a-z])(?=[A-Z]))(?i:({SPLITS})(?:ing|idation|id|uation)?)(?=[-_. \d]|$)"  # also dataTrain
+)
 RANGE = re.compile(r"(\d+)\.\.(\d+)$")
 MOST_NAMES = 1 << 20
+Folders = dict[tuple[int, int], str]  # that were listed, by what tells them apart
 log = logging.getLogger("unite_fast.data")
 
 
@@ -35,35 +39,91 @@ def files_of(root: Path, suffix: str) -> list[Path]:
     """
     if root.is_file():
         return [root] if root.name.endswith(suffix) else []
-    if not root.exists() and any(sign in str(root) for sign in "*?[{"):
-        found = sorted(path for path in _matching(str(root)) if path.name.endswith(suffix))
-    else:
-        found = sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
-    by_split = {split.lower(): path for path in found for split in SPLIT.findall(path.name)}
-    if len(by_split) > 1 and (root.is_dir() or not SPLIT.search(root.name)):
-        splits, folder = sorted(by_split), root if root.is_dir() else root.parent
-        shown = " and ".join(by_split[split].name for split in splits[:2])
-        raise UserError(
-            f"{root} holds files of several splits ({', '.join(splits)}), as {shown}; name those of one, such as "
-            f"'{folder}/{splits[-1]}*{suffix}'"
-        )
+    if is_pattern(root):
+        return [path for path in matching(root) if path.name.endswith(suffix)]
+    found = sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
+    return _checked(root, found)
+
+
+def _checked(root: Path, found: list[Path]) -> list[Path]:
+    """``found``. Raises UserError for files of several splits, and for one under two names."""
+    check_splits(root, found)
+    reached: dict[str, Path] = {}
+    for path in found:
+        other = reached.setdefault(os.path.realpath(path), path)
+        if other is not path:
+            raise UserError(f"{other} and {path} are one file, whose content would count twice; remove the link")
     return found
 
 
-def _matching(pattern: str) -> list[Path]:
-    """What a pattern names. Raises UserError for a plain name that is not there."""
-    found = []
-    for name in _unbraced(pattern):
+def check_splits(root: Path, found: Iterable[Path]) -> None:
+    """Raises UserError for files, below the folder or pattern ``root``, whose names are those of several splits."""
+    folder = _fixed(root)
+    pattern = str(root.relative_to(folder))
+    if any(SPLIT.search(part) for part in pattern.split("/")):
+        return  # which of them is said
+    by_split: dict[str, tuple[Path, str]] = {}
+    for path in found:
+        parts = path.relative_to(folder).parts
+        for depth, part in enumerate(parts):
+            for split in SPLIT.finditer(part):
+                word = part[split.start() : split.end(1)]
+                others = f"{'' if split.start() == 0 else '*'}{word}*{path.suffix}"
+                inner = "/".join(parts[: depth + 1]) if depth + 1 < len(parts) else "/".join([*parts[:-1], others])
+                by_split[split[1].lower()] = path, f"{folder}/{inner}"
+    if len(by_split) > 1:
+        splits = sorted(by_split)
+        shown = " and ".join(str(by_split[split][0].relative_to(folder)) for split in splits[:2])
+        raise UserError(
+            f"{root} holds files of several splits ({', '.join(splits)}), as {shown}; name those of one, such as "
+            f"'{by_split[splits[-1]][1]}'"
+        )
+
+
+def check_split_folders(root: Path, listed: Folders) -> None:
+    """As ``check_splits``, of folders of images: those below ``root`` that are called as splits are, whole names."""
+    by_split: dict[str, str] = {}
+    for folder in listed.values():
+        for part in Path(folder).relative_to(root).parts:
+            if (split := SPLIT.match(part)) and split.end() == len(part):
+                by_split[split[1].lower()] = folder
+    if len(by_split) > 1:
+        splits = sorted(by_split)
+        raise UserError(
+            f"{root} holds folders of several splits ({', '.join(splits)}); name one of them, such as "
+            f"{by_split[splits[-1]]}; classes that are really called so need other names"
+        )
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path that is not there names others by signs, as a shell understands them."""
+    return not path.exists() and any(sign in str(path) for sign in "*?[{")
+
+
+def _fixed(root: Path) -> Path:
+    """The folder in which a pattern chooses: signs in the names of folders that are there are none."""
+    folder = root
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def matching(root: Path) -> list[Path]:
+    """The files that a pattern names, sorted. Raises UserError for a plain name that is not there, for files of several
+    splits, and for one under two names."""
+    folder = _fixed(root)
+    found = set()
+    for name in _unbraced(str(root.relative_to(folder)), root):
         if any(sign in name for sign in "*?["):
-            found += glob.glob(name)
-        elif os.path.isfile(name):
-            found.append(name)
+            found |= {folder / one for one in glob.glob(name, root_dir=folder)}
+        elif (folder / name).is_file():
+            found.add(folder / name)
         else:
-            raise UserError(f"{pattern}: {name} is not there")
-    return [Path(name) for name in found]
+            raise UserError(f"{root}: {folder / name} is not there")
+    return _checked(root, sorted(path for path in found if path.is_file()))
 
 
-def _unbraced(pattern: str) -> list[str]:
+def _unbraced(pattern: str, where: Path) -> list[str]:
     """``a{0..2}{x,y}`` written out, as a shell does; numbers keep their width. Raises UserError for too many."""
     begun = re.search(r"\{([^{}]*)\}", pattern)
     if begun is None:
@@ -74,12 +134,9 @@ def _unbraced(pattern: str) -> list[str]:
     else:
         low, high = int(numbers[1]), int(numbers[2])
         if high - low >= MOST_NAMES:
-            raise UserError(f"{pattern}: {begun[0]} names {high - low + 1} files; {MOST_NAMES} at most")
+            raise UserError(f"{where}: {begun[0]} names {high - low + 1} files; {MOST_NAMES} at most")
         choices = [str(number).zfill(len(numbers[1])) for number in range(low, high + 1)]
-    return [name for c in choices for name in _unbraced(pattern[: begun.start()] + c + pattern[begun.end() :])]
-
-
-Folders = dict[tuple[int, int], str]  # that were listed, by what tells them apart
+    return [name for c in choices for name in _unbraced(pattern[: begun.start()] + c + pattern[begun.end() :], where)]
 
 
 def images_below(

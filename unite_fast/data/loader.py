@@ -93,7 +93,7 @@ class _StartWorker:
 
     def __call__(self, worker: int) -> None:
         if self.lasting:
-            end_with_parent(signal.SIGKILL)  # one that hangs in a read does not look after its parent
+            end_with_parent()  # one that hangs in a read does not look after its parent
         os.setpgid(0, 0)  # torchrun ends a rank by SIGTERM to its group: the rank still trains a step and needs batches
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -21,7 +21,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -142,7 +141,7 @@ _job: tuple[EncodedSource, Plan, Path, Any] | None = None  # of a packing proces
 def _start(*job: Any) -> None:
     global _job
     _job = job  # type: ignore[assignment]
-    end_with_parent(signal.SIGKILL)
+    end_with_parent()
     torch.set_num_threads(1)
 
 

@@ -102,7 +102,7 @@ class Context:
         if not self.ranks.is_main:
             return
         with files.refusals(f"--out {path}"):
-            files.write_json(path, content)
+            files.write_json(path, {"command": self.arguments.command} | content)
         if finished:
             print(f"written to {path}")
 

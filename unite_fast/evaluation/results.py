@@ -18,18 +18,27 @@ is_result = outputs.holds_json("result", "rows")
 
 
 def is_result_of(command: str) -> Callable[[Path], bool]:
-    """A function that tells whether a file is a result of this command of ``evaluate``: no other replaces it."""
+    """A function that tells whether a file is a result of this command, of those that score: no other replaces it."""
 
     def told(path: Path) -> bool:
-        if not is_result(path):
-            return False
-        content = json.loads(files.read_text(path))
-        if "rows" in content:
-            return command == ("search" if "best" in content else "table")
-        protocol = content.get("protocol")
-        return isinstance(protocol, dict) and command == ("rfid" if "data" in protocol else "fid")
+        return is_result(path) and command == _command_of(json.loads(files.read_text(path)))
 
     return told
+
+
+def _command_of(content: dict[str, Any]) -> str:
+    """The command that wrote a result; told from what it holds where it does not say, as earlier ones."""
+    if isinstance(said := content.get("command"), str):
+        return said
+    if "rows" in content:
+        return "search" if "best" in content else "table"
+    protocol = content.get("protocol")
+    if not isinstance(protocol, dict) or "kind" in content:  # a score while training
+        return ""
+    for command, part in (("small", "classifier"), ("atoms", "heldout"), ("fid", "reference")):
+        if part in protocol:
+            return command
+    return ("rfid" if protocol.get("extractor") else "heldout") if "data" in protocol else ""
 
 
 def timeless(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.data import Source
 from unite_fast.efficiency import precision
-from unite_fast.evaluation.results import is_result
+from unite_fast.evaluation.results import is_result_of
 from unite_fast.modality.images import psnr, to_float
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling.reconstruct import reconstruct
@@ -224,14 +224,14 @@ def main(argv: list[str]) -> None:
     if located.is_file() and a.out is None:
         raise UserError(f"{a.run} lies in no run folder; say with --out FILE where the scores go")
     out = a.out or located.parent.parent / "scores" / "small.json"
-    outputs.check_file(out, "--out", checkpoint.reads(located), is_result)
+    outputs.check_file(out, "--out", checkpoint.reads(located), is_result_of("small"))
     judge = classifier(a.classifier, config.data, config.model)
     how = dataclasses.replace(config.sample, cfg_scale=1.0)
     found = measure(model, config.data, how, judge, config.objective.tokenizer_t_max, a.count)
     protocol = said(located, a.weights, a.classifier, how, config.data.source)
     with files.refusals(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(out, {"protocol": protocol} | found)
+        files.write_json(out, {"command": "small", "protocol": protocol} | found)
     for name, value in found["result"].items():
         beside = f", real images {found['real'][name]:.4g}" if name in found["real"] else ""
         print(f"{name:18}{value:.4g}{beside}")

@@ -148,6 +148,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
         torch.cuda.set_device(chosen)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)  # torchrun killed by force leaves nobody who would end this rank
+        launcher.check_torchrun()
     if world > 1:
         launcher.check_meeting_point()
         os.environ.setdefault("RANK", str(rank))

@@ -230,7 +230,7 @@ def make(
 ) -> str:
     """The images in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
     return made_once(
-        out, _parts(out), f"{len(request.seeds)} images", ranks,
+        out, _parts(out), (len(request.seeds), "images"), ranks,
         there=lambda: is_there(request, out, identity, overwrite),
         fill=lambda: generate(model, request, out, ranks, identity, replays),
         merge=lambda: merge(request, out, identity),
@@ -238,21 +238,21 @@ def make(
 
 
 def made_once(
-    out: str, parts: Path, what: str, ranks: Ranks, there: Callable[[], bool], fill: Callable[[], str],
+    out: str, parts: Path, what: tuple[int, str], ranks: Ranks, there: Callable[[], bool], fill: Callable[[], str],
     merge: Callable[[], None],
 ) -> str:  # fmt: skip
     """``fill`` by all ranks and ``merge`` by one, unless ``there``, asked of one, has found OUT made; a line.
 
-    what: "32 images". parts: the folder that ``fill`` fills.
+    what: (32, "images"). parts: the folder that ``fill`` fills.
     """
     with alone(out, parts, ranks):
         if ranks.decide(there):
-            return f"{out} holds these {what.split()[1]} already; nothing to do"
+            return f"{out} holds these {what[1]} already; nothing to do"
         made = fill()
         ranks.barrier()
         if ranks.is_main:
             merge()
-        return f"{made}; {what} in {out}"
+        return f"{made}; {what[0]} {what[1]} in {out}"
 
 
 def _save_grid(path: Path, images: Tensor, request: Request, protocol: str) -> None:

@@ -105,7 +105,7 @@ def make(
     """The samples in OUT, made where they are missing; a line that says so. All ranks together. Raises UserError."""
     _check_kinds(model, request.labels, Path(out))
     return made_once(
-        out, _parts(Path(out)), f"{len(request.seeds)} structures", ranks,
+        out, _parts(Path(out)), (len(request.seeds), "structures"), ranks,
         there=lambda: _is_there(request, out, identity, overwrite),
         fill=lambda: _generate(model, request, out, ranks, identity, replays),
         merge=lambda: _merge(request, out, identity),

@@ -1,5 +1,5 @@
-"""A user's own structures: a file or a folder of .xyz, .extxyz, .sdf and .cif, at any depth: sorted, those of a folder
-before those of each folder in it.
+"""A user's own structures: a file, a pattern such as 'FOLDER/train-*.xyz', or a folder of .xyz, .extxyz, .sdf and .cif,
+at any depth: sorted, those of a folder before those of each folder in it.
 
 A file may hold many structures, each named ``path:number``, from 1; a .cif its first alone. ase reads the frames of
 .xyz and .extxyz, RDKit the records of .sdf, pymatgen .cif. Hydrogens must be explicit and positions in Å; crystals are
@@ -20,7 +20,7 @@ from unite_fast.data.atoms.crystals import of_cif, of_pymatgen
 from unite_fast.data.atoms.elements import BadStructure, atomic_numbers, preload
 from unite_fast.data.atoms.parallel import mapped
 from unite_fast.data.atoms.structures import Structure, pack
-from unite_fast.data.listing import files_below
+from unite_fast.data.listing import check_splits, files_below, is_pattern, matching
 
 Found = tuple[str, Structure | str]  # name, and the structure or the reason why there is none
 
@@ -133,9 +133,13 @@ def read_path(root: Path, largest: int, workers: int = 0) -> Read:
     reduced. Raises UserError when there are no such files.
     """
     kinds = ", ".join(READERS)
-    if not root.exists():
+    if is_pattern(root):
+        paths = matching(root)
+    elif root.exists():
+        paths = [root] if root.is_file() else [Path(path) for path in files_below(root, tuple(READERS))]
+        check_splits(root, paths)
+    else:
         raise UserError(f"{root}: no such file or folder; give one of {kinds}")
-    paths = [root] if root.is_file() else [Path(path) for path in files_below(root, tuple(READERS))]
     paths = [path for path in paths if path.suffix.lower() in READERS]
     if not paths:
         raise UserError(f"{root} holds no {kinds} files")

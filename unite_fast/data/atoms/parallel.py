@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +29,7 @@ def mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(count, context, initializer=end_with_parent, initargs=(signal.SIGKILL,)) as pool:
+    with ProcessPoolExecutor(count, context, initializer=end_with_parent) as pool:
         try:
             yield from pool.map(function, items, chunksize=chunk)
         except BrokenProcessPool:

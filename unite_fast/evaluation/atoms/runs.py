@@ -29,6 +29,7 @@ from unite_fast.data.atoms.source import AtomSource
 from unite_fast.efficiency import precision
 from unite_fast.evaluation.atoms import pictures, report
 from unite_fast.evaluation.atoms.molecules import WHOLE, ready
+from unite_fast.evaluation.results import is_result_of
 from unite_fast.model.unite import UNITE
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
@@ -209,7 +210,7 @@ def main(argv: list[str]) -> None:
     sampling.check(how)
     ready(scorer)
     if a.out is not None:
-        outputs.check_file(a.out, "--out", checkpoint.reads(located), outputs.holds_json("tables"))
+        outputs.check_file(a.out, "--out", checkpoint.reads(located), is_result_of("atoms"))
     if a.save is not None:
         outputs.check_folder(a.save, "--save", checkpoint.reads(located), _holds_structures)
     model, config = checkpoint.load_model(located, weights)
@@ -237,7 +238,7 @@ def main(argv: list[str]) -> None:
                 a.save.mkdir(parents=True, exist_ok=True)
                 listed = (structures[i] for i in range(len(structures)))
                 writers.write(a.save / f"{name.replace(' ', '_')}.extxyz", listed)
-        content = {"protocol": protocol, "result": flat(results), "tables": results}
+        content = {"command": "atoms", "protocol": protocol, "result": flat(results), "tables": results}
         content["shown"] = pictures.shown(made, scorer)
         drawn = pictures.save(path.parent.parent / "report", made, scorer) if path.parent.name == "scores" else []
         with files.refusals(str(path), "; choose another place with --out"):
