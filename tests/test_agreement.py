@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -26,13 +27,20 @@ def images(root: Path, per_class: int = 8, classes: tuple[str, ...] = ("cat", "d
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
             pixels = np.random.default_rng(100 * k + i).integers(0, 255, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
+            Image.fromarray(pixels).save(root / name / f"{i}.png", compress_level=0)
     return root
 
 
 def opened(root: Path) -> data.Source:
     return data.open_source(DataConfig(path=str(root), workers=0), ModelConfig(image_size=8, patch_size=2, channels=1,
                                                                               num_classes=2))  # fmt: skip
+
+
+def rewritten(path: Path) -> None:
+    """Another picture of the same length under the same name."""
+    length = path.stat().st_size
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path, compress_level=0)
+    assert path.stat().st_size == length
 
 
 class Two:
@@ -71,6 +79,16 @@ def test_other_images_on_a_rank(tmp_path):
     (moved / "dog" / "3.png").rename(moved / "cat" / "9.png")
     with pytest.raises(CommonError, match=r"labels is '\w+' on rank 0.* names of images"):
         compared(here, agreement.fingerprint(yaml_text.to_dict(Config()), opened(moved).identity()))
+
+
+def test_other_bytes_on_a_rank(tmp_path):
+    """Of equal length, under the same names; that they were written at another time makes no difference."""
+    here, other = opened(images(tmp_path / "a")), images(tmp_path / "b")
+    os.utime(other / "dog" / "3.png", ns=(0, 0))
+    compared(here, agreement.fingerprint(yaml_text.to_dict(Config()), opened(other).identity()))
+    rewritten(other / "dog" / "3.png")
+    with pytest.raises(CommonError, match=r"data.path: bytes of images is '\w+' on rank 0, '\w+' on rank 1"):
+        compared(here, agreement.fingerprint(yaml_text.to_dict(Config()), opened(other).identity()))
 
 
 def test_other_kernels_on_a_rank(tmp_path, monkeypatch):
@@ -151,6 +169,15 @@ def test_what_changes_the_run_is_said(again, begun, tmp_path):
     said, changed = again(f"data.path={moved}")
     assert said.returncode == 0, said.stderr
     assert "changed since step-0000002: images 16 -> 48" in changed
+
+
+def test_images_that_were_written_anew_are_said(again, begun, tmp_path):
+    moved = shutil.copytree(begun / "train", tmp_path / "moved")
+    rewritten(moved / "dog" / "3.png")
+    said, changed = again(f"data.path={moved}")
+    assert said.returncode == 0, said.stderr
+    assert len(changed) == 2
+    assert changed[1].startswith("changed since step-0000002: bytes of images '")
 
 
 def test_labels_with_another_meaning_are_refused_or_accepted(again, begun, tmp_path):

@@ -57,7 +57,7 @@ def opened(path: Path, source: str = "packed", **changes):
 def files(path: Path) -> dict[str, bytes]:
     """Of a pack: all that does not depend on where its images came from."""
     found = {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: content for name, content in found.items() if name != "source.sha256"}
+    return {name: content for name, content in found.items() if name not in ("source.sha256", "made_of.npy")}
 
 
 def one_line(path: Path, words: str, model: ModelConfig = MODEL, **changes) -> None:
@@ -196,7 +196,47 @@ def test_a_finished_pack_of_images_that_changed_is_not_complete(folder, packs, t
     with pytest.raises(UserError, match="had other names, classes or sizes; choose a new or empty folder"):
         main(words)
     (dest / "source.sha256").unlink()
+    (dest / "made_of.npy").unlink()
     assert main(words) == 0
+
+
+def rewritten(path: Path) -> None:
+    """Another image of the same length under the same name, written at another time."""
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 0))
+
+
+def test_an_image_that_was_written_anew_with_equal_length(folder, packs, tmp_path):
+    """A copy has other times, and is what was packed."""
+    source, dest = tmp_path / "f", tmp_path / "p"
+    shutil.copytree(folder, source, copy_function=shutil.copyfile)
+    words = [str(source), str(dest), "--size", str(SIZE), "--per-shard", "28", "--workers", "0", "--on-error", "skip"]
+    assert main(words) == 0
+    one = sorted(path for path in source.rglob("*.*"))[-1]
+    os.utime(one, ns=(0, 0))
+    assert main(words) == 0
+    rewritten(one)
+    os.utime(one, ns=(1, 1))
+    with pytest.raises(UserError, match=rf"a pack from before .*{one.name} was written anew; choose a new or empty"):
+        main(words)
+    (dest / "made_of.npy").write_bytes(b"torn")
+    assert main(words) == 0  # as one of an earlier version, it does not say
+
+
+def test_an_unfinished_pack_takes_what_was_written_anew(folder, packs, tmp_path, monkeypatch):
+    source, dest = shutil.copytree(folder, tmp_path / "f"), tmp_path / "p"
+    words = [str(source), str(dest), "--size", str(SIZE), "--per-shard", "28", "--workers", "0", "--on-error", "skip"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "finish", lambda dest, plan: None)  # stopped just before
+        assert main(words) == 0
+    made = {path.name: path.stat().st_mtime_ns for path in dest.glob("shard-*")}
+    first = open_source(DataConfig(path=str(source), workers=0), MODEL).name(0)
+    rewritten(Path(first))
+    assert main(words) == 0
+    again = {path.name for path in dest.glob("shard-*") if path.stat().st_mtime_ns != made[path.name]}
+    assert again == {"shard-00000.bin"}
 
 
 def test_dead_packing_process_is_one_line(folder, tmp_path, monkeypatch):

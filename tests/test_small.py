@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,15 @@ def test_kernel_distance_is_the_direct_formula():
     assert small.kid(x, y) == pytest.approx(1000 * float(expected), rel=1e-9)
 
 
+def fashion(root: Path) -> Path:
+    """Ten images in the format of MNIST."""
+    for part, count in (("train", 10), ("t10k", 10)):
+        images, labels = bytes(range(10)) * 64, bytes(range(10))
+        (root / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">HBBIII", 0, 8, 3, count, 8, 8) + images)
+        (root / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, count) + labels)
+    return root
+
+
 def test_the_classifier_is_kept_and_read(tmp_path):
     path = tmp_path / "c.safetensors"
     first = small.classifier(path, DIGITS, MODEL)
@@ -37,6 +48,9 @@ def test_the_classifier_is_kept_and_read(tmp_path):
     with torch.no_grad():
         assert torch.equal(first(images), again(images))
         assert (first(images).argmax(1) == labels).float().mean() > 0.6  # two epochs of 1,497 images
+    fewer = DataConfig(source="idx", path=str(fashion(tmp_path)))
+    with pytest.raises(UserError, match="was fitted to other images than those of the run; name another file"):
+        small.classifier(path, fewer, MODEL)
     with pytest.raises(UserError, match="no classifier of such images"):
         small.classifier(path, DIGITS, ModelConfig(image_size=8, patch_size=2, channels=3, num_classes=10))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import TINY, command, command_of
 
-from unite_fast import sweep
+from unite_fast import checkpoint, sweep
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.config import yaml_text
 
@@ -77,6 +77,23 @@ def test_runs_by_seeds_once_and_their_table(place, called):
     alone = command_of(sweep.main, place / "sweep.yaml", "--collect", "--only", "other")
     assert "| other | 2 |" in alone.stdout
     assert "plain" not in alone.stdout
+
+
+def test_a_result_of_an_earlier_checkpoint_is_made_again(tmp_path):
+    run = sweep.Run("a", 0, tmp_path, tmp_path / "tiny.yaml", [])
+    newest = tmp_path / "checkpoints" / "step-0000002"
+    newest.mkdir(parents=True)
+    (newest / "manifest.json").write_text("{}")
+    path, now = tmp_path / "found.json", checkpoint.identity(newest)
+    assert not sweep.is_made(run, path)
+    for protocol in ({"checkpoint": {"sha256": now}}, {"checkpoints": {"a": {"sha256": now}}}, {}, {"checkpoint": 1}):
+        path.write_text(json.dumps({"protocol": protocol}))
+        assert sweep.is_made(run, path)
+    for protocol in ({"checkpoint": {"sha256": "0"}}, {"checkpoints": {"a": {"sha256": "0"}}}):
+        path.write_text(json.dumps({"protocol": protocol}))
+        assert not sweep.is_made(run, path)
+    path.write_text("[1]")
+    assert sweep.is_made(run, path)
 
 
 def test_a_failure_stops_the_sweep_and_says_where(place, called):

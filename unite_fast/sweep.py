@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unite_fast import checkpoint
 from unite_fast.analysis import plots
 from unite_fast.base import command, files, outputs
 from unite_fast.base.errors import RunError, UserError
@@ -149,6 +150,20 @@ def finished(run: Run) -> bool:
         return False
 
 
+def is_made(run: Run, path: Path) -> bool:
+    """Whether a result is there, and not of another checkpoint than the run's newest, where it says of which."""
+    try:
+        protocol = json.loads(files.read_text(path)).get("protocol", {})
+        of = [protocol["checkpoint"]] if "checkpoint" in protocol else list(protocol.get("checkpoints", {}).values())
+        known = [entry["sha256"] for entry in of]
+    except OSError:
+        return False
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # a file of another kind
+        return True
+    newest = checkpoint.newest_first(run.folder / "checkpoints")
+    return not known or not newest or checkpoint.identity(newest[0]) in known
+
+
 def _call(words: Sequence[str], log: Path) -> None:
     """Runs a program, its output in a file. Raises RunError with where to read what went wrong."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +182,7 @@ def train(run: Run, then: Sequence[Then]) -> None:
     if not finished(run):
         _call([sys.executable, "-m", "unite_fast", "train", *run.words()], log)
     for step in then:
-        if not (run.folder / step.makes).is_file():
+        if not is_made(run, run.folder / step.makes):
             words = [word.replace("{run}", str(run.folder)) for word in step.command]
             _call([sys.executable, "-m", "unite_fast", *words], log)
             if not (run.folder / step.makes).is_file():

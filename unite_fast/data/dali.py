@@ -222,6 +222,9 @@ class Dali(Source):
     def names_sha256(self) -> str:
         return self.inner.names_sha256()
 
+    def bytes_sha256(self) -> str:
+        return self.inner.bytes_sha256()
+
     def name(self, index: int) -> str:
         return self.inner.name(index)
 

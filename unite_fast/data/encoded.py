@@ -13,6 +13,7 @@ import io
 import os
 import warnings
 from abc import abstractmethod
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -23,6 +24,7 @@ from torch import Tensor
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data import fast
+from unite_fast.data.ahead import spread
 from unite_fast.data.alpha import opaque
 from unite_fast.data.source import BadImage, FileSource
 from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, is_mirrored, transform
@@ -30,7 +32,8 @@ from unite_fast.data.transforms import MAX_PIXELS, RANDOM_CROPS, is_mirrored, tr
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # decided by content: a PNG named .jpg is read, anything else is refused
 MAX_ENCODED_BYTES = 128 * 2**20
-LOOKED_AT = 5000  # images of a source, evenly spread, whose headers are read at the start of a run
+LOOKED_AT = 5000  # images of a source, evenly spread, whose beginnings are read at the start of a run
+LOOKING = 16  # threads that do so: most of it is waiting for storage
 HEAD_BYTES = 1 << 16  # of an image, in which its header lies
 
 
@@ -119,6 +122,20 @@ class EncodedSource(FileSource):
     def head(self, index: int) -> bytes:
         """The first bytes of sample ``index``, or all of them."""
         return self.encoded(index)
+
+    def file(self, index: int) -> str | Path:
+        """The file that holds sample ``index``."""
+        raise NotImplementedError
+
+    def bytes_sha256(self) -> str:
+        def look(index: int) -> bytes:
+            try:
+                return hashlib.sha256(self.head(index)[:HEAD_BYTES]).digest() + self.length(index).to_bytes(8, "little")
+            except (BadImage, OSError):  # whoever reads the image says why it cannot be read
+                return b""
+
+        looked = list(range(0, len(self), max(1, -(-len(self) // LOOKED_AT))))
+        return hashlib.sha256(b"".join(spread(look, looked, LOOKING))).hexdigest()
 
     def remarks(self) -> list[str]:
         stride = max(1, -(-len(self) // LOOKED_AT))

@@ -64,6 +64,9 @@ class Folder(EncodedSource):
     def name(self, index: int) -> str:
         return self._paths[index]
 
+    def file(self, index: int) -> str:
+        return self._paths[index]
+
     def length(self, index: int) -> int:
         try:
             return os.stat(self._paths[index]).st_size

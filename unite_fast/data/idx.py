@@ -12,6 +12,7 @@ the values.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -35,8 +36,13 @@ PARTS = {"train": "train", "heldout": "t10k"}
 class Idx(HeldSource):
     """uint8 images."""
 
-    def __init__(self, images: Tensor, labels: Tensor, flip: bool) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, flip: bool, sha256: str = "") -> None:
+        """sha256: of the pixels before they were resized, which not every machine rounds alike."""
         super().__init__(images, labels, numbered(int(labels.max()), "the labels"), flip)
+        self._sha256 = sha256
+
+    def bytes_sha256(self) -> str:
+        return self._sha256
 
 
 def read(folder: Path, name: str, dimensions: int) -> Tensor:
@@ -80,7 +86,8 @@ def open_idx(data: DataConfig, model: ModelConfig, split: str) -> Idx:
     size = (model.image_size, model.image_size)
     if pixels.shape[-2:] != size:
         pixels = torch.cat([_resized(part, size) for part in pixels.split(4096)])
-    return Idx(pixels.repeat(1, model.channels, 1, 1), labels.long(), data.flip)
+    sha256 = hashlib.sha256(images.numpy().data).hexdigest()
+    return Idx(pixels.repeat(1, model.channels, 1, 1), labels.long(), data.flip, sha256)
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

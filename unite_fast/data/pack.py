@@ -46,6 +46,7 @@ from unite_fast.config import DataConfig, ModelConfig, choices
 from unite_fast.data.containers import open_container
 from unite_fast.data.encoded import EncodedSource
 from unite_fast.data.loader import skip_limit
+from unite_fast.data.made_of import changed, read, state_of, write
 from unite_fast.data.packed import FORMATS, Format, Index, Shard, shard_name
 from unite_fast.data.source import BadImage, WorkerError
 from unite_fast.data.verify import verify, write_stats
@@ -110,9 +111,10 @@ def pack_shard(source: EncodedSource, plan: Plan, dest: Path, number: int, done:
     Raises UserError for an unreadable image (with on_error=fail) and OSError when it cannot write.
     """
     digest, offset = hashlib.sha256(), 0
-    labels, extents, skipped = [], [], []
+    labels, extents, skipped, states = [], [], [], []
     with files.replacing(dest / shard_name(number), sync=True) as file:
         for index in plan.samples_of(number):
+            states.append(state_of(source, index))
             try:
                 record = encode(source.read(index, None, 0), plan.format, plan.quality)
             except BadImage as error:
@@ -132,6 +134,7 @@ def pack_shard(source: EncodedSource, plan: Plan, dest: Path, number: int, done:
             extents.append((offset, len(record)))
             offset += len(record)
     part = {"bytes": offset, "sha256": digest.hexdigest(), "labels": labels, "extents": extents, "skipped": skipped}
+    part["states"] = states
     files.write(dest / PARTS / f"{number:05d}.json", json.dumps(part), sync=True)
 
 
@@ -178,8 +181,9 @@ def _in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def prepare(dest: Path, source_path: Path, plan: Plan) -> list[int]:
-    """Makes DEST, or finds what an interrupted run with the same plan left there: the finished shards.
+def prepare(dest: Path, source_path: Path, source: EncodedSource, plan: Plan) -> list[int]:
+    """Makes DEST, or finds what an interrupted run with the same plan left there: the finished shards whose images are
+    still the same.
 
     Raises UserError when DEST holds anything else or there is not enough room.
     """
@@ -197,8 +201,11 @@ def prepare(dest: Path, source_path: Path, plan: Plan) -> list[int]:
     finished = []
     for number in range(plan.shards):
         part, shard = parts / f"{number:05d}.json", dest / shard_name(number)
-        if part.is_file() and shard.is_file() and shard.stat().st_size == json.loads(part.read_bytes())["bytes"]:
-            finished.append(number)
+        if part.is_file() and shard.is_file():
+            found = json.loads(part.read_bytes())
+            states, whole = found.get("states"), shard.stat().st_size == found["bytes"]
+            if whole and not (states and changed(source, plan.samples_of(number), states)):
+                finished.append(number)
     if plan.format == "uint8":
         left = plan.samples - sum(len(plan.samples_of(number)) for number in finished)
         needed, free = left * 3 * plan.size**2, shutil.disk_usage(dest).free
@@ -249,6 +256,7 @@ def finish(dest: Path, plan: Plan) -> Index:
     files.write(dest / "index.json", index.to_json(), sync=True)
     hashes["index.json"] = file_sha256(dest / "index.json")
     files.write(dest / "manifest.sha256", "".join(f"{h}  {name}\n" for name, h in sorted(hashes.items())), sync=True)
+    write(dest, [state for part in parts for state in part.get("states", ())])
     files.write(dest / SOURCE, f"{plan.names_sha256}\n", sync=True)
     shutil.rmtree(dest / PARTS)
     return index
@@ -279,7 +287,7 @@ def pack(
         print(line, file=sys.stderr)
     plan = make_plan(source, source_path, size, format, quality, per_shard, on_error)
     if not (dest / "index.json").is_file():
-        finished, skipped = prepare(dest, source_path, plan), {}
+        finished, skipped = prepare(dest, source_path, source, plan), {}
         check_skipped(dest, plan, finished, skipped)
         numbers = [number for number in range(plan.shards) if number not in set(finished)]
         try:
@@ -296,12 +304,12 @@ def pack(
         except OSError as error:
             raise UserError(f"{dest}: {error.strerror or error}; mend that, then the same command continues") from None
     else:
-        check_same(dest, plan)
+        check_same(dest, source, plan)
     if stats:
         write_stats(dest, source, source_path)
 
 
-def check_same(dest: Path, plan: Plan) -> None:
+def check_same(dest: Path, source: EncodedSource, plan: Plan) -> None:
     """Raises UserError unless the finished pack at DEST looks like one of ``plan``."""
     from unite_fast.data.packed import check_sizes, read_index
 
@@ -311,10 +319,13 @@ def check_same(dest: Path, plan: Plan) -> None:
     if found != (plan.format, plan.size, plan.pipeline, plan.class_names, plan.samples):
         raise UserError(f"{dest} holds a pack of other images or options; choose a new or empty folder")
     with contextlib.suppress(FileNotFoundError):  # earlier packs do not say it
-        if files.read_text(dest / SOURCE).strip() != plan.names_sha256:
+        if files.read_text(dest / SOURCE, "replace").strip() != plan.names_sha256:
             raise UserError(
                 f"{dest} holds a pack of images that had other names, classes or sizes; choose a new or empty folder"
             )
+    states = read(dest, plan.samples)
+    if states and (name := changed(source, range(plan.samples), states)):
+        raise UserError(f"{dest} holds a pack from before {name} was written anew; choose a new or empty folder")
     check_sizes(dest, index)
 
 

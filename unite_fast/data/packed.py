@@ -272,6 +272,9 @@ class PackedEncoded(EncodedSource):
     def pipeline_id(self, device: str = "cpu") -> str:
         return f"packed-{self.index.format}:{self.index.crop}:{super().pipeline_id(device)}"
 
+    def file(self, index: int) -> Path:
+        return self.root / shard_name(int(self.shards.locate(torch.tensor([index]))[0]))
+
     def encoded(self, index: int) -> bytes:
         return self._bytes(index, MAX_ENCODED_BYTES)
 

@@ -215,6 +215,9 @@ class Parquet(EncodedSource):
         table, number, _ = self._groups[group]
         return f"{self.tables[table]}, row {row} of group {number}"
 
+    def file(self, index: int) -> Path:
+        return self.tables[self._groups[self._place(index)[0]][0]]
+
     def encoded(self, index: int) -> bytes:
         group, row = self._place(index)
         held, images = self._held

@@ -23,6 +23,7 @@ from unite_kernels.philox import uniform
 
 AUGMENT_STREAM = 1 << 20  # lane 0: flip; further lanes: random crop. Streams of the model are below 1 << 20
 MOST_CLASSES = 1 << 20
+BYTES = "bytes of images"  # in ``Source.identity``
 PIXEL_STREAM = AUGMENT_STREAM + 1  # synthetic pixels
 
 
@@ -107,15 +108,21 @@ class Source(ABC):
     def identity(self, device: str = "cpu") -> dict[str, Any]:
         """Which images these are, plain values: compared over ranks and, in checkpoints, over starts of a run.
 
-        Not their bytes: their number, their order by name, their labels, what becomes of them on ``device``.
+        Their number, their order by name, their labels, the beginnings of some, what becomes of them on ``device``.
         """
         labels = hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
         classes = [unicodedata.normalize("NFC", name) for name in self.class_names]
         found = {"images": len(self), "class names": classes, "labels": labels}
-        return found | {"names of images": self.names_sha256()[:16], "pipeline": self.pipeline_id(device)}
+        found |= {"names of images": self.names_sha256()[:16], BYTES: self.bytes_sha256()[:16]}
+        return found | {"pipeline": self.pipeline_id(device)}
 
     def names_sha256(self) -> str:
         """Of the images' names in order, below the folder that holds them; empty where they have none of their own."""
+        return ""
+
+    def bytes_sha256(self) -> str:
+        """Of what the images hold, as far as that is read in seconds; empty where ``names_sha256`` or ``pipeline_id``
+        say it."""
         return ""
 
     def remarks(self) -> list[str]:

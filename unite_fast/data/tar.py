@@ -235,6 +235,9 @@ class Tar(EncodedSource):
     def name(self, index: int) -> str:
         return f"{self.tars[self._tar(index)]}/{self._members[index]}"
 
+    def file(self, index: int) -> Path:
+        return self.tars[self._tar(index)]
+
     def length(self, index: int) -> int:
         return int(self._extents[index, 1])
 

@@ -40,6 +40,7 @@ from unite_fast import checkpoint, data, sampling
 from unite_fast.base import command, files, outputs, provenance
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
+from unite_fast.checkpoint.facts import facts
 from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.config.yaml_text import to_dict
 from unite_fast.data import Source
@@ -52,6 +53,7 @@ from unite_fast.sampling.reconstruct import reconstruct
 LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 BATCH = 250
 EPOCHS, RATE, SEED = 2, 2e-3, 0  # of the classifier
+IMAGES = "images"  # in the metadata of a classifier: a hash of those that it was fitted to
 SIDE = 64  # of the images that the pretrained network sees
 
 
@@ -98,14 +100,18 @@ def classifier(path: Path, reading: DataConfig, model: ModelConfig) -> Classifie
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
+    source = data.open_source(reading, model)
+    seen = files.digest([reading.source, model.image_size, reading.flip, source.identity() | {"pipeline": ""}])
     if not path.is_file():
         outputs.check_file(path, "--classifier")
-        network = fit(data.open_source(reading, model), model)
+        network = fit(source, model)
         with files.refusals(f"--classifier {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as file:
-                save_file(network.state_dict(), file.name)
+                save_file(network.state_dict(), file.name, {IMAGES: seen})
         return network
+    if facts(path).get(IMAGES, seen) != seen:
+        raise UserError(f"--classifier {path} was fitted to other images than those of the run; name another file")
     network = Classifier(model.channels, model.num_classes)
     try:
         network.load_state_dict(load_file(path))

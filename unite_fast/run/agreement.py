@@ -12,6 +12,7 @@ import unite_kernels
 from unite_fast.base.errors import CommonError, UserError
 from unite_fast.config import DataConfig
 from unite_fast.data import Source
+from unite_fast.data.source import BYTES
 from unite_fast.parallel.distributed import Ranks
 
 CODE = ("*.py", "*.json", "*.sources")  # of the kernels, the last: hashes of what the libraries were built from
@@ -79,7 +80,8 @@ def changed_images(saved: dict[str, Any], images: dict[str, Any], reading: DataC
     """
     if not saved or saved == images:
         return []
-    differs = [name for name, value in images.items() if saved.get(name) != value]
+    # Of their bytes earlier checkpoints say nothing.
+    differs = [name for name, value in images.items() if saved.get(name) != value and (name in saved or name != BYTES)]
     lines = [
         f"changed since {where}: {name} {_short(saved.get(name), images[name])} -> "
         f"{_short(images[name], saved.get(name))}"

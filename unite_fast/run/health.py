@@ -11,6 +11,7 @@ from unite_fast.base import files
 from unite_fast.base.errors import CommonError, RunError, UserError
 from unite_fast.config import TrainConfig
 from unite_fast.data.loader import check_skipped
+from unite_fast.data.source import BYTES
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.tensors import copies_group, local
 from unite_fast.run.session import Diverged
@@ -61,7 +62,8 @@ def recall_unreadable(
 
     path: of the checkpoint from which the run goes on; images: ``Source.identity``.
     """
-    same_images = path is not None and checkpoint.saved_images(path) == images
+    saved = {} if path is None else checkpoint.saved_images(path)
+    same_images = path is not None and all(saved.get(name) == images[name] for name in images if name != BYTES)
 
     def still() -> dict[int, str]:
         found = {}
