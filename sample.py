@@ -13,6 +13,7 @@ import torch
 from unite_fast import checkpoint, sampling
 from unite_fast.base import command
 from unite_fast.base.errors import UserError, idle
+from unite_fast.checkpoint import guide
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, SampleConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.parallel import distributed
@@ -22,7 +23,8 @@ from unite_kernels import backend
 
 SEEDS, LABELS = "0-49", "equal"
 OF_SAMPLES = (
-    "overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "solver", "steps", "last", "compile", "graph",
+    "overwrite", "seeds", "labels", "cfg", "cfg_interval", "cfg_order", "autoguidance", "autoguidance_weights",
+    "solver", "steps", "last", "compile", "graph",
 )  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cfg-interval", metavar="LOW,HIGH", help="times at which guidance acts (default: the run's; of an official "
         ".pt that of its search, 0.1,1)")  # fmt: skip
     add("--cfg-order", choices=sampling.ORDERS, help="normalise and combine (default: the run's)")
+    guide.add_options(add)
     add("--solver", choices=sampling.SOLVERS, help="dopri5 chooses its steps per 32 images (default: the run's)")
     add("--steps", type=int, help="steps of a fixed-step solver (default: the run's)")
     add("--last", choices=choices(SampleConfig, "last"), help="what is decoded: the solver's last state, or the "
@@ -74,23 +77,18 @@ def request(arguments: argparse.Namespace, run: SampleConfig, num_classes: int, 
         "cfg_order": arguments.cfg_order, "last": arguments.last,
     }  # fmt: skip
     how = dataclasses.replace(run, **{name: value for name, value in asked.items() if value is not None})
-    sampling.check(how)
-    if how.cfg_scale == 1 and (arguments.cfg_interval or arguments.cfg_order):
-        raise idle("--cfg-interval" if arguments.cfg_interval else "--cfg-order", "without guidance, which --cfg gives")
+    sampling.check(how, guided_by_model=bool(arguments.autoguidance))
+    for option in ("cfg_interval", "cfg_order", "autoguidance"):
+        if how.cfg_scale == 1 and getattr(arguments, option):
+            raise idle(f"--{option.replace('_', '-')}", "without guidance, which --cfg gives")
     unguided = "of a model without classes" if num_classes == 0 else "with --labels none"
-    if how.cfg_scale != 1 and (num_classes == 0 or arguments.labels == "none"):
+    if how.cfg_scale != 1 and not arguments.autoguidance and (num_classes == 0 or arguments.labels == "none"):
         if arguments.cfg is not None:
             raise idle("--cfg", unguided)
         how = dataclasses.replace(how, cfg_scale=1.0)
     seeds = parse_seeds(SEEDS if arguments.seeds is None else arguments.seeds)
-    return Request(
-        seeds=seeds,
-        labels=parse_labels(arguments.labels or LABELS, seeds, num_classes, names),
-        how=how,
-        batch=arguments.batch,
-        null=num_classes,
-        class_names=names,
-    )
+    labels = parse_labels(arguments.labels or LABELS, seeds, num_classes, names)
+    return Request(seeds, labels, how, arguments.batch, null=num_classes, class_names=names)
 
 
 def describe(located: Path, arguments: argparse.Namespace, how: SampleConfig | None) -> str:
@@ -102,7 +100,8 @@ def describe(located: Path, arguments: argparse.Namespace, how: SampleConfig | N
     steps = "" if how.solver == "dopri5" else f", steps {how.steps}"
     guidance = f"w {how.cfg_scale:g}"
     if how.cfg_scale != 1:
-        guidance += f" for t in {list(how.cfg_interval)}, {how.cfg_order}"
+        by = f" by {arguments.autoguidance}" if arguments.autoguidance else ""
+        guidance += f"{by} for t in {list(how.cfg_interval)}, {how.cfg_order}"
     return f"{said}; {how.solver}{steps}, {guidance}, last {how.last}"
 
 
@@ -134,8 +133,11 @@ def main(argv: list[str]) -> int:
                 t_max = config.objective.tokenizer_t_max
                 said = maker.reconstruct(model, arguments.reconstruct, out, batch, ranks, t_max, identity, config.data)
             else:
+                if weak := guide.asked(arguments, model, names, ranks, kernels):
+                    wanted, identity = dataclasses.replace(wanted, guide=weak.model), f"{identity}; {weak.identity}"
                 if arguments.compile:
-                    sampling.compile_blocks(model)
+                    for one in filter(None, (model, wanted.guide)):
+                        sampling.compile_blocks(one)
                 said = maker.make(model, wanted, out, ranks, identity, arguments.overwrite, replays)
         if ranks.is_main:
             print(said)

@@ -185,6 +185,25 @@ def test_scores_of_different_protocols_do_not_replace_each_other(trained, tmp_pa
     assert re.fullmatch(r"scores/fid_unite_b_ema_w2_[0-9a-f]{8}\.json", str(official.out({}, "w2")))
 
 
+def test_a_score_guided_by_another_average_says_so(trained, tmp_path):
+    """In its protocol and in the cache of a search; a repetition needs the same guide."""
+    guided = ("--cfg", 1.5, "--autoguidance", trained / "run", "--autoguidance-weights", "model", "--count", 20)
+    first = run(trained, "fid", tmp_path / "a.json", *guided)
+    said = checkpoint.identity(checkpoint.locate(trained / "run"))
+    assert first["protocol"]["checkpoint"]["autoguidance"] == f"guided by {said} model"
+    assert (
+        first["result"]["fid"] != run(trained, "fid", tmp_path / "b.json", "--cfg", 1.5, "--count", 20)["result"]["fid"]
+    )
+    again = ("--protocol", tmp_path / "a.json")
+    refused = command_of(evaluate.main, "fid", *options(trained, tmp_path / "c.json", *again, "--count", 20))
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: --autoguidance is none, the protocol was made with guided by {said} model\n"
+    assert run(trained, "fid", tmp_path / "c.json", *again, *guided[2:])["result"]["fid"] == first["result"]["fid"]
+    found = run(trained, "search", tmp_path / "s.json", *guided, "--sweep")
+    assert found["best"]["checkpoint"]["autoguidance"] == f"guided by {said} model"
+    assert {row["settings"]["cfg_order"] for row in found["rows"]} == {"norm_first"}
+
+
 def test_two_processes_give_the_same_score(trained, tmp_path):
     one = run(trained, "fid", tmp_path / "a.json")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "unite_fast.evaluate", "fid")

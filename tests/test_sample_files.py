@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -16,9 +17,11 @@ from support import TINY, command, process
 import sample as program
 from unite_fast import checkpoint
 from unite_fast.base.errors import UserError
+from unite_fast.checkpoint import guide
 from unite_fast.config import SampleConfig
 from unite_fast.modality import pictures
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.sampling.guide import check_latents
 from unite_fast.sampling.makers import MAKERS, maker_of
 from unite_fast.sampling.request import as_ranges, parse_labels, parse_seeds
 
@@ -156,12 +159,57 @@ def test_overwriting_a_folder(trained, tmp_path):
 @pytest.mark.parametrize(
     "words",
     ["--overwrite", "--seeds 0-3", "--labels random", "--cfg 2", "--cfg-interval 0,1", "--cfg-order both",
-     "--solver heun", "--steps 3", "--last state", "--compile", "--graph"],
+     "--autoguidance a", "--autoguidance-weights model", "--solver heun", "--steps 3", "--last state", "--compile",
+     "--graph"],
 )  # fmt: skip
 def test_what_does_nothing_with_reconstruct_is_refused(words):
     name = words.split()[0]
     with pytest.raises(UserError, match=f"^{name} does nothing with --reconstruct"):
         program.parse(["--checkpoint", "a", "--out", "b", "--reconstruct", "c", *words.split()])
+
+
+def test_guided_by_another_average_of_the_run(trained, tmp_path):
+    """The files say by what; without classes, too; what would do nothing, or cannot be, is refused in a line."""
+    guided = ("--cfg", 2, "--autoguidance", trained, "--autoguidance-weights", "model")
+    out, plain = tmp_path / "a", tmp_path / "b"
+    said = make(trained, out, "--seeds", "0-3", "--labels", "none", *guided)
+    assert f"w 2 by {trained} for t in [0.0, 1.0], norm_first" in said
+    assert re.search(
+        rf"^guided by {trained}, which explains [1-9]\d?% of the variance of latents at t = 0.3$", said, re.M
+    )
+    make(trained, plain, "--seeds", "0-3", "--labels", "none")
+    assert hashes(out).keys() == hashes(plain).keys()
+    assert hashes(out) != hashes(plain)
+
+    def refused(*words: object) -> str:
+        said = command("sample.py", "--checkpoint", trained, "--out", tmp_path / "c", "--seeds", "0-3", *words)
+        assert said.returncode == 2
+        return said.stderr
+
+    same = command(
+        "sample.py", "--checkpoint", trained, "--out", out, "--seeds", "0-3", "--labels", "none", *guided[:4]
+    )
+    assert "holds images of another checkpoint or other options" in same.stderr  # the guide's weights are others
+    assert refused(*guided[2:]).startswith("error: --autoguidance does nothing without guidance, which --cfg gives")
+    assert refused("--autoguidance-weights", "model").startswith(
+        "error: --autoguidance-weights does nothing without --a"
+    )
+    assert refused(*guided, "--cfg-order", "cfg_first").startswith("error: cfg_first combines before the LayerNorm")
+
+
+def test_a_model_of_other_latents_does_not_guide(trained, reference):
+    model = checkpoint.load_model(trained)[0]
+    assert check_latents(model, model, "a") > 0.5
+    other = checkpoint.load_model(trained)[0]
+    with torch.no_grad():  # as good a model, whose latents have the other sign
+        for parameter in other.encoder_layer_norm.parameters():
+            parameter.neg_()
+    with pytest.raises(UserError, match=r"^--autoguidance a has other latents: what it makes .* \(-\d+\.\d\d of the"):
+        check_latents(model, other, "a")
+    with pytest.raises(UserError, match=r"tiny\.pt: its model\.\w+ is \d+, that of the guided model \d+$"):
+        guide.load(str(reference / "tiny.pt"), "ema", model, ())
+    with pytest.raises(UserError, match=r": its class 1 is 1, that of the guided model one$"):
+        guide.load(str(trained), "ema", model, ["0", "one", *map(str, range(2, 10))])
 
 
 def test_what_is_decoded_can_be_chosen_and_is_said(tmp_path):

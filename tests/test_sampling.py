@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,24 +14,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast import flow, sampling
 from unite_fast.base.errors import UserError
-from unite_fast.config import SampleConfig
+from unite_fast.config import ModelConfig, SampleConfig
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.efficiency import compiling, graph
 from unite_fast.flow import solvers
 from unite_fast.flow.field import GuidedField, Replays
+from unite_fast.model.flops import denoiser_flops
 from unite_fast.model.unite import UNITE, build
 
 
-@pytest.fixture(scope="module")
-def model() -> UNITE:
-    """A tiny model whose zero-initialised layers are filled, so that every term of a formula shows."""
-    config = from_dict(parse_yaml(TINY, "tiny")).model
-    unite = build(config, seed=1)
-    generator = torch.Generator().manual_seed(2)
+def filled(config: ModelConfig, seed: int) -> UNITE:
+    """A model whose zero-initialised layers are filled, so that every term of a formula shows."""
+    unite = build(config, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in unite.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.05)
     return unite.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> UNITE:
+    return filled(from_dict(parse_yaml(TINY, "tiny")).model, seed=1)
+
+
+@pytest.fixture(scope="module")
+def weak(model) -> UNITE:
+    """A smaller one of latents of the same shape."""
+    small = dataclasses.replace(model.config.encoder, depth=2)
+    return filled(dataclasses.replace(model.config, encoder=small), seed=3)
 
 
 def noise(model: UNITE, n: int) -> torch.Tensor:
@@ -55,6 +67,37 @@ def test_guidance_orders(model, order):
     at_one = sampling.GuidedField(model, labels, 1.0, (0.0, 1.0), order).predict(t, z)
     torch.testing.assert_close(outside, norm(conditional), rtol=1e-5, atol=1e-5)
     assert torch.equal(outside, at_one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["norm_first", "both"])
+def test_a_weaker_model_guides_by_its_definition(model, weak, order):
+    """Both predict for the class, each with its own LayerNorm; inside the interval alone."""
+    z, labels, t, w = noise(model, 3), torch.tensor([1, 2, 3]), torch.tensor(0.4), 2.5
+    own, less = (m.encoder_layer_norm(m.denoise_raw(z, t.expand(3), labels)) for m in (model, weak))
+    expected = less + w * (own - less)
+    expected = model.encoder_layer_norm(expected) if order == "both" else expected
+    field = GuidedField(model, labels, w, (0.0, 1.0), order, guide=weak)
+    torch.testing.assert_close(field.predict(t, z), expected, rtol=1e-6, atol=1e-6)
+    share = denoiser_flops(weak.config) / denoiser_flops(model.config)
+    assert (field.evaluations, field.passes) == (1, pytest.approx(1 + share))
+    assert 0.5 < share < 0.8  # two blocks of three
+    assert torch.equal(GuidedField(model, labels, w, (0.5, 1.0), order, guide=weak).predict(t, z), own)
+
+
+@pytest.mark.parametrize("solver", ["heun", "exp3"])
+def test_a_model_does_not_guide_itself(model, weak, solver):
+    """Bit for bit: by itself at any scale, and by any other at scale 1, the samples are the plain ones."""
+    seeds, labels = [3, 4, 40], [0, 5, 9]
+    plain = sampling.sample_tiles(model, seeds, labels, solver=solver, steps=3)
+    by_itself = sampling.sample_tiles(model, seeds, labels, solver=solver, steps=3, cfg_scale=3.0, guide=model)
+    at_one = sampling.sample_tiles(model, seeds, labels, solver=solver, steps=3, cfg_scale=1.0, guide=weak)
+    other = sampling.sample_tiles(model, seeds, labels, solver=solver, steps=3, cfg_scale=3.0, guide=weak)
+    assert torch.equal(by_itself, plain)
+    assert torch.equal(at_one, plain)
+    assert not torch.equal(other, plain)
+    with pytest.raises(UserError, match=r"^cfg_first combines before the LayerNorm, of which two models have two"):
+        sampling.sample(model, torch.tensor(labels), cfg_scale=3.0, cfg_order="cfg_first", guide=weak)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ import torch
 
 from unite_fast import checkpoint, sampling
 from unite_fast.base.errors import UserError, idle
+from unite_fast.checkpoint import guide
 from unite_fast.config import Config, EfficiencyConfig, EvaluationConfig, choices
 from unite_fast.efficiency import precision
 from unite_fast.evaluate.commands import COMMANDS, OF_RECONSTRUCTIONS, parse_grid
@@ -86,10 +87,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help="guidance scale (default: the best that the run found, else the run's)",
         )
         add("--cfg-interval", metavar="LOW,HIGH", help="where guidance acts (default: the run's)")
+        guide.add_options(add)
         add("--compile", action="store_true", help="torch.compile of the network's blocks")
         add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
         if name == "search":
-            add("--sweep", action="store_true", help="then other intervals and the order cfg_first")
+            add("--sweep", action="store_true", help="then other intervals and, but for autoguidance, cfg_first")
             add("--grid", metavar="LOW,HIGH,STEP", help="all these scales, in place of the walk from --cfg")
         if name == "fid":
             add("--protocol", metavar="FILE", help="an earlier result: its settings are used, its hashes compared")

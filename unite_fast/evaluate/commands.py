@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unite_fast import data, sampling
+from unite_fast import checkpoint, data, sampling
 from unite_fast.base import files, progress, provenance
 from unite_fast.base.errors import UserError, idle
+from unite_fast.checkpoint import guide
 from unite_fast.evaluate.context import Context, short
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
 from unite_fast.evaluation.features import SPATIAL, Extractor
@@ -46,11 +47,17 @@ class Scorer:
             raise UserError(f"--pairs needs features in {a.reference}; make it with --features")
         self.replays = sampling.open_replays(a.graph, context.ranks.device)
         self.compiled = False
+        names = checkpoint.class_names(context.located)
+        self.guide = guide.asked(a, context.model, names, context.ranks, context.settings().kernels)
+
+    def weights(self) -> dict[str, Any]:
+        """Of the model, and of what guides it."""
+        return self.context.weights() | ({} if self.guide is None else {"autoguidance": self.guide.identity})
 
     def protocol(self, settings: Settings) -> dict[str, Any]:
         """What the score depends on. Equal protocols and an equal commit give equal scores."""
         return {
-            "checkpoint": self.context.weights(),
+            "checkpoint": self.weights(),
             "extractor": self.extractor.identity(),
             "reference": self.about,
             "settings": settings.described(),
@@ -62,17 +69,19 @@ class Scorer:
 
     def score(self, settings: Settings, path: Path) -> dict[str, Any]:
         """``path``: of the result, beside which the sums of interrupted scoring lie."""
-        a, ranks = self.context.arguments, self.context.ranks
+        a, ranks, guiding = self.context.arguments, self.context.ranks, self.guide and self.guide.model
         if settings.compile and not self.compiled:
-            sampling.compile_blocks(self.context.model)
+            for one in filter(None, (self.context.model, guiding)):
+                sampling.compile_blocks(one)
             self.compiled = True
         with progress.bar(total=settings.count, unit="image", desc="FID", disable=not ranks.is_main) as shown:
             options = Options(path, shown.update, replays=self.replays)
-            weights = json.dumps(self.context.weights())
+            weights = json.dumps(self.weights())
             extractor, reference = self.extractor, self.reference
             return score(
-                self.context.model, settings, extractor, reference, ranks, weights, a.pairs, a.kid_subset, options
-            )
+                self.context.model, settings, extractor, reference, ranks, weights, a.pairs, a.kid_subset, options,
+                guiding,
+            )  # fmt: skip
 
 
 def fid_command(context: Context) -> None:
@@ -144,7 +153,7 @@ def search_command(context: Context) -> None:
     protocol = scorer.protocol(start)
     path = context.out(protocol, f"from_{short(start)}")
     identity = files.digest(
-        [context.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]]
+        [scorer.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]]
     )
     scored = guidance_search.Scored(
         path.with_suffix(".jsonl"),
@@ -156,7 +165,7 @@ def search_command(context: Context) -> None:
     grid = context.arguments.grid
     best = guidance_search.grid(scored, start, *parse_grid(grid)) if grid else guidance_search.search(scored, start)
     if context.arguments.sweep:
-        best = guidance_search.sweep(scored, best)
+        best = guidance_search.sweep(scored, best, orders=scorer.guide is None)
     if context.ranks.is_main:
         print(guidance_search.table(scored.rows))
     found = scorer.protocol(best) | {"environment": scored.row(best)["environment"]}

@@ -92,7 +92,7 @@ class Context:
         changed = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
         changed.check(self.model.config)
         if changed.cfg_scale == 1 and a.command != "search":
-            for option in ("cfg_interval", "cfg_order"):
+            for option in ("cfg_interval", "cfg_order", "autoguidance"):
                 if getattr(a, option, None) is not None:
                     raise idle(f"--{option.replace('_', '-')}", "without guidance, which --cfg gives")
         return changed

@@ -131,12 +131,17 @@ PLAIN = Options()
 
 
 def draw(
-    model: UNITE, settings: Settings, seeds: list[int], counts: dict[str, int], replays: Replays | None
+    model: UNITE,
+    settings: Settings,
+    seeds: list[int],
+    counts: dict[str, float],
+    replays: Replays | None,
+    guide: UNITE | None = None,
 ) -> torch.Tensor:
     """The images (B, Q, S, S) of ``seeds``. Raises UserError for one that is not finite."""
     labels = parse_labels(settings.labels, seeds, model.config.num_classes)
     with precision.autocast(settings.precision, next(model.parameters()).device):
-        images = sampling.sample_tiles(model, seeds, labels, settings, counts=counts, replays=replays)
+        images = sampling.sample_tiles(model, seeds, labels, settings, counts=counts, replays=replays, guide=guide)
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         raise UserError(f"the model gives an image that is not finite (seed {seeds[finite.index(False)]}); no score")
@@ -154,15 +159,17 @@ def score(
     pairs: bool = False,
     subset: int = 1000,
     options: Options = PLAIN,
+    guide: UNITE | None = None,
 ) -> dict[str, Any]:
     """{"fid", "is", "is_std", ..., "evaluations", "passes", "gflop_per_image", "images_per_second", "resumed_at"}.
 
-    identity: of the weights, so that interrupted sums of others are not taken up. evaluations and passes are means over
-    tiles. Every process returns the same; what goes wrong on one is raised on all. Raises Stopped once
-    ``options.stopping()`` is true on one, with the sums kept beside ``options.progress``.
+    identity: of the weights, a guide's among them, so that interrupted sums of others are not taken up. evaluations and
+    passes are means over tiles. Every process returns the same; what goes wrong on one is raised on all. Raises Stopped
+    once ``options.stopping()`` is true on one, with the sums kept beside ``options.progress``.
     """
     settings.check(model.config)
-    model.use_kernels(settings.kernels)
+    for one in filter(None, (model, guide)):
+        one.use_kernels(settings.kernels)
     accumulator = fid.Accumulator(settings.count, extractor.sizes, ranks.device, pairs)
     # Kept, restored and added over processes with the others: tiles, evaluations, passes.
     work = accumulator.sums["work"] = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -181,8 +188,8 @@ def score(
             return False
         first = tiles[done] * sampling.TILE
         seeds = list(range(first, min(first + sampling.TILE, settings.count)))
-        counts: dict[str, int] = {}
-        images = draw(model, settings, seeds, counts, options.replays)
+        counts: dict[str, float] = {}
+        images = draw(model, settings, seeds, counts, options.replays, guide)
         accumulator.add(torch.tensor(seeds), *extractor.compute(pictures.to_uint8(images)))
         work.add_(work.new_tensor([counts[name] for name in ("solutions", "evaluations", "passes")]))
         done += 1

@@ -102,11 +102,11 @@ def grid(fid: Callable[[Settings], float], start: Settings, low: float, high: fl
     return min((dataclasses.replace(start, cfg_scale=round(low + k * step, 6)) for k in range(count)), key=fid)
 
 
-def sweep(fid: Callable[[Settings], float], best: Settings) -> Settings:
-    """The best of ``best``, its other intervals (low to 1), and the order cfg_first."""
+def sweep(fid: Callable[[Settings], float], best: Settings, orders: bool = True) -> Settings:
+    """The best of ``best``, its other intervals (low to 1), and, with ``orders``, the order cfg_first."""
     options = [best]
     options += [dataclasses.replace(best, cfg_interval=(low, 1.0)) for low in LOWS]
-    options += [dataclasses.replace(best, cfg_order="cfg_first")]
+    options += [dataclasses.replace(best, cfg_order="cfg_first")] if orders else []
     return min(options, key=fid)
 
 

@@ -104,8 +104,8 @@ def compare(protocol: dict[str, Any], earlier: dict[str, Any], trained: Callable
         if now != before:
             at = f" (step {earlier.get('step')} of training)" if part == "checkpoint" and _is_training(earlier) else ""
             raise UserError(f"{name} has sha256 {now[:12]}..., the protocol was made with {before[:12]}...{at}")
-    for part, key in (("checkpoint", "weights"), ("extractor", "layers")):
-        now, before = protocol[part][key], earlier["protocol"][part][key]
+    for part, key in (("checkpoint", "weights"), ("checkpoint", "autoguidance"), ("extractor", "layers")):
+        now, before = protocol[part].get(key, "none"), earlier["protocol"][part].get(key, "none")
         if now != before:
             now, before = (v if isinstance(v, str) else ",".join(v) for v in (now, before))
             raise UserError(f"--{key} is {now}, the protocol was made with {before}")

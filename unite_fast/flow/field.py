@@ -14,6 +14,7 @@ from torch import Tensor
 from unite_fast import flow
 from unite_fast.data.batch import slots_taken
 from unite_fast.efficiency import graph
+from unite_fast.model.flops import denoiser_flops
 from unite_fast.model.unite import UNITE
 
 # (z, labels, t, scale, sizes) -> x0
@@ -66,7 +67,11 @@ def there(x: Tensor, sizes: Tensor | None) -> Tensor:
 class GuidedField:
     """The guided x0 prediction and the ODE's velocity for given labels, and sizes where samples have some.
 
-    Counts ``evaluations`` (NFE) and ``passes``, the forward passes of the network per image: two where guidance acts.
+    guide: a weaker model of the same latents, whose prediction for the same labels stands in the null class's place
+    (autoguidance, Karras et al. 2024, arXiv 2406.02507, equation 5); it is combined after the LayerNorm, each model's
+    own, so the order is not cfg_first.
+    Counts ``evaluations`` (NFE) and ``passes``, the forward passes of the network per image: two where guidance acts,
+    one and the guide's by its share of FLOPs.
     """
 
     def __init__(
@@ -78,10 +83,12 @@ class GuidedField:
         order: str,
         replays: Replays | None = None,
         sizes: Tensor | None = None,
+        guide: UNITE | None = None,
     ) -> None:
         self.model, self.labels, self.order, self.replays, self.sizes = model, labels, order, replays, sizes
-        self.scale, self.interval = scale, interval
-        self.evaluations = self.passes = 0
+        self.scale, self.interval, self.guide = scale, interval, guide
+        self.second = 1.0 if guide is None else denoiser_flops(guide.config) / denoiser_flops(model.config)
+        self.evaluations, self.passes = 0, 0.0
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """The velocity (B, K, C) at a scalar tensor t, for adaptive solvers, which read their times back anyway."""
@@ -95,8 +102,12 @@ class GuidedField:
         """x0 (B, K, C) at a time that the host knows, guided if it says so: nothing is read from the device."""
         guided = guided and self.scale != 1
         self.evaluations += 1
-        self.passes += 1 + guided
-        name, function = (self.order, self._guided) if guided else ("plain", self._plain)
+        self.passes += 1 + guided * self.second
+        name, function = "plain", self._plain
+        if guided and self.guide is None:
+            name, function = self.order, self._guided
+        elif guided:
+            name, function = f"{self.order} by a model", self._autoguided
         if self.replays is not None:
             return self.replays(name, function, z, self.labels, t, self.scale, self.sizes)
         return function(z, self.labels, torch.full((), t, device=z.device), self.scale, self.sizes)
@@ -116,3 +127,14 @@ class GuidedField:
         raw = self.model.denoise_raw(torch.cat([z, z]), t.expand(2 * len(z)), both, twice).to(z.dtype)
         null, conditional = raw.chunk(2)
         return there(flow.combine(null, conditional, scale, self.order, self.model.normalise), sizes)
+
+    def _autoguided(
+        self, z: Tensor, labels: Tensor, t: Tensor, scale: Tensor | float, sizes: Tensor | None = None
+    ) -> Tensor:
+        assert self.guide is not None
+        weak, own = (
+            model.normalise(model.denoise_raw(z, t.expand(len(z)), labels, sizes).to(z.dtype))
+            for model in (self.guide, self.model)
+        )
+        x0 = weak + scale * (own - weak)
+        return there(self.model.normalise(x0) if self.order == "both" else x0, sizes)

@@ -59,9 +59,14 @@ def attentions(model: ModelConfig) -> list[tuple[int, int, int]]:
     return sorted(found | {(of.decoder_tokens(model), d.heads, d.width // d.heads)})
 
 
+def denoiser_flops(model: ModelConfig) -> float:
+    """FLOPs of one forward pass of the denoiser, of one sample."""
+    return encoder_forward(model, model.num_latents)
+
+
 def sampling_flops(model: ModelConfig, passes: float) -> float:
     """FLOPs of one sampled image: ``passes`` of the denoiser, as counted, and the decoder."""
-    return passes * encoder_forward(model, model.num_latents) + decoder_forward(model)
+    return passes * denoiser_flops(model) + decoder_forward(model)
 
 
 def training_flops(model: ModelConfig, flow_steps: int, perceptual: bool, pruned: bool = False) -> dict[str, float]:

@@ -74,7 +74,7 @@ def _finish(field: GuidedField, z: Tensor, how: SampleConfig) -> Tensor:
     return field.at(1.0, z, guided=False) if how.last == "prediction" else z
 
 
-def check(how: SampleConfig) -> None:
+def check(how: SampleConfig, guided_by_model: bool = False) -> None:
     """Raises UserError when sampling options make no sense."""
     if how.solver not in SOLVERS:
         raise UserError(f"unknown solver '{how.solver}'; choose one of {', '.join(SOLVERS)}")
@@ -82,6 +82,10 @@ def check(how: SampleConfig) -> None:
         raise UserError(f"unknown guidance order '{how.cfg_order}'; choose one of {', '.join(ORDERS)}")
     if how.steps < 1 or (how.solver == "dopri5" and how.steps < 2):
         raise UserError(f"too few steps: {how.steps}")
+    if guided_by_model and how.cfg_order == "cfg_first":
+        raise UserError(
+            "cfg_first combines before the LayerNorm, of which two models have two; take norm_first or both"
+        )
     interval = how.cfg_interval
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"guidance interval {list(interval)} must be two numbers with 0 <= low < high <= 1")
@@ -101,8 +105,9 @@ def sample(
     seeds: Sequence[int] | Tensor | None = None,
     sizes: Tensor | None = None,
     return_latents: bool = False,
-    counts: dict[str, int] | None = None,
+    counts: dict[str, float] | None = None,
     replays: Replays | None = None,
+    guide: UNITE | None = None,
     **options: Any,
 ) -> Any:
     """Images (B, Q, S, S) float32 in [0, 1] for labels int64 (B,); with ``return_latents`` also the latents (B, K, C).
@@ -119,10 +124,11 @@ def sample(
     depends on them in rounding alone, and not at all through ``sample_tiles``.
     counts: a dictionary to which "solutions" (1), "evaluations" (NFE), "passes" (network passes per image) are added.
     replays: runs the evaluations as CUDA graphs; kept by the caller between calls.
+    guide: in the null class's place, a weaker model of the same latents in evaluation mode (``sampling.guide``).
     Raises UserError on options that make no sense.
     """
     how = dataclasses.replace(how or SampleConfig(), **options)
-    check(how)
+    check(how, guided_by_model=guide is not None)
     device = next(model.parameters()).device
     labels = labels.to(device)
     if noise is None:
@@ -133,7 +139,7 @@ def sample(
         drawn_from = torch.arange(len(labels)) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
         sizes = model.modality.draw_sizes(model, drawn_from, labels)
     sizes = None if sizes is None else sizes.to(device)
-    field = GuidedField(model, labels, how.cfg_scale, how.cfg_interval, how.cfg_order, replays, sizes)
+    field = GuidedField(model, labels, how.cfg_scale, how.cfg_interval, how.cfg_order, replays, sizes, guide)
     training = model.training
     model.eval()
     try:

@@ -166,7 +166,7 @@ def chunks(pairs: list[tuple[int, int]], batch: int) -> Iterator[list[tuple[int,
         yield list(itertools.chain.from_iterable(tiles[begin : begin + per_chunk]))
 
 
-def speed(model: UNITE, images: int, counts: dict[str, int], seconds: float, processes: int) -> str:
+def speed(model: UNITE, images: int, counts: dict[str, float], seconds: float, processes: int) -> str:
     """One line: images/s, NFE, passes, FLOPs. Places of a tile that nobody asked for cost, but are no images."""
     solutions, passes = counts["solutions"], counts["passes"] / counts["solutions"]
     flops = sampling_flops(model.config, passes)
@@ -198,7 +198,7 @@ def generate(
     pairs = [(s, y) for s, y in pairs if s // sampling.TILE in own]
     missing = [(s, y) for s, y in pairs if not _is_whole(folder / _name(s, y, request.null))]
     started = time.perf_counter()
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     for chunk in chunks(missing, request.batch):
         images = sampling.sample_tiles(
             model,
@@ -207,6 +207,7 @@ def generate(
             request.how,
             counts=counts,
             replays=replays,
+            guide=request.guide,
         )
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         if not all(finite):

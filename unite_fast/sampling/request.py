@@ -14,6 +14,7 @@ from unite_fast import sampling
 from unite_fast.base.errors import UserError
 from unite_fast.config import SampleConfig
 from unite_fast.config.yaml_text import to_dict
+from unite_fast.model.unite import UNITE
 from unite_kernels import philox
 
 LABEL_STREAM = 1 << 17
@@ -28,6 +29,7 @@ class Request:
     batch: int
     null: int = -1  # the label of what has no class
     class_names: Sequence[str] = ()
+    guide: UNITE | None = None  # for autoguidance; what it is belongs to the ``identity`` below
 
     def protocol(self, identity: str) -> dict[str, object]:
         """What an image depends on besides its own seed and label."""

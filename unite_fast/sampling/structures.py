@@ -120,14 +120,15 @@ def _generate(model: UNITE, request: Request, out: str, ranks: Ranks, identity: 
     for seed, label in sorted(zip(request.seeds, request.labels, strict=True)):
         tiles.setdefault(seed // sampling.TILE, []).append((seed, label))
     own = sorted(tiles)[ranks.rank :: ranks.world_size]
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     made, began = 0, time.perf_counter()
     for tile in own:
         part = folder / f"{tile:07d}.safetensors"
         if part.is_file():
             continue
         seeds, labels = ([pair[i] for pair in tiles[tile]] for i in (0, 1))
-        found = sampling.sample_tiles(model, seeds, labels, request.how, counts=counts, replays=replays)
+        options = {"counts": counts, "replays": replays, "guide": request.guide}
+        found = sampling.sample_tiles(model, seeds, labels, request.how, **options)
         items = model.modality.items(found)
         bad = [seed for seed, one in zip(seeds, items, strict=True) if not np.isfinite(one.positions).all()]
         if bad:
