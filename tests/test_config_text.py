@@ -117,3 +117,42 @@ def test_a_schedule_of_an_earlier_file_that_has_one_meaning_is_read(tmp_path):
     (tmp_path / "old.yaml").write_text("optim: {schedule: [two_stage]}")
     with pytest.raises(UserError, match="no key any more"):
         yaml_text.load(tmp_path / "old.yaml")
+
+
+# --- base ---
+
+
+def test_a_file_begins_with_its_base(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "first.yaml").write_text("optim: {lr: 0.5, clip: 2}\nmodel: {encoder: small}")
+    (tmp_path / "below" / "second.yaml").write_text("base: ../first.yaml\nname: second\noptim: {lr: 0.25}")
+    (tmp_path / "below" / "third.yaml").write_text("base: second.yaml\nmodel: {encoder: {depth: 5}}")
+    found = yaml_text.load(tmp_path / "below" / "third.yaml", ["optim.eps=1e-5"])
+    assert (found.name, found.optim.lr, found.optim.clip, found.optim.eps) == ("second", 0.25, 2, 1e-5)
+    assert (found.model.encoder.depth, found.model.encoder.width) == (5, 384)
+    shown = command("train.py", "--config", tmp_path / "below" / "third.yaml", "--print-config").stdout
+    assert "base:" not in shown.splitlines()
+    (tmp_path / "resolved.yaml").write_text(shown)
+    assert yaml_text.load(tmp_path / "resolved.yaml") == yaml_text.load(tmp_path / "below" / "third.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: a.yaml", "this file is its own base"),
+        ("base: b.yaml", "this file is its own base"),
+        ("base: nowhere.yaml", r"a\.yaml: base .*nowhere\.yaml: No such file"),
+        ("base: [x]", "base must be the path"),
+        ("base:", "base must be the path"),
+    ],
+)
+def test_bases_that_are_none(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match=words):
+        yaml_text.load(tmp_path / "a.yaml")
+
+
+def test_an_override_has_no_base():
+    with pytest.raises(UserError, match="unknown key 'base'"):
+        yaml_text.load(None, ["base=x.yaml"])

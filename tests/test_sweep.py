@@ -1,17 +1,17 @@
-"""Sweeps: runs by seeds, what is finished stays, the table, the job array; and base files of configurations."""
+"""Sweeps: runs by seeds, what is finished stays, the table, the job array."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import TINY, command, command_of
+from support import ROOT, TINY, command, command_of
 
 from unite_fast import checkpoint, sweep
-from unite_fast.base.errors import RunError, UserError
+from unite_fast.base.errors import RunError
 from unite_fast.config import yaml_text
 
 SWEEP = """\
@@ -36,19 +36,27 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def leave(words: list[str], state: str = "finished") -> None:
+    """What a run of train.py with these words leaves of its configuration and its end."""
+    said = command("train.py", *words, "--print-config")
+    assert said.returncode == 0, said.stderr
+    folder = Path(words[-1].removeprefix("run_dir="))
+    folder.mkdir(parents=True)
+    (folder / "config.resolved.yaml").write_text(said.stdout)
+    (folder / "status.json").write_text(json.dumps({"state": state}))
+
+
 @pytest.fixture
 def called(monkeypatch) -> list[list[str]]:
-    """The commands that a sweep starts, done here without processes of their own; those with "fails" in them fail."""
-    calls: list[list[str]] = []
+    """The commands that a sweep starts, which do at once what they would; those with "fails" in them fail."""
+    calls, start = [], sweep._call
 
     def run(words: list[str], log: Path) -> None:
         calls.append(words)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if any("fails" in word for word in words):
-            raise RunError("failed")
-        if words[3] == "train":
-            said = command("train.py", *words[4:])
-            assert said.returncode == 0, said.stderr
+        if "fails" in words:
+            start(["bash", "-c", "exit 3"], log)
+        elif words[3] == "train":
+            leave(words[4:])
         else:
             (Path(words[-1]) / "found.json").write_text(json.dumps({"result": [len(calls)]}))
 
@@ -102,13 +110,14 @@ def test_a_failure_stops_the_sweep_and_says_where(place, called):
     said = command_of(sweep.main, place / "sweep.yaml")
     assert said.returncode == 1
     assert len(called) == 2
+    assert said.stderr.endswith(f"its output is at the end of {place / 'runs' / 'plain' / 'seed_0.log'}\n")
 
 
 def test_a_program_that_fails_leaves_its_words(tmp_path):
-    words = [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"]
-    with pytest.raises(RunError, match="ended with code 3"):
-        sweep._call(words, tmp_path / "a" / "log")
-    assert (tmp_path / "a" / "log").read_text() == "why\n"
+    words, log = ["bash", "-c", "echo why; exit 3"], tmp_path / "a" / "log"
+    with pytest.raises(RunError, match=f"^bash -c 'echo why; exit 3' ended with code 3; its output .* end of {log}$"):
+        sweep._call(words, log)
+    assert log.read_text() == "why\n"
 
 
 def test_the_job_array_is_bash_and_has_every_run(place):
@@ -126,6 +135,59 @@ def test_the_job_array_is_bash_and_has_every_run(place):
     assert again.returncode == 0
     (place / "notes").write_text("mine")
     assert command_of(sweep.main, place / "sweep.yaml", "--slurm", place / "notes").returncode == 2
+
+
+PYTHON = """\
+#!/bin/bash
+printf '%s\\0' "$@" >> calls; printf '\\n' >> calls
+[[ " $* " != *" measure "* ]] || echo '{{"result": [5]}}' > {run}/found.json
+"""
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+"$@"
+"""
+SCONTROL = """\
+#!/bin/bash
+echo node1
+"""
+
+
+def test_a_task_of_the_array_trains_and_measures_its_member(place):
+    """Task 3, with stand-ins for SLURM's commands and one for Python, whose training is then done for it."""
+    assert command_of(sweep.main, place / "sweep.yaml", "--slurm", place / "array.sh").returncode == 0
+    run = place / "runs" / "other" / "seed_3"
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON.format(run=run))):
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    (place / "scripts").symlink_to(ROOT / "scripts")
+    task = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "1"}
+    environment = {"PATH": f"{place}:{os.environ['PATH']}", **task}
+
+    def started() -> list[list[str]]:
+        """The words of each Python that the task starts."""
+        words = ["bash", str(place / "array.sh")]
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        calls = (place / "calls").read_text().splitlines()
+        (place / "calls").unlink()
+        return [call.split("\0")[:-1] for call in calls]
+
+    run.mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "preempted"}')
+    ((program, *words),) = started()  # it goes back into the queue, and is not measured
+    assert program == "train.py"
+    (run / "status.json").unlink()
+    said = command(program, *words)
+    assert said.returncode == 0, said.stderr
+    assert "finished: 1 of 1 steps" in said.stdout
+    assert started() == [["train.py", *words], ["-m", "unite_fast", "measure", str(run)]]
+    assert started() == [["train.py", *words]]  # what is measured is not measured again
+    assert "| other | 1 | 5 |" in command_of(sweep.main, place / "sweep.yaml", "--collect").stdout
+    (place / ".venv" / "bin").mkdir(parents=True)
+    (place / "python").rename(place / ".venv" / "bin" / "python")
+    (run / "found.json").unlink()
+    assert len(started()) == 2  # the checkout's Python, for both
 
 
 WRONG = {
@@ -151,42 +213,3 @@ def test_what_is_wrong_is_one_line(place, called, part):
     assert said.stderr.count("\n") == 1
     assert words in said.stderr
     assert not called
-
-
-# --- base ---
-
-
-def test_a_file_begins_with_its_base(tmp_path):
-    (tmp_path / "below").mkdir()
-    (tmp_path / "first.yaml").write_text("optim: {lr: 0.5, clip: 2}\nmodel: {encoder: small}")
-    (tmp_path / "below" / "second.yaml").write_text("base: ../first.yaml\nname: second\noptim: {lr: 0.25}")
-    (tmp_path / "below" / "third.yaml").write_text("base: second.yaml\nmodel: {encoder: {depth: 5}}")
-    found = yaml_text.load(tmp_path / "below" / "third.yaml", ["optim.eps=1e-5"])
-    assert (found.name, found.optim.lr, found.optim.clip, found.optim.eps) == ("second", 0.25, 2, 1e-5)
-    assert (found.model.encoder.depth, found.model.encoder.width) == (5, 384)
-    shown = command("train.py", "--config", tmp_path / "below" / "third.yaml", "--print-config").stdout
-    assert "base:" not in shown.splitlines()
-    (tmp_path / "resolved.yaml").write_text(shown)
-    assert yaml_text.load(tmp_path / "resolved.yaml") == yaml_text.load(tmp_path / "below" / "third.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("base: a.yaml", "this file is its own base"),
-        ("base: b.yaml", "this file is its own base"),
-        ("base: nowhere.yaml", r"a\.yaml: base .*nowhere\.yaml: No such file"),
-        ("base: [x]", "base must be the path"),
-        ("base:", "base must be the path"),
-    ],
-)
-def test_bases_that_are_none(tmp_path, text, words):
-    (tmp_path / "a.yaml").write_text(text)
-    (tmp_path / "b.yaml").write_text("base: a.yaml")
-    with pytest.raises(UserError, match=words):
-        yaml_text.load(tmp_path / "a.yaml")
-
-
-def test_an_override_has_no_base():
-    with pytest.raises(UserError, match="unknown key 'base'"):
-        yaml_text.load(None, ["base=x.yaml"])

@@ -45,6 +45,7 @@ from unite_fast.config import yaml_text
 KEYS = ("config", "out", "seeds", "overrides", "runs", "then", "table")
 JOB = "scripts/slurm/train.sbatch"
 ANY = "*"  # in a column: the one entry there is, whatever its name
+FOLDER = "{run}"  # in a command: the run's
 FREE = ("name", "run_dir", "resume", "device")  # what may differ from the configuration that a run was made with
 
 
@@ -183,7 +184,7 @@ def train(run: Run, then: Sequence[Then]) -> None:
         _call([sys.executable, "-m", "unite_fast", "train", *run.words()], log)
     for step in then:
         if not is_made(run, run.folder / step.makes):
-            words = [word.replace("{run}", str(run.folder)) for word in step.command]
+            words = [word.replace(FOLDER, str(run.folder)) for word in step.command]
             _call([sys.executable, "-m", "unite_fast", *words], log)
             if not (run.folder / step.makes).is_file():
                 raise RunError(f"{shlex.join(words)} did not make {run.folder / step.makes}")
@@ -263,6 +264,8 @@ def array(runs: Sequence[Run], then: Sequence[Then], source: str) -> str:
         *(line for line in template if line.startswith("#SBATCH") and not re.search("job-name|output", line)),
         "#SBATCH --output=slurm-%A_%a.log",
         "set -uo pipefail",
+        '[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)',
+        "export PYTHON   # train.sbatch takes the same",
         "case $SLURM_ARRAY_TASK_ID in",
     ]
     for number, run in enumerate(runs):
@@ -271,8 +274,8 @@ def array(runs: Sequence[Run], then: Sequence[Then], source: str) -> str:
     lines.append("esac")
     lines.append("""grep -q '"state": "finished"' "$RUN/status.json" || exit 0   # put back into the queue""")
     for step in then:
-        words = " ".join('"$RUN"' if word == "{run}" else shlex.quote(word) for word in step.command)
-        lines.append(f'[ -f "$RUN/{step.makes}" ] || "${{PYTHON:-python}}" -m unite_fast {words} || exit')
+        words = " ".join(shlex.quote(word).replace(FOLDER, """'"$RUN"'""") for word in step.command)
+        lines.append(f'[ -f "$RUN"/{shlex.quote(step.makes)} ] || "$PYTHON" -m unite_fast {words} || exit')
     return "\n".join([*lines, ""])
 
 
