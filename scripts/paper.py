@@ -95,6 +95,10 @@ def config_of(name: str, row: dict[str, Any]) -> Config:
 # --- what the small runs say ---
 
 
+HELD, FAILED, OPEN, FEW, ABSENT = "held", "did not hold", "not decidable", ", fewer than 3 seeds", "not run"
+ORDER = [HELD, HELD + FEW, "in part", FAILED, FAILED + FEW, OPEN, ABSENT]
+
+
 def seeds_of(found: dict[str, Any], column: str, run: Any, beside: str) -> list[float]:
     """The numbers of a test's side: of a run, a number itself, or another column of the run ``beside`` it."""
     if isinstance(run, (int, float)):
@@ -111,18 +115,18 @@ def decide(found: dict[str, Any], test: list[Any]) -> tuple[str, str]:
     column, run, relation, other = test
     mine, theirs = seeds_of(found, column, run, run), seeds_of(found, column, other, run)
     if not mine or not theirs:
-        return "not run", f"{column}: {run} {relation} {other}"
+        return ABSENT, f"{column}: {run} {relation} {other}"
     said = f"{column}: {run} {spread(mine)}, {other} {spread(theirs) if isinstance(other, str) else ''}".rstrip(", ")
     few = len(mine) < 3 or (len(theirs) < 3 and isinstance(other, str))
     if relation == "above":
         mine, theirs = theirs, mine
     if max(mine) < min(theirs):
-        verdict = "held"
+        verdict = HELD
     elif min(mine) > max(theirs):
-        verdict = "did not hold"
+        verdict = FAILED
     else:
-        verdict = "not decidable"
-    return (f"{verdict}, fewer than 3 seeds" if few and verdict != "not decidable" else verdict), said
+        verdict = OPEN
+    return verdict + FEW * (few and verdict != OPEN), said  # more seeds do not part what overlaps
 
 
 def spread(values: list[float]) -> str:
@@ -134,13 +138,12 @@ def spread(values: list[float]) -> str:
 
 def summed(verdicts: list[str]) -> str:
     """Of a claim with several tests."""
-    run = [v for v in verdicts if v != "not run"]
+    run = [v for v in verdicts if v != ABSENT]
     if not run:
-        return "not run"
+        return ABSENT
     if all(v == run[0] for v in run):
         return run[0]
-    plain = {v.split(",")[0] for v in run}
-    if plain == {"held"} or plain == {"did not hold"}:
+    if len({v.removesuffix(FEW) for v in run}) == 1:
         return max(run, key=len)
     return "in part: " + ", ".join(f"{v} {run.count(v)}" for v in dict.fromkeys(run))
 
@@ -152,11 +155,14 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     for claim in content["claims"]:
         outcomes = [decide(found, test) for test in claim["tests"]]
         verdict, numbers = summed([v for v, _ in outcomes]), "; ".join(f"{said}: {v}" for v, said in outcomes)
-        decided.append(f"| {claim['says']} | **{verdict}** | {numbers} |")
+        decided.append((verdict, f"| {claim['says']} | **{verdict}** | {numbers} |"))
     about = results.get("about", {})
     lines += ["## Claims, at small scale", "", SMALL.format(machine=about.get("machine", "none"), commit=about.get(
         "commit", "none"), seeds=about.get("seeds", "none"))]  # fmt: skip
-    lines += ["| the paper says | at this scale | by |", "|---|---|---|", *decided, ""]
+    verdicts = [verdict.partition(":")[0] for verdict, _ in decided]
+    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts), key=ORDER.index))
+    lines += [f"Of {len(decided)} claims: {counted}.", ""]
+    lines += ["| the paper says | at this scale | by |", "|---|---|---|", *(line for _, line in decided), ""]
     if found:
         lines += ["Real images: " + "; ".join(f"{k} {v:.4g}" for k, v in results.get("real", {}).items()) + ".", ""]
         lines += ["![Every run, its seeds as dots](../benchmarks/results/claims/table.png)", ""]
@@ -164,6 +170,10 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
         for name in FIGURES:
             if (RESULTS / f"{name}.png").is_file():
                 lines += [f"![{FIGURES[name]}](../benchmarks/results/claims/{name}.png)", "", f"*{FIGURES[name]}*", ""]
+        for variant in VARIANTS:
+            if (RESULTS / f"denoised_{variant}.png").is_file():
+                lines += [f"![Figure 7 of {variant}](../benchmarks/results/claims/denoised_{variant}.png)", ""]
+        lines += [f"*{PICTURES}.*", ""]
     lines += [
         "## Full scale",
         "",
@@ -213,6 +223,10 @@ of them: `python -m unite_fast sweep configs/paper/paper.yaml data.path=... --sl
 a PREDICTION at an MFU of 40 %. The learning rates are those of `configs/imagenet_b.yaml`, the published
 code's.
 """
+PICTURES = (
+    "Figure 7 at small scale, seed 0 of the four variants: held-out images, their reconstructions, and what is decoded "
+    "of the predictions from latents noised to t; mean PSNR of the eight on the left"
+)
 VARIANTS = ("shared", "separate", "shared_no_stop", "separate_no_stop")
 FIGURES = {
     "alignment": "Figure 6, left and middle, at small scale: how alike the two passes are, by layer; seed 0",
@@ -245,8 +259,8 @@ def take(table: Path) -> None:
     """A finished sweep's table into the repository, with real images' scores, machine, commit, seeds and pictures."""
     out = table.parent
     content = json.loads(table.read_text())
-    scored = sorted(out.glob("*/seed_*/scores/small.json"))
-    real = json.loads(scored[0].read_text())["real"] if scored else {}
+    scored = [json.loads(p.read_text())["real"] for p in sorted(out.glob("*/seed_*/scores/small.json"))]
+    real = max(scored, key=len, default={})  # where a pretrained network has looked as well
     runs = [json.loads(p.read_text()) for p in sorted(out.glob("*/seed_*/provenance.json"))]
     about = {
         "machine": ", ".join(sorted({f"{r['device']}, torch {r['torch']}, {r['threads']} thread" for r in runs})),
@@ -262,6 +276,10 @@ def take(table: Path) -> None:
         files.write(RESULTS / "table.png", (out / "table.png").read_bytes())
     for name in FIGURES:
         side_by_side(out, name)
+    for variant in VARIANTS:
+        picture = out / variant / "seed_0" / "analysis" / "trajectory_1.png"
+        if picture.is_file():
+            files.write(RESULTS / f"denoised_{variant}.png", picture.read_bytes())
 
 
 def side_by_side(out: Path, name: str) -> None:

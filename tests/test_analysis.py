@@ -113,13 +113,18 @@ def test_cknna_is_the_sum_over_mutual_neighbours():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Of 30 steps, in a folder with another of separate weights."""
+    """Of 12 steps, in a folder with another of separate weights."""
     folder = tmp_path_factory.mktemp("analysed")
     (folder / "tiny.yaml").write_text(TINY)
     for name, more in (("shared", []), ("separate", ["model.separate_denoiser=true"])):
-        words = ("--config", folder / "tiny.yaml", f"run_dir={folder / name}", f"name={name}", "train.max_steps=30")
-        assert command("train.py", *words, "optim.lr=6e-3", "train.log_every=5", *more).returncode == 0
+        assert command("train.py", *training(folder, name), *more).returncode == 0
     return folder / "shared"
+
+
+def training(folder: Path, name: str) -> tuple[object, ...]:
+    """The words of train.py."""
+    words = ("--config", folder / "tiny.yaml", f"run_dir={folder / name}", f"name={name}", "optim.lr=6e-3")
+    return (*words, "train.max_steps=12", "train.log_every=4", "train.micro_batch=16", "efficiency.kernels=fused")
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +250,7 @@ def on_each(ranks: Ranks, checkpoints: str, count: int) -> dict:
     places, m = chosen(source, count), config.model
     analyses = [
         alignment.Alignment(places, m.encoder.depth, m.encoder.width, ranks.device, k=3, paired=60),
-        trajectory.Trajectory(ranks.device, model.latent_shape, True),
+        trajectory.Trajectory(ranks.device, model.latent_shape, True, alignment.TIMES),
         fitting := probe.Training(places, model.latent_shape, 10, ranks.device),
     ]
     walk(model, source, places, config.data, analyses, ranks, 0.01)
@@ -256,8 +261,8 @@ def on_each(ranks: Ranks, checkpoints: str, count: int) -> dict:
 
 def test_two_processes_give_the_numbers_of_one(run):
     """Three tiles on two ranks, so one of them has two."""
-    alone = on_each(ONE, str(run), 90)
-    assert on_ranks(2, on_each, str(run), 90) == [alone, alone]
+    alone = on_each(ONE, str(run), 70)
+    assert on_ranks(2, on_each, str(run), 70) == [alone, alone]
     assert len(alone["0"]["cknna"][0]) == 3
 
 
@@ -327,7 +332,8 @@ def test_curves_leave_out_what_is_not_finite():
 
 def test_the_command_compares_and_the_report_shows(run):
     other = run.parent / "separate"
-    said = command_of(analyse.main, run, "--against", other, "--count", 64, "--pairs", 40, "--neighbours", 3)
+    said = command_of(analyse.main, run, "--against", other, "--count", 64, "--pairs", 40, "--neighbours", 3,
+                      "--times", 0.5)  # fmt: skip
     assert said.returncode == 0, said.stderr
     for name in analyse.DEFINITIONS:
         content = json.loads((run / "analysis" / f"{name}.json").read_text())
@@ -351,12 +357,11 @@ def test_the_command_compares_and_the_report_shows(run):
 
 def test_losses_of_held_out_samples_while_training(run):
     """They are those of the analysis on the checkpoint of then, and the run is the same with and without."""
-    words = ("--config", run.parent / "tiny.yaml", f"run_dir={run.parent / 'seen'}", "name=shared", "optim.lr=6e-3")
-    words += ("train.max_steps=30", "train.log_every=5", f"evaluation.validation_epoch={160 / 1497}")
-    said = command("train.py", *words, "evaluation.validation_count=40")
+    every = ("evaluation.validation_count=40", f"evaluation.validation_epoch={4 * 16 / 1497}")
+    said = command("train.py", *training(run.parent, "seen"), *every)
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("the losses of held-out samples at step") == 3
-    found = json.loads((run.parent / "seen" / "scores" / "training" / "step_0000030_validation.json").read_text())
+    found = json.loads((run.parent / "seen" / "scores" / "training" / "step_0000012_validation.json").read_text())
     model, config = checkpoint.load_model(run.parent / "seen")
     source = data.open_source(config.data, config.model, "heldout")
     direct = trajectory.Trajectory(ONE.device, model.latent_shape, True)

@@ -58,30 +58,42 @@ def test_a_combination_is_near_the_average_that_is_kept_directly(target):
     assert np.abs(found - direct).max() < 0.01 * np.abs(weights - direct).max()
 
 
-def test_a_run_gives_the_average_that_another_kept(tmp_path):
+def test_a_run_gives_the_average_that_another_kept(tmp_path, monkeypatch):
+    """Of one run, which has kept all three: as if it had kept two of them, or the wanted one alone."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     words = ("--config", tmp_path / "tiny.yaml", "train.max_steps=20", "train.checkpoint_every=2", "optim.lr=6e-3",
-             "train.keep_every=2", "optim.warmup_epochs=0.02")  # fmt: skip
-    for name, extra in (("two", "[std0.1,std0.2]"), ("one", "[std0.15]")):
-        said = command("train.py", *words, f"run_dir={tmp_path / name}", f"optim.ema_extra={extra}")
-        assert said.returncode == 0, said.stderr
-    found, _ = checkpoint.load_weights(tmp_path / "two", "posthoc_std0.15")
-    direct, _ = checkpoint.load_weights(tmp_path / "one", "ema_std0.15")
-    raw, _ = checkpoint.load_weights(tmp_path / "one", "model")
+             "train.keep_every=2", "optim.warmup_epochs=0.02", "optim.ema_extra=[std0.1,std0.15,std0.2]",
+             "efficiency.kernels=fused", "model.num_latents=4")  # fmt: skip
+    said = command("train.py", *words, f"run_dir={tmp_path / 'run'}")
+    assert said.returncode == 0, said.stderr
+    combine = posthoc.combined
+
+    def of(*names: str) -> dict[str, torch.Tensor]:
+        def as_if(checkpoints: list[posthoc.Kept], weights: str) -> dict[str, torch.Tensor]:
+            assert [c.updates for c in checkpoints] == list(range(2, 21, 2))
+            kept = [c._replace(averages={n: c.averages[n] for n in names}) for c in checkpoints]
+            return combine(kept, weights)
+
+        monkeypatch.setattr(posthoc, "combined", as_if)
+        return checkpoint.load_weights(tmp_path / "run", "posthoc_std0.15")[0]
+
+    direct, _ = checkpoint.load_weights(tmp_path / "run", "ema_std0.15")
+    raw, _ = checkpoint.load_weights(tmp_path / "run", "model")
+    found = of("ema_std0.1", "ema_std0.2")
     assert found.keys() == direct.keys()
     far = sum(float((raw[n] - direct[n]).square().sum()) for n in direct) ** 0.5
     near = sum(float((found[n] - direct[n]).square().sum()) for n in direct) ** 0.5
     assert near < 0.05 * far
-    same, _ = checkpoint.load_weights(tmp_path / "one", "posthoc_std0.15")
-    assert all(torch.allclose(same[n], direct[n], atol=1e-6) for n in direct)
+    assert all(torch.allclose(tensor, direct[n], atol=1e-6) for n, tensor in of("ema_std0.15").items())
     with pytest.raises(UserError, match=r"come no nearer to it than \d+%; keep more"):
-        checkpoint.load_weights(tmp_path / "one", "posthoc_std0.28")
+        of("ema")
 
 
 def test_names():
     assert posthoc.entry_of("ema_std0.05") is None
     assert posthoc.entry_of("posthoc_std0.07") == "std0.07"
     assert posthoc.entry_of("posthoc_0.999") == 0.999
-    for wrong in ("posthoc", "posthoc_std0.5", "posthoc_1.5", "posthoc_std"):
+    assert posthoc.entry_of("posthoc_std.28") == "std.28"
+    for wrong in ("posthoc", "posthoc_std0.5", "posthoc_std0.288", "posthoc_1.5", "posthoc_std", "posthoc_0.0"):
         with pytest.raises(UserError, match=r"posthoc_std0\.01 to"):
             posthoc.entry_of(wrong)

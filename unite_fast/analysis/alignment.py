@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.analysis.walk import Denoised, Tile
+from unite_fast.analysis.walk import Denoised, Kept, Tile
 
 TIMES = (0.1, 0.5, 0.9)
 NEIGHBOURS = 10
@@ -149,43 +149,32 @@ class Alignment:
         paired: int = PAIRED,
     ) -> None:
         self.times, self.blocks, self.k = tuple(times), blocks, k
-        n = min(paired, len(places))
-        self.rows = {int(p): row for row, p in enumerate(places[torch.arange(n) * len(places) // max(n, 1)].tolist())}
+        self.kept = Kept(places, paired)
         self.sums = {
             (t, i): {"registers": PairSums(width, device), "mean": PairSums(width, device)}
             for t in self.times
             for i in range(blocks)
         }
         self.cosines = torch.zeros(len(self.times), blocks, 2, dtype=torch.float64, device=device)  # sum, count
-        kept = (n, width)
-        self.tokenizing = [torch.zeros(kept, dtype=torch.float64, device=device) for _ in range(blocks)]
-        self.denoising = {key: torch.zeros(kept, dtype=torch.float64, device=device) for key in self.sums}
+        table = torch.zeros(len(self.kept), width, dtype=torch.float64, device=device)
+        self.tokenizing = [table.clone() for _ in range(blocks)]
+        self.denoising = {key: table.clone() for key in self.sums}
 
     def begin(self, tile: Tile) -> None:
         for own, layer in zip(self.tokenizing, tile.layers, strict=True):
-            self._keep(own, tile, self._mean(layer, tile.taken))
+            self.kept.put(own, tile, tile.mean(layer))
 
     def add(self, tile: Tile, denoised: Denoised) -> None:
         taken = tile.taken
         for i, (x, y) in enumerate(zip(tile.layers, denoised.layers, strict=True)):
             sums = self.sums[denoised.t, i]
-            means = self._mean(x, taken), self._mean(y, taken)
+            means = tile.mean(x), tile.mean(y)
             sums["registers"].add(x[taken], y[taken])
             sums["mean"].add(*means)
-            self._keep(self.denoising[denoised.t, i], tile, means[1])
+            self.kept.put(self.denoising[denoised.t, i], tile, means[1])
             cosine = torch.nn.functional.cosine_similarity(x[taken].double(), y[taken].double(), dim=1)
             row = torch.stack([cosine.sum(), torch.ones_like(cosine).sum()])
             self.cosines[self.times.index(denoised.t), i] += row
-
-    def _mean(self, layer: Tensor, taken: Tensor) -> Tensor:
-        """(B, D), over the registers that are there."""
-        return (layer.double() * taken[:, :, None]).sum(1) / taken.sum(1, keepdim=True).clamp_min(1)
-
-    def _keep(self, rows: Tensor, tile: Tile, means: Tensor) -> None:
-        """Puts the samples that are kept into their rows (n, D)."""
-        for place, mean in zip(tile.samples.tolist(), means, strict=True):
-            if place in self.rows:
-                rows[self.rows[place]] = mean
 
     def tensors(self) -> list[Tensor]:
         sums = [t for forms in self.sums.values() for form in forms.values() for t in form.tensors()]
@@ -195,12 +184,12 @@ class Alignment:
         """{"times", "examples", and by measure a list per time of a number per block}."""
         first = self.sums[self.times[0], 0]
         examples = {name: int(sums.count) for name, sums in first.items()}
-        examples["cknna"] = len(self.rows)
+        examples["cknna"] = len(self.kept)
         found: dict[str, Any] = {"times": list(self.times), "examples": examples, "k": self.k}
         for form in ("registers", "mean"):
             each = [[self.sums[t, i][form].cka() for i in range(self.blocks)] for t in self.times]
             found |= {f"{name}_{form}": [[of[name] for of in row] for row in each] for name in ("cka", "debiased")}
-        if len(self.rows) > self.k:
+        if len(self.kept) > self.k:
             found["cknna"] = [
                 [cknna(self.tokenizing[i], self.denoising[t, i], self.k) for i in range(self.blocks)]
                 for t in self.times

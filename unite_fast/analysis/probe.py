@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.analysis.walk import Denoised, Tile
+from unite_fast.analysis.walk import Denoised, Kept, Tile
 
 RIDGE = 1e-3  # times the number of samples: added to the covariance of standardised features
 NEIGHBOURS = 10
@@ -32,8 +32,7 @@ DEFINITION = {
 
 def features(tile: Tile) -> dict[str, Tensor]:
     """{"flat": (B, K C), "mean": (B, C)} float64."""
-    z, taken = tile.latents.double(), tile.taken
-    return {"flat": z.flatten(1), "mean": z.sum(1) / taken.sum(1, keepdim=True).clamp_min(1)}
+    return {"flat": tile.latents.double().flatten(1), "mean": tile.mean(tile.latents)}
 
 
 class Sums:
@@ -80,29 +79,24 @@ class Training:
         """shape: (K, C) of latents."""
         sizes = {"flat": shape[0] * shape[1], "mean": shape[1]}
         self.sums = {name: Sums(size, classes, device) for name, size in sizes.items()}
-        n = min(KEPT, len(places))
-        self.rows = {int(p): row for row, p in enumerate(places[torch.arange(n) * len(places) // n].tolist())}
-        self.kept = {name: torch.zeros(n, size, dtype=torch.float64, device=device) for name, size in sizes.items()}
-        self.labels = torch.zeros(n, dtype=torch.float64, device=device)
+        self.kept = Kept(places, KEPT)
+        zeros = {"dtype": torch.float64, "device": device}
+        self.tables = {name: torch.zeros(len(self.kept), size, **zeros) for name, size in sizes.items()}
+        self.labels = torch.zeros(len(self.kept), **zeros)
 
     def begin(self, tile: Tile) -> None:
-        found = features(tile)
-        for name, x in found.items():
+        for name, x in features(tile).items():
             self.sums[name].add(x, tile.labels)
-        for i, place in enumerate(tile.samples.tolist()):
-            if place in self.rows:
-                row = self.rows[place]
-                self.labels[row] = tile.labels[i]
-                for name, x in found.items():
-                    self.kept[name][row] = x[i]
+            self.kept.put(self.tables[name], tile, x)
+        self.kept.put(self.labels, tile, tile.labels)
 
     def add(self, tile: Tile, denoised: Denoised) -> None: ...
 
     def tensors(self) -> list[Tensor]:
-        return [self.labels, *self.kept.values(), *(t for sums in self.sums.values() for t in sums.tensors())]
+        return [self.labels, *self.tables.values(), *(t for sums in self.sums.values() for t in sums.tensors())]
 
     def result(self) -> dict[str, Any]:
-        return {"samples": int(self.sums["mean"].counts.sum()), "neighbours_of": len(self.rows)}
+        return {"samples": int(self.sums["mean"].counts.sum()), "neighbours_of": len(self.kept)}
 
 
 def _unit(x: Tensor, mean: Tensor) -> Tensor:
@@ -121,21 +115,21 @@ class HeldOut:
     times: Sequence[float] = ()
 
     def __init__(self, training: Training, k: int = NEIGHBOURS) -> None:
-        self.k = min(k, len(training.rows))
+        self.k = min(k, len(training.kept))
         self.fitted = {name: sums.fit() for name, sums in training.sums.items()}
         self.means = {name: sums.first / sums.counts.sum() for name, sums in training.sums.items()}
-        self.kept = {name: _unit(x, self.means[name]) for name, x in training.kept.items()}
+        self.near = {name: _unit(x, self.means[name]) for name, x in training.tables.items()}
         self.labels = training.labels.long()
         counts = training.sums["mean"].counts
         self.frequent, self.classes = int(counts.argmax()), len(counts)
-        self.right = torch.zeros(2, len(self.kept), dtype=torch.float64, device=self.labels.device)
+        self.right = torch.zeros(2, len(self.near), dtype=torch.float64, device=self.labels.device)
         self.counts = torch.zeros(2, dtype=torch.float64, device=self.labels.device)  # samples, of the frequent class
 
     def begin(self, tile: Tile) -> None:
         for i, (name, x) in enumerate(features(tile).items()):
             weights, bias = self.fitted[name]
             linear = (x @ weights + bias).argmax(1)
-            near = (_unit(x, self.means[name]) @ self.kept[name].T).topk(self.k, dim=1).indices
+            near = (_unit(x, self.means[name]) @ self.near[name].T).topk(self.k, dim=1).indices
             voted = majority(self.labels[near], self.classes)
             self.right[:, i] += torch.stack([(found == tile.labels).sum() for found in (linear, voted)])
         self.counts[0] += len(tile.labels)
@@ -151,5 +145,5 @@ class HeldOut:
         n = float(self.counts[0])
         found: dict[str, Any] = {"held_out": int(n), "chance": float(self.counts[1]) / n, "k": self.k}
         for row, name in zip(self.right, ("linear", "knn"), strict=True):
-            found[name] = {kind: float(value) / n for kind, value in zip(self.kept, row, strict=True)}
+            found[name] = {kind: float(value) / n for kind, value in zip(self.near, row, strict=True)}
         return found

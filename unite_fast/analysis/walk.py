@@ -53,6 +53,11 @@ class Tile:
             return torch.ones(b, k, dtype=torch.bool, device=self.latents.device)
         return slots_taken(self.sizes, k)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Of x (B, K, D) over the registers that are there: float64 (B, D)."""
+        taken = self.taken
+        return (x.double() * taken[:, :, None]).sum(1) / taken.sum(1, keepdim=True).clamp_min(1)
+
 
 @dataclass(frozen=True)
 class Denoised:
@@ -117,10 +122,31 @@ def denoised(tile: Tile, t: float) -> Denoised:
     return Denoised(t, prediction.float(), layers)
 
 
+def spread(count: int, of: int) -> Tensor:
+    """int64: at most ``count`` of the numbers below ``of``, evenly spread."""
+    n = min(count, of)
+    return torch.arange(n) * of // max(n, 1)
+
+
 def chosen(source: Source, count: int) -> Tensor:
-    """int64: at most ``count`` places of a source, evenly spread; sources are often sorted by class."""
-    n = min(count, len(source))
-    return torch.arange(n) * len(source) // n
+    """At most ``count`` places of a source, evenly spread; sources are often sorted by class."""
+    return spread(count, len(source))
+
+
+class Kept:
+    """Samples whose features are kept as they are: at most ``count`` of those at ``places``, a row of a table each."""
+
+    def __init__(self, places: Tensor, count: int) -> None:
+        self.rows = {place: row for row, place in enumerate(places[spread(count, len(places))].tolist())}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def put(self, table: Tensor, tile: Tile, values: Tensor) -> None:
+        """values (B, ...) of a tile into the rows (n, ...) of those that are kept."""
+        for place, value in zip(tile.samples.tolist(), values, strict=True):
+            if place in self.rows:
+                table[self.rows[place]] = value
 
 
 def tiles(source: Source, places: Tensor, reading: DataConfig, ranks: Ranks) -> Iterator[data.Batch]:
@@ -142,20 +168,19 @@ def walk(
     ranks: Ranks,
     t_max: float,
     recipe: str = "fp32",
-    report: Callable[[int], None] = lambda done: None,
+    report: Callable[[], object] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Shows the samples at ``places`` to all analyses; afterwards every process can ask for every result.
 
-    t_max: ``objective.tokenizer_t_max`` of the training; recipe: as ``precision.autocast`` takes it. What goes wrong on
-    one process is raised on all, as is Stopped once ``stopping()`` is true on one.
+    t_max: ``objective.tokenizer_t_max`` of the training; recipe: as ``precision.autocast`` takes it; report: called
+    after each of this process's tiles. What goes wrong on one process is raised on all, as is Stopped once
+    ``stopping()`` is true on one.
     """
     times = sorted({t for analysis in analyses for t in analysis.times})
     batches = tiles(source, places, reading, ranks)
-    done = 0
 
     def next_tile() -> bool:
-        nonlocal done
         if stopping():
             raise Stopped("a stop was asked for")
         batch = next(batches, None)
@@ -170,8 +195,7 @@ def walk(
                 for analysis in analyses:
                     if t in analysis.times:
                         analysis.add(tile, seen)
-        done += 1
-        report(done)
+        report()
         return True
 
     while any(ranks.gather(ranks.together(next_tile))):

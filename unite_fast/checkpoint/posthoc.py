@@ -17,9 +17,9 @@ from torch import Tensor
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import shards
 from unite_fast.checkpoint.shards import Stored
+from unite_fast.config.checks import is_width
 from unite_fast.optim import ema
 
-NAME = re.compile(r"posthoc_(std)?(0?\.\d+)")
 WORST = 0.05  # relative error of the profile above which it is not that average
 
 
@@ -36,10 +36,12 @@ def entry_of(weights: str) -> float | str | None:
     """The average that a name asks for; None for a name of another kind. Raises UserError."""
     if not weights.startswith("posthoc"):
         return None
-    found = NAME.fullmatch(weights)
-    if not found or not 0 < float(found[2]) < (0.288 if found[1] else 1):
+    text = weights.removeprefix("posthoc_")
+    if is_width(text):
+        return text
+    if not re.fullmatch(r"0?\.\d+", text) or float(text) == 0:
         raise UserError(f"weights {weights!r}: write posthoc_std0.01 to posthoc_std0.28, or posthoc_ and a decay")
-    return f"std{found[2]}" if found[1] else float(found[2])
+    return float(text)
 
 
 def combined(checkpoints: Sequence[Kept], weights: str) -> dict[str, Tensor]:

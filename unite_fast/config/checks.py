@@ -125,11 +125,15 @@ def _check_adversarial(o: ObjectiveConfig, m: ModelConfig) -> None:
         _require(kind in known, f"{key}.augment: {kind!r} is not one of {', '.join(known)}")
 
 
+def is_width(text: str) -> bool:
+    """Whether it says the width of a power-function average, as std0.05: below that of the uniform one, 12^-1/2."""
+    return bool(re.fullmatch(r"std0?\.\d+", text)) and 0 < float(text[3:]) < 0.288
+
+
 def _check_averages(o: OptimConfig) -> None:
     for entry in o.ema_extra:
         if isinstance(entry, str):
-            width = entry.removeprefix("std")
-            good = entry.startswith("std") and width.replace(".", "", 1).isdecimal() and 0 < float(width) < 0.288
+            good = is_width(entry)
             _require(good, f"optim.ema_extra: {entry!r} is neither a decay between 0 and 1 nor std0.01 to std0.28")
     _require(len(set(o.ema_extra)) == len(o.ema_extra), "optim.ema_extra: an entry stands twice")
 
