@@ -226,8 +226,8 @@ def test_configurations_name_only_quoted_commands():
         assert "benchmarks/bench_" not in unquoted, path.name
 
 
-def test_commands_of_the_backlog_can_be_given(monkeypatch):
-    """And of the configurations: programs, tests and options that exist; keys and values that a configuration takes."""
+def test_what_commands_of_the_backlog_name(monkeypatch):
+    """And of the configurations: rungs, models and tests that exist. What their programs take: test_commands.py."""
     ladder = module("bench_step", monkeypatch)
     backlog = (BENCHMARKS / "GPU_BACKLOG.md").read_text()
     told = [comments(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
@@ -238,20 +238,9 @@ def test_commands_of_the_backlog_can_be_given(monkeypatch):
         for option, known in (("--rungs", ladder.RUNGS), ("--models", ladder.MODELS)):
             if option in words and any(word.endswith("bench_step.py") for word in words):
                 assert set(words[words.index(option) + 1].split(",")) <= set(known), words
-        program = next((w for w in words if w.endswith(".py") and not w.startswith("tests/")), None)
-        if "pytest" in words:
-            files = [w for w in words if w.startswith("tests/")]
-            assert files
-            assert all((ROOT / w).is_file() for w in files), words
-            if "-k" in words:
-                wanted = words[words.index("-k") + 1]
-                assert any(f"def test_{wanted}" in (ROOT / f).read_text() for f in files), words
-        elif program is not None:
-            source = (ROOT / program).read_text()
-            options = [w for w in words[words.index(program) :] if w.startswith("--")]
-            assert all(f'"{option}"' in source for option in options), words
-        overrides = [w for w in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", w) and "..." not in w]
-        yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", overrides)
+        if "pytest" in words and "-k" in words:
+            files, wanted = [w for w in words if w.startswith("tests/")], words[words.index("-k") + 1]
+            assert any(f"def test_{wanted}" in (ROOT / f).read_text() for f in files), words
     keys = re.findall(r"`((?:[a-z]+\.[a-z_]+=[^`\s]+ ?)+)`", backlog)
     for group in keys:
         yaml_text.load(ROOT / "configs" / "imagenet_b.yaml", shlex.split(group))
