@@ -68,11 +68,11 @@ def test_held_out_images_are_scored_while_training(tiny, tmp_path):
     """PSNR and L1, without any network that looks at images."""
     keys = ("evaluation.heldout_epoch=0.02", "evaluation.count=20", *KEYS)
     done = command("train.py", "--config", tiny, f"run_dir={tmp_path / 'run'}", *keys)
-    assert "the reconstruction of held-out images at step 2: psnr" in done.stdout, done.stderr
+    assert "the score of held-out samples at step 2: psnr" in done.stdout, done.stderr
     found = json.loads((tmp_path / "run" / "scores" / "training" / "step_0000002_heldout.json").read_text())
     assert found["result"]["images"] == 300
     assert found["protocol"]["extractor"] is None
-    assert found["result"].keys() >= {"psnr", "l1"}
+    assert found["result"].keys() >= {"psnr", "l1", "flow", "flow_t0.3", "cosine"}
     assert "rfid" not in found["result"]
 
 

@@ -25,7 +25,7 @@ def test_the_way_of_a_new_user(tmp_path, capsys):
     spec.loader.exec_module(script)
     script.main([str(tmp_path), *SMALL])
     said = capsys.readouterr().out
-    assert "the reconstruction of held-out images at step 2: psnr" in said
+    assert "the score of held-out samples at step 2: psnr" in said
     assert "by name sky, temple; begun anew flowers; the null class (4 classes there, 3 here)" in said
     assert "classes 2 sky, 1 petals" in said or "classes 1 petals, 2 sky" in said
     assert "from the export: latents (1, 16, 8), a picture (32, 32), a sample of flowers (32, 32)" in said

@@ -186,11 +186,45 @@ def test_a_saved_schedule_is_translated():
 
 @pytest.mark.parametrize("key", sorted(earlier.GONE))
 def test_a_key_that_is_gone_names_what_took_its_place(key):
-    with pytest.raises(UserError, match=rf"config: {key} is no key any more: .*(flat_epochs|final_lr|multiply)"):
-        yaml_text.from_dict({"optim": {key.removeprefix("optim."): OLD_KEYS[key.removeprefix("optim.")]}})
+    section, name = key.split(".")
+    words = "(flat_epochs|final_lr|multiply)" if section == "optim" else r"evaluation\.heldout_(epoch|count)"
+    with pytest.raises(UserError, match=rf"config: {key} is no key any more: .*{words}"):
+        yaml_text.from_dict({section: {name: OLD_KEYS.get(name, 2)}})
+
+
+def test_saved_scores_of_held_out_samples_are_translated():
+    saved = {"evaluation": {"heldout_epoch": 0.0, "validation_epoch": 2.0, "validation_count": 7}}
+    found = yaml_text.from_dict(earlier.translated(saved, "saved")).evaluation
+    assert (found.heldout_epoch, found.heldout_count) == (2, 7)
+    both = earlier.translated({"evaluation": {"heldout_epoch": 3.0, "validation_epoch": 2.0}}, "saved")
+    assert yaml_text.from_dict(both).evaluation.heldout_epoch == 3
 
 
 # --- several moving averages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_a_main_average_that_warms_up(backend):
+    """Against its formula in float64; a skipped step does not count; after 10 / (1 - d) updates it is the fixed one."""
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = Optimizer(model, OptimConfig(ema_decay=0.75, ema_warmup=True), backend)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    truth, decays = {n: p.detach().double() for n, p in trained.items()}, []
+    for step in range(40):
+        with_gradients(model, step)
+        if step == 2:
+            model.one.bias.grad.fill_(math.inf)
+        optimizer.step(1e-2)
+        if step != 2:
+            t = len(decays) + 1
+            decays.append(min(0.75, (1 + t) / (10 + t)))
+            truth = {n: e + (1 - decays[-1]) * (trained[n].detach().double() - e) for n, e in truth.items()}
+        for name, expected in truth.items():
+            torch.testing.assert_close(optimizer.ema[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert decays[0] == 2 / 11
+    assert next(step for step, d in enumerate(decays, 1) if d == 0.75) == 26
+    assert optimizer.ema is optimizer.averages["ema"]
 
 
 @pytest.mark.parametrize("backend", ["eager", "fused"])

@@ -16,6 +16,12 @@ fault = pytest.mark.fault
 SLOW = "sleep@phase=fwd,seconds=0.1,steps=1000"  # per micro-batch, so that a signal meets a run in progress
 
 
+def says_how_it_ended(said, why):
+    """Once, whatever the number of ranks: why, where it is saved, how to go on."""
+    assert said.count(f": {why}; saved in ") == 1, said
+    assert said.count("stopped at step ") == said.count("to go on: start the same command again") == 1
+
+
 def resumes_exactly(job, straight):
     """What was stopped goes on to the undisturbed end."""
     stopped = job.status["step"]
@@ -23,6 +29,7 @@ def resumes_exactly(job, straight):
     assert job.status["last_good"] == stopped
     said = job.train(*STRAIGHT)
     assert f"at step {stopped}: the newest that verifies" in said
+    assert said.count("finished: 20 of 20 steps") == said.count("to sample: ") == said.count("to go on: ") == 1
     assert equal(job.tensors(20), straight.tensors(20))
     assert job.rows() == straight.rows()
     assert job.status["state"] == "finished"
@@ -94,7 +101,8 @@ def test_signal_to_one_rank(job, straight, number, rank):
 
 @fault("F30", "wall-time budget", "saves, exits 0, status time_limit; the same command goes on")
 def test_time_limit(job, straight):
-    job.train(*STRAIGHT, "train.max_minutes=0.03", fault=SLOW)
+    said = job.train(*STRAIGHT, "train.max_minutes=0.03", fault=SLOW)
+    says_how_it_ended(said, "train.max_minutes is over")
     assert job.status["state"] == "time_limit"
     assert job.status["step"] < 20
     resumes_exactly(job, straight)
@@ -123,6 +131,7 @@ def test_interrupted_once(job, straight):
         rank.kill(signal.SIGINT)
         rank.kill(signal.SIGINT)
     assert [r.wait() for r in ranks] == [0, 0]
+    says_how_it_ended("".join(r.said() for r in ranks), "SIGINT on rank 0")
     assert job.status["state"] == "preempted"
     resumes_exactly(job, straight)
 

@@ -40,8 +40,8 @@ def gains(model: UNITE) -> dict[str, Any]:
 
 
 class Trajectory:
-    """Sums over samples for each time; ``images``: whether latents are decoded and compared in pixels, and
-    ``predictions``: theirs as well, a pass of the decoder for each time."""
+    """Sums over samples for each time; ``images``: whether latents and predictions are decoded and compared in pixels,
+    a pass of the decoder for each time."""
 
     def __init__(
         self,
@@ -49,23 +49,22 @@ class Trajectory:
         shape: tuple[int, int],
         images: bool,
         times: Sequence[float] = TIMES,
-        predictions: bool = True,
     ) -> None:
         """shape: (K, C)."""
-        self.times, self.images, self.predictions = tuple(times), images, images and predictions
+        self.times, self.images = tuple(times), images
         zeros = {"dtype": torch.float64, "device": device}
         self.sums = torch.zeros(len(self.times), 6, **zeros)  # cosine, registers, velocity, x0, samples, PSNR
         self.clean = torch.zeros(2, **zeros)  # PSNR, samples
         self.moments = torch.zeros(2, *shape, **zeros)
 
-    def _psnr(self, tile: Tile, latents: Tensor, wanted: bool) -> Tensor:
-        if not wanted:
+    def _psnr(self, tile: Tile, latents: Tensor) -> Tensor:
+        if not self.images:
             return latents.new_zeros(())
         return psnr(tile.content["images"], tile.model.decode(latents).float().clamp(0, 1)).double().sum()
 
     def begin(self, tile: Tile) -> None:
         z = tile.latents.double()
-        self.clean += torch.stack([self._psnr(tile, tile.latents, self.images).double(), z.new_tensor(len(z))])
+        self.clean += torch.stack([self._psnr(tile, tile.latents).double(), z.new_tensor(len(z))])
         self.moments += torch.stack([z.sum(0), z.square().sum(0)])
 
     def add(self, tile: Tile, denoised: Denoised) -> None:
@@ -74,7 +73,7 @@ class Trajectory:
         squares = ((x0 - z).square().mean(2) * taken).sum(1) / taken.sum(1).clamp_min(1)
         velocity = squares.sum() / max(1 - denoised.t, EPS) ** 2
         counts = [z.new_tensor(float(taken.sum())), velocity, squares.sum(), z.new_tensor(float(len(z)))]
-        decibels = self._psnr(tile, denoised.prediction, self.predictions).double()
+        decibels = self._psnr(tile, denoised.prediction).double()
         self.sums[self.times.index(denoised.t)] += torch.stack([cosine, *counts, decibels])
 
     def tensors(self) -> list[Tensor]:
@@ -93,8 +92,7 @@ class Trajectory:
             "x0_loss": (x0 / samples).tolist(),
             "latent_std": float(variance.sqrt().mean()),
         }
-        if self.predictions:
-            found["psnr"] = (decibels / samples).tolist()
         if self.images:
+            found["psnr"] = (decibels / samples).tolist()
             found["psnr_clean"] = float(self.clean[0]) / n
         return found

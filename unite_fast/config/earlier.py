@@ -14,6 +14,8 @@ GONE = {
     "optim.second_flat_epochs": f"there is one decay: {ENDS}",
     "optim.second_decay_epochs": f"there is one decay: {ENDS}",
     "optim.epoch_unit": "epochs are true ones; multiply those of the official code by its accumulation: 20 by 2 is 40",
+    "evaluation.validation_epoch": "evaluation.heldout_epoch measures the flow's losses as well",
+    "evaluation.validation_count": "write evaluation.heldout_count",
 }
 SILENT = {"warmup_epochs": 20.0, "decay_epochs": 50.0, "final_lr": 1e-5}  # what a file meant that did not say it
 
@@ -23,6 +25,7 @@ def translated(values: Any, where: str) -> Any:
 
     Where epochs were counted in micro-batches, they last as long as they would have on as many ranks as there are now.
     """
+    values = _one_score_of_held_out_samples(values)
     old = values.get("optim") if isinstance(values, dict) else None
     if not isinstance(old, dict) or "schedule" not in old:
         return values
@@ -30,6 +33,18 @@ def translated(values: Any, where: str) -> Any:
         return values | {"optim": _schedule(old, values["train"], where)}
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: the learning-rate schedule that was saved is malformed ({error!r})") from None
+
+
+def _one_score_of_held_out_samples(values: Any) -> Any:
+    scores = values.get("evaluation") if isinstance(values, dict) else None
+    if not isinstance(scores, dict) or "validation_epoch" not in scores:
+        return values
+    kept = dict(scores)
+    epochs = kept.pop("validation_epoch")
+    kept["heldout_epoch"] = kept.get("heldout_epoch") or epochs
+    if "validation_count" in kept:
+        kept["heldout_count"] = kept.pop("validation_count")
+    return values | {"evaluation": kept}
 
 
 def _schedule(old: dict[str, Any], train: dict[str, Any], where: str) -> dict[str, Any]:

@@ -249,15 +249,14 @@ class EvaluationConfig:
     )
     rfid_epoch: float = option(0.0, "epochs between reconstructions of the held-out images; 0: none; published: 40")
     heldout_epoch: float = option(
-        0.0, "epochs between PSNR, L1 and LPIPS (where it is trained with) of the held-out images; 0: none"
+        0.0,
+        "epochs between scores of held-out samples without other networks: the flow's losses at fixed times; of images "
+        "PSNR, L1 and LPIPS (where it is trained with), too; 0: none",
     )
+    heldout_count: int = option(1000, "held-out samples that the flow's losses are of, at most", above=0)
     atoms_epoch: float = option(
         0.0, "epochs between scores of samples and reconstructions of molecules and crystals; 0: none"
     )
-    validation_epoch: float = option(
-        0.0, "epochs between the flow's losses on held-out samples at fixed times, with the PSNR of images; 0: none"
-    )
-    validation_count: int = option(1000, "held-out samples that they are of, at most", above=0)
     scorer: Literal["rdkit", "rdkit_tight"] = option(
         "rdkit", "rule by which bonds of molecules are perceived", of="structures"
     )

@@ -47,7 +47,7 @@ NEEDED = {
     "fid": "search",
     "table": "search",
     "search": "search",
-    "heldout": "heldout",
+    "heldout": "rfid",
     "rfid": "rfid",
 }  # one of ``Modality.scores``
 
@@ -73,7 +73,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             statistics.add_extractor_options(one)
             one.set_defaults(extractor=None)  # the run's
         if name in OF_RECONSTRUCTIONS:
-            add("--lpips", metavar="FILE", help="torchvision's vgg16-397923af.pth (default: the run's, if it has one)")
+            add(
+                "--lpips",
+                metavar="FILE",
+                help="torchvision's vgg16-397923af.pth (default: the run's, or one that is here)",
+            )
             add("--data", metavar="FOLDER", help="held-out images (default: the run's data.heldout_path)")
             continue
         add("--reference", metavar="FILE.npz", help="statistics of the real images (default: the run's)")

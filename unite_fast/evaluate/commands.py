@@ -172,6 +172,25 @@ def search_command(context: Context) -> None:
     context.save(path, {"best": found, "rows": scored.rows})
 
 
+def open_lpips(context: Context, kernels: str) -> lpips.Perceptual | None:
+    """On the trunk that --lpips names, or else the run's, or the one that ``fetch`` has left here; None without one, of
+    which a line is printed, and for gray images. Raises UserError."""
+    objective, channels, asked = context.config.objective, context.config.model.channels, context.arguments.lpips
+    if channels != 3:
+        if asked:
+            raise idle("--lpips", "for gray images, of which LPIPS sees none")
+        return None
+    places = (objective.perceptual_trunk, f"weights/{lpips.TRUNK_FILE}", lpips.TRUNK_FILE)
+    found = asked or next((place for place in places if place and Path(place).is_file()), "")
+    if not found:
+        if context.ranks.is_main:
+            print("no LPIPS: the package lpips holds its heads alone; for the trunk: python -m unite_fast fetch vgg16")
+        return None
+    how = dataclasses.replace(objective, perceptual_weight=1.0, perceptual_trunk=found, perceptual_dropout=False)
+    perceptual = lpips.load_perceptual(how, channels, kernels)
+    return None if perceptual is None else perceptual.to(context.ranks.device)
+
+
 def rfid_command(context: Context) -> None:
     """Of held-out images; ``heldout``: without the network that rFID needs."""
     a, config = context.arguments, context.config
@@ -184,16 +203,7 @@ def rfid_command(context: Context) -> None:
         reconstruction.of_run(config.objective, config.evaluation, config.efficiency),
         **{k: v for k, v in asked.items() if v is not None},
     )
-    perceptual = None
-    if not a.lpips and Path(config.objective.perceptual_trunk).is_file():
-        a.lpips = config.objective.perceptual_trunk
-    if a.lpips and config.model.channels == 3:
-        objective = dataclasses.replace(
-            config.objective, perceptual_weight=1.0, perceptual_trunk=a.lpips, perceptual_dropout=False
-        )
-        perceptual = lpips.load_perceptual(objective, config.model.channels, settings.kernels)
-    perceptual = perceptual.to(context.ranks.device) if perceptual is not None else None
-    extractor = None
+    perceptual, extractor = open_lpips(context, settings.kernels), None
     if a.command == "rfid":
         extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
     source = data.open_source(config.data, config.model, "heldout")

@@ -63,9 +63,10 @@ class Score(NamedTuple):
 class ImageFiles(NamedTuple):
     """What scores of images are computed with."""
 
-    extractor: Extractor | None  # None: for scores that need none
+    extractor: Extractor
     reference: Statistics | None
     about: dict[str, Any]  # of the reference
+    heldout: data.Source | None
 
 
 class AtomFiles(NamedTuple):
@@ -85,18 +86,19 @@ def _open_images(
         if not e.reference:
             raise UserError("evaluation.reference names no statistics of the real images; make them with "
                             "python -m unite_fast.evaluation.statistics")  # fmt: skip
-    if e.rfid_epoch:
-        data.open_source(reading, model, "heldout")
+    heldout = data.open_source(reading, model, "heldout") if e.rfid_epoch else None
     reference, about = statistics.read(e.reference) if generates else (None, {})
     extractor = features.open_extractor(reading, model, e.extractor, e.inception, e.inception_sha256)
     if reference is not None:
         statistics.check_extractor(about, len(reference.mean), extractor, e.reference)
-    return ImageFiles(extractor, reference, about)
+    return ImageFiles(extractor, reference, about, heldout)
 
 
-def _open_heldout(reading: DataConfig, model: ModelConfig, *_: Any) -> ImageFiles:
-    data.open_source(reading, model, "heldout")
-    return ImageFiles(None, None, {})
+def _open_heldout(reading: DataConfig, model: ModelConfig, *_: Any) -> data.Source:
+    source, split = data.open_heldout(reading, model)
+    if split == "train":
+        raise UserError("evaluation.heldout_epoch needs held-out samples; name some with data.heldout_path")
+    return source
 
 
 def _open_atoms(reading: DataConfig, model: ModelConfig, e: EvaluationConfig, *_: Any) -> AtomFiles:
@@ -106,8 +108,8 @@ def _open_atoms(reading: DataConfig, model: ModelConfig, e: EvaluationConfig, *_
 
 def _search(at: Moment, files: ImageFiles, sweeps: bool = False) -> dict[str, Any]:
     """The published search from the best scale so far; a sweep also tries other intervals and cfg_first."""
-    extractor, reference, about = files
-    assert extractor is not None, "opened for searches"
+    extractor, reference, about, _ = files
+    assert reference is not None, "opened for searches"
     identity = digest([at.weights, extractor.identity(), about["sha256"]])
     options = Options(at.progress, stopping=at.stopping)
 
@@ -135,15 +137,19 @@ def _sweep(at: Moment, files: ImageFiles) -> dict[str, Any]:
     return _search(at, files, sweeps=True)
 
 
-def _reconstructions(at: Moment, files: ImageFiles) -> dict[str, Any]:
+def _rfid(at: Moment, files: ImageFiles) -> dict[str, Any]:
+    assert files.heldout is not None, "opened for rFID"
+    return _reconstructions(at, files.heldout, files.extractor)
+
+
+def _reconstructions(at: Moment, source: data.Source, extractor: Extractor | None) -> dict[str, Any]:
     c, perceptual = at.config, getattr(at.losses, "perceptual", None)
     settings = reconstruction.of_run(c.objective, c.evaluation, c.efficiency)
-    source = data.open_source(c.data, c.model, "heldout")
     said = statistics.described(c.data.source, c.model.image_size, "heldout", source, at.ranks.device)
     with nullcontext() if perceptual is None else perceptual.without_dropout():
-        protocol = reconstruction.protocol(settings, files.extractor, perceptual, said)
+        protocol = reconstruction.protocol(settings, extractor, perceptual, said)
         result = reconstruction.score(
-            at.model, settings, source, c.data, files.extractor, at.ranks, perceptual, stopping=at.stopping
+            at.model, settings, source, c.data, extractor, at.ranks, perceptual, stopping=at.stopping
         )
     return {"protocol": protocol, "result": result}
 
@@ -161,38 +167,32 @@ def _atoms(at: Moment, files: AtomFiles) -> dict[str, Any]:
     return {"protocol": protocol, "result": atoms.flat(results), "tables": results}
 
 
-def _open_validation(reading: DataConfig, model: ModelConfig, *_: Any) -> data.Source:
-    source, split = data.open_heldout(reading, model)
-    if split == "train":
-        raise UserError("evaluation.validation_epoch needs held-out samples; name some with data.heldout_path")
-    return source
-
-
-def _validation(at: Moment, source: data.Source) -> dict[str, Any]:
-    """The flow's losses with the same samples, noise and times at every call, so that they compare over a run."""
-    c, places = at.config, chosen(source, at.config.evaluation.validation_count)
-    images = "pixels" in at.model.modality.analyses
-    found = Trajectory(at.ranks.device, at.model.latent_shape, images, predictions=False)
+def _heldout(at: Moment, source: data.Source) -> dict[str, Any]:
+    """Reconstructions of images, and the flow's losses of any modality: with the same samples, noise and times at every
+    call, so that they compare over a run."""
+    c, places = at.config, chosen(source, at.config.evaluation.heldout_count)
+    losses = Trajectory(at.ranks.device, at.model.latent_shape, images=False)
     t_max, recipe = c.objective.tokenizer_t_max, c.evaluation.precision
-    walk(at.model, source, places, c.data, [found], at.ranks, t_max, recipe, stopping=at.stopping)
-    seen = found.result()
+    walk(at.model, source, places, c.data, [losses], at.ranks, t_max, recipe, stopping=at.stopping)
+    seen = losses.result()
     by_time = {f"flow_t{t:g}": loss for t, loss in zip(seen["times"], seen["velocity_loss"], strict=True)}
-    result = {"flow": fmean(by_time.values()), "x0": fmean(seen["x0_loss"]), "cosine": fmean(seen["cosine"])}
-    result |= {"latent_std": seen["latent_std"]} | ({"psnr": seen["psnr_clean"]} if images else {}) | by_time
-    said = statistics.described(c.data.source, c.model.image_size, "heldout", source, at.ranks.device)
-    return {"protocol": {"definition": DEFINITION, "data": said, "samples": seen["samples"]}, "result": result}
+    flow = {"flow": fmean(by_time.values()), "x0": fmean(seen["x0_loss"]), "cosine": fmean(seen["cosine"])}
+    flow |= {"latent_std": seen["latent_std"]} | by_time
+    said = {"definition": DEFINITION, "samples": seen["samples"]}
+    if "rfid" in at.model.modality.scores:
+        found = _reconstructions(at, source, None)
+        return {"protocol": found["protocol"] | {"flow": said}, "result": found["result"] | flow}
+    held = statistics.described(c.data.source, c.model.image_size, "heldout", source, at.ranks.device)
+    return {"protocol": {"data": held, "flow": said}, "result": flow}
 
 
 OF_IMAGES = ("fid", "is", "rfid", "psnr", "l1", "lpips")
 SCORES = {  # in the order in which they are computed
     "sweep": Score("the guidance sweep", "sweep_epoch", _open_images, _sweep, OF_IMAGES, holds="search"),
     "search": Score("the guidance search", "fid_epoch", _open_images, _search, OF_IMAGES),
-    "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _reconstructions, OF_IMAGES, holds="heldout"),
+    "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _rfid, OF_IMAGES),
     "heldout": Score(
-        "the reconstruction of held-out images", "heldout_epoch", _open_heldout, _reconstructions, OF_IMAGES
-    ),
-    "validation": Score(
-        "the losses of held-out samples", "validation_epoch", _open_validation, _validation, ("flow", "psnr", "cosine")
+        "the score of held-out samples", "heldout_epoch", _open_heldout, _heldout, (*OF_IMAGES, "flow", "cosine")
     ),
     "atoms": Score("the score of samples and reconstructions", "atoms_epoch", _open_atoms, _atoms),
 }

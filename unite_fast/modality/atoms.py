@@ -183,7 +183,7 @@ class Atoms:
     """
 
     embedder_name, thing, embedding = "atom_embed", "structure", "atom embedding"
-    scores, analyses = ("validation", "atoms"), ()
+    scores, analyses = ("heldout", "atoms"), ()
     shared_pipeline, card, assumed = False, CARD, (MP20, "crystals of MP20")
     embedder = staticmethod(AtomTokens)
     decoder = staticmethod(AtomDecoder)

@@ -43,6 +43,9 @@ images = model.sample({example})      # PIL images
 latents = model.encode("photo.jpg")   # and back: model.decode(latents)
 ```
 
+With diffusers, `DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)` gives a pipeline that samples the
+same images.
+
 {named}{picture}{sampling}{scores}A score means something only together with its protocol: Inception weights and
 reference statistics by hash, number of samples, labels, solver, steps, guidance and its interval, weights (EMA or raw),
 dtype, rounding to 8 bits, seeds, and the commit.
@@ -166,7 +169,7 @@ class Images:
     """The modality of images; see ``Modality``."""
 
     embedder_name, thing, embedding = "patch_embed", "image", "patch embedding"
-    scores, analyses = ("search", "sweep", "rfid", "heldout", "validation"), ("probes", "pixels")
+    scores, analyses = ("search", "sweep", "rfid", "heldout"), ("probes", "pixels")
     shared_pipeline, card, assumed = True, CARD, (IMAGENET, "images of ImageNet-1k")
     embedder = staticmethod(ImagePatches)
     decoder = staticmethod(ImageDecoder)

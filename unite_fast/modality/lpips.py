@@ -21,11 +21,12 @@ from unite_kernels.conv_relu import Frozen, conv_relu_stages, frozen
 from unite_kernels.lpips_head import lpips_head
 
 # The sha256 of torchvision's vgg16-397923af.pth, whose name has its first digits.
+TRUNK_FILE = "vgg16-397923af.pth"
 TORCHVISION_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 # The heads that come with the lpips package (v0.1, vgg.pth), which are those of the official code.
 LPIPS_HEADS = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 MEND = (
-    "get torchvision's vgg16-397923af.pth (python -m unite_fast.weights vgg16) and set "
+    "get torchvision's vgg16-397923af.pth (python -m unite_fast fetch vgg16) and set "
     "objective.perceptual_trunk=PATH, or objective.perceptual_weight=0"
 )
 
