@@ -17,7 +17,8 @@ from support import command, command_of
 from unite_fast import checkpoint, export
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import index, open_source, pack
+from unite_fast.data import index, open_source, pack, parquet
+from unite_fast.data.containers import open_container
 from unite_fast.data.transforms import adm_crop, to_tensor
 from unite_fast.sampling.request import classes_of
 
@@ -106,6 +107,19 @@ def test_what_lies_under_alpha_is_never_seen(kind, transparent, tmp_path):
     refusing = open_source(replace(data, alpha="refuse"), MODEL)
     with pytest.raises(UserError, match=r"parts of it are transparent; .*data.alpha=white or black"):
         refusing.remarks()
+
+
+def test_before_packing_a_few_row_groups_are_looked_at(transparent, tmp_path, monkeypatch):
+    """Each is read as a whole, and again when it is packed."""
+    path = table_of(tmp_path / "a.parquet", transparent)
+    tables = pytest.importorskip("pyarrow.parquet")
+    tables.write_table(tables.read_table(path), path, row_group_size=1)
+    read, original = [], parquet._read_group
+    monkeypatch.setattr(parquet, "_read_group", lambda table, group, column: (
+        read.append(group), original(table, group, column))[1])  # fmt: skip
+    source = open_container(path, "SOURCE", DataConfig(source="parquet", path=str(path), flip=False), MODEL)
+    assert source.remarks() == ["about 4 of 8 images have an alpha channel: laid on white (data.alpha)"]
+    assert read == [0, 2, 4, 6]
 
 
 def test_pack_lays_on_what_it_is_told(transparent, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.encoded import EncodedSource
-from unite_fast.data.folder import Folder, list_folder, list_unlabelled
+from unite_fast.data.folder import Folder, list_folder
 from unite_fast.data.listing import files_of
 from unite_fast.data.packed import PackedEncoded, read_index
 from unite_fast.data.parquet import Parquet, list_parquet, tables_of
@@ -29,5 +29,4 @@ def open_container(root: Path, field: str, data: DataConfig, model: ModelConfig)
     labelled = model.num_classes > 0
     if tables := tables_of(root):
         return Parquet(list_parquet(tables, field, data, labelled), data, model)
-    listed = list_folder(root, field) if labelled else list_unlabelled(root, field)
-    return Folder(root, *listed, data, model)
+    return Folder(root, *list_folder(root, field, labelled), data, model)

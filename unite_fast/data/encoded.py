@@ -13,6 +13,7 @@ import io
 import os
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +138,20 @@ class EncodedSource(FileSource):
         looked = list(range(0, len(self), max(1, -(-len(self) // LOOKED_AT))))
         return hashlib.sha256(b"".join(spread(look, looked, LOOKING))).hexdigest()
 
+    def looked_at(self) -> Sequence[int]:
+        """The samples of which ``remarks`` speaks for all."""
+        return range(0, len(self), max(1, -(-len(self) // LOOKED_AT)))
+
     def remarks(self) -> list[str]:
-        stride = max(1, -(-len(self) // LOOKED_AT))
-        looked = range(0, len(self), stride)
+        looked = self.looked_at()
         found = [index for index in looked if self._has_alpha(index)]
         if self.alpha == "refuse" and self.on_error == "fail":
             for index in found:
                 self.load(index)
         if not found:
             return []
-        many = f"{len(found):,}" if stride == 1 else f"about {round(len(found) * len(self) / len(looked)):,}"
+        whole = len(looked) == len(self)
+        many = f"{len(found):,}" if whole else f"about {round(len(found) * len(self) / len(looked)):,}"
         what = "refused where it is transparent" if self.alpha == "refuse" else f"laid on {self.alpha}"
         return [f"{many} of {len(self):,} images have an alpha channel: {what} (data.alpha)"]
 

@@ -110,42 +110,25 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def list_folder(root: Path, field: str) -> tuple[list[str], list[int], list[str]]:
-    """Paths and labels of the images, and the class names. Raises UserError."""
-    names = _class_names(root, field)
-    paths: list[str] = []
-    labels: list[int] = []
-    empty = []
+def list_folder(root: Path, field: str, labelled: bool = True) -> tuple[list[str], list[int], list[str]]:
+    """Paths and labels of the images, and the class names; without ``labelled`` of all images below ``root``, with the
+    label 0 and no names. Raises UserError."""
+    if not labelled and not root.is_dir():
+        raise UserError(f"{field} {root}: no such folder; give a folder of images")
+    names = _class_names(root, field) if labelled else []
+    folders, above = ([root / name for name in names], [root]) if labelled else ([root], [])
     left_out: Counter[str] = Counter()
     listed: Folders = {}
-    for label, name in enumerate(names):
-        found = images_below(root / name, [root], left_out, listed)
-        if not found:
-            empty.append(name)
-        paths += found
-        labels += [label] * len(found)
+    found = [images_below(folder, above, left_out, listed) for folder in folders]
     check_split_folders(root, listed)
     say_left_out(left_out, f"{field} {root}")
-    if not paths:
-        raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in its {len(names)} class folders")
-    if empty:
+    if not any(found):
+        where = f"its {len(names)} class folders" if labelled else "it"
+        raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in {where}")
+    if empty := [folder.name for folder, paths in zip(folders, found, strict=True) if not paths]:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise UserError(f"{field} {root}: class folder '{empty[0]}'{more} holds no images; add some or remove it")
-    return paths, labels, names
-
-
-def list_unlabelled(root: Path, field: str) -> tuple[list[str], list[int], list[str]]:
-    """Paths of all images below ``root``, a label 0 for each, no class names. Raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"{field} {root}: no such folder; give a folder of images")
-    left_out: Counter[str] = Counter()
-    listed: Folders = {}
-    paths = images_below(root, left_out=left_out, listed=listed)
-    check_split_folders(root, listed)
-    say_left_out(left_out, f"{field} {root}")
-    if not paths:
-        raise UserError(f"{field} {root}: no {', '.join(EXTENSIONS)} files in it")
-    return paths, [0] * len(paths), []
+    return [path for paths in found for path in paths], [k for k, paths in enumerate(found) for _ in paths], names
 
 
 def place(data: DataConfig, split: str, what: str) -> tuple[str, Path]:
@@ -161,7 +144,7 @@ def open_folder(data: DataConfig, model: ModelConfig, split: str) -> Folder:
     field, root = place(data, split, "a folder with one sub-folder of images per class")
     check_channels(model.channels, "data.source folder")
     if model.num_classes == 0:
-        return Folder(root, *list_unlabelled(root, field), data, model)
+        return Folder(root, *list_folder(root, field, labelled=False), data, model)
     names = _class_names(root, field)
     hint = " (did you mean its 'train' sub-folder?)" if "train" in names else ""
     check_classes(len(names), model.num_classes, f"{field} {root}{hint}")

@@ -13,6 +13,7 @@ so what unfolds to more than ``room`` is none, and is refused before or while it
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ import torch
 from unite_fast.base import files
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data.encoded import EncodedSource, check_bytes
+from unite_fast.data.encoded import LOOKED_AT, EncodedSource, check_bytes
 from unite_fast.data.folder import place
 from unite_fast.data.listing import files_of
 from unite_fast.data.source import BadImage, check_channels, check_classes, numbered
 
 MOST_BYTES = 1 << 31  # of a row group
 BATCH = 64  # rows read at a time, at most
+LOOKED_AT_GROUPS = 4  # row groups whose images are looked at before packing
 MOST_HELD = 1 << 32  # bytes of encoded images in memory
 
 
@@ -206,6 +208,12 @@ class Parquet(EncodedSource):
     def names_sha256(self) -> str:
         return files.digest([[table.name for table in self.tables], self._groups])
 
+    def looked_at(self) -> Sequence[int]:
+        """Of a few row groups, evenly spread: each is read as a whole."""
+        every = max(1, -(-len(self._groups) // LOOKED_AT_GROUPS))
+        ends = self._ends.tolist()
+        return [i for k in range(0, len(ends), every) for i in range(ends[k - 1] if k else 0, ends[k])][:LOOKED_AT]
+
     def _place(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
@@ -257,6 +265,9 @@ class Held(Parquet):
                 )
         self._pixels, self._places = np.concatenate(parts), np.cumsum([0, *lengths])
         self._held = (-1, None)
+
+    def looked_at(self) -> Sequence[int]:
+        return EncodedSource.looked_at(self)
 
     def encoded(self, index: int) -> bytes:
         data = self._pixels[self._places[index] : self._places[index + 1]].tobytes()
