@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -30,20 +31,42 @@ print(extension.obstacle("cpu"))
 """
 
 
+def built(place: Path, **environment: str) -> tuple[Path, str]:
+    """(a wheel, what its making said); nvcc is never found."""
+    words = ["egg_info", "--egg-base", place, "build", "--build-base", place / "b"]
+    words += ["bdist_wheel", "--dist-dir", place / "dist", "--bdist-dir", place / "x"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH")}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", *map(str, words)], cwd=ROOT, env=kept | {"PATH": ""} | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (found,) = (place / "dist").iterdir()
+    return found, result.stdout
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built where there is neither compiler nor nvcc."""
-    place = tmp_path_factory.mktemp("wheel")
-    words = ["egg_info", "--egg-base", place, "build", "--build-base", place / "b"]
-    words += ["bdist_wheel", "--dist-dir", place / "dist", "--bdist-dir", place / "x"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH")} | {"PATH": ""}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "-q", *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "no C++ compiler 'g++'" in result.stdout
-    (found,) = (place / "dist").iterdir()
+    found, said = built(tmp_path_factory.mktemp("wheel"))
+    assert "no C++ compiler 'g++'" in said
     return found
+
+
+def test_a_compiled_library_and_its_tag(tmp_path):
+    """With a stand-in for a compiler, which makes the files that it is asked for: the real one takes half a minute."""
+    compiler = tmp_path / "cxx"
+    program = 'import sys; open(sys.argv[sys.argv.index("-o") + 1], "wb").write(b"library")'
+    compiler.write_text(f"#!{sys.executable} -S\n{program}\n")
+    compiler.chmod(0o755)
+    found, said = built(tmp_path, CXX=str(compiler))
+    assert "the wheel has compiled libraries" in said
+    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert found.name == f"unite_fast-{unite_fast.__version__}-py3-none-{machine}.whl"
+    with zipfile.ZipFile(found) as opened:
+        assert opened.read("unite_kernels/_C_cpu.so") == b"library"
+        assert {"unite_fast/py.typed", "unite_fast/programs/train.py"} <= set(opened.namelist())
+        assert "Root-Is-Purelib: false" in opened.read(f"unite_fast-{unite_fast.__version__}.dist-info/WHEEL").decode()
 
 
 def test_what_is_in_it(wheel):

@@ -169,7 +169,9 @@ def export(
         files.write(out / "README.md", card)
         if modality.of(m).shared_pipeline:
             files.write(out / "pipeline.py", (Path(__file__).parent / "library" / "diffusers_pipeline.py").read_text())
-            files.write_json(out / "model_index.json", {"_class_name": "UnitePipeline", "_diffusers_version": "0.42.0"})
+            files.write_json(
+                out / "model_index.json", {"_class_name": ["pipeline", "UnitePipeline"], "_diffusers_version": "0.42.0"}
+            )
         if grid is not None and grid.resolve() != (out / "samples.png").resolve():
             files.write(out / "samples.png", grid.read_bytes())
     return out

@@ -98,14 +98,9 @@ class Model:
     def decode(self, latents: Tensor, output: Form = "pil") -> Any:
         """Images of latents (B, K, C)."""
         if latents.shape[1:] != self.network.latent_shape:
-            raise UserError(f"latents are {tuple(latents.shape)}; expected (B, *{self.latent_shape})")
+            raise UserError(f"latents are {tuple(latents.shape)}; expected (B, *{self.network.latent_shape})")
         finished = [self.network.decode(z).float().clamp(0, 1) for z in latents.to(self.device).split(BATCH)]
         return from_tensor(torch.cat(finished), output)
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """(K, C)."""
-        return self.network.latent_shape
 
     def images(self, images: Any) -> Tensor:
         """What the network sees of ``images``: float32 (B, Q, S, S) in [0, 1], on the CPU. Raises UserError."""
