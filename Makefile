@@ -8,7 +8,7 @@ NEEDS = @$(ANY) -c 'import sys; from importlib.util import find_spec; no = [n fo
 	sys.exit(f"$@ needs {no[0]}, which {sys.executable} does not have: make install, or set PYTHON" if no else 0)'
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-molecules test test-faults attack soak check check-kernels bench gpu-pack gpu-check gpu-report clean
+.PHONY: help install demo demo-images demo-molecules test test-faults attack soak check check-kernels bench gpu-pack gpu-check gpu-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,13 @@ demo: install  ## train, reconstruct and sample real images on this CPU, in minu
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast.evaluation.digits runs/digits
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast analyse runs/digits --only alignment
 	$(RUN) -m unite_fast.report runs/digits
+
+demo-images: install  ## train on 60,000 real images of clothes, reconstruct and sample some, in ten CPU minutes
+	$(RUN) -m unite_fast fetch fashion-mnist
+	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/clothes.yaml
+	OMP_NUM_THREADS=1 $(RUN) -m unite_fast small runs/clothes --classifier runs/clothes/classifier.safetensors
+	OMP_NUM_THREADS=1 $(RUN) -m unite_fast gallery nearest runs/clothes
+	$(RUN) -m unite_fast.report runs/clothes
 
 demo-molecules: install  ## train on real molecules on two cores, generate and reconstruct some, in a quarter of an hour
 	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node=2 train.py --config configs/molecules.yaml

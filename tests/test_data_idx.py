@@ -76,6 +76,16 @@ def test_what_is_wrong_is_one_line(folder, damage):
     assert "\n" not in str(raised.value)
 
 
+def test_names_of_classes(folder):
+    assert opened(folder).class_names == ["0", "1", "2"]
+    for text, words in (("cat\ndog\n", "2 names for 3 classes"), ("cat\n\ndog", "an empty name"), ("a\nb\na", "twice")):
+        (folder / "classes.txt").write_text(text)
+        with pytest.raises(UserError, match=words):
+            opened(folder)
+    (folder / "classes.txt").write_text("cat\ndog\nüh\n")
+    assert opened(folder).class_names == ["cat", "dog", "üh"]
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"data\.path=.*no such folder"):
         opened(tmp_path / "nowhere")

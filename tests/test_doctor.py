@@ -24,9 +24,9 @@ from unite_fast import doctor
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.doctor import machine
+from unite_fast.fetch import Known
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
-from unite_fast.weights import Weights
 from unite_kernels import extension, probe
 
 CONFIG = from_dict(parse_yaml(TINY, "tiny"))
@@ -175,8 +175,8 @@ def test_disk_and_shared_memory(monkeypatch, tmp_path, extra):
 def test_pretrained(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     digest = hashlib.sha256(b"content").hexdigest()
-    monkeypatch.setattr(machine, "KNOWN", {"w": Weights("w.pth", "https://127.0.0.1:1/w.pth", digest)})
-    assert machine.pretrained() == [("WARN", "weights w", "not in weights/: python -m unite_fast.weights w")]
+    monkeypatch.setattr(machine, "WEIGHTS", {"w": Known("w.pth", "https://127.0.0.1:1/w.pth", digest)})
+    assert machine.pretrained() == [("WARN", "weights w", "not in weights/: python -m unite_fast fetch w")]
     Path("w.pth").write_bytes(b"content")
     assert machine.pretrained()[0].state == "OK"
     Path("w.pth").write_bytes(b"altered")

@@ -25,7 +25,7 @@ LAYERS = (
     {"analysis"},
     {"evaluation"},
     {"run"},
-    {"analyse", "evaluate", "export", "library", "report", "sweep", "weights"},
+    {"analyse", "evaluate", "export", "fetch", "library", "report", "sweep"},
     {"doctor"},
     {"__main__"},
 )

@@ -16,7 +16,7 @@ from support import command_of
 
 from unite_fast import report
 from unite_fast.evaluation.features import INCEPTION
-from unite_fast.report import charts, scores
+from unite_fast.report import charts, parts, scores
 
 OFFICIAL = {"name": "inception-v3-compat", "sha256": INCEPTION}
 DIGITS = {"name": "digits 64", "sha256": "0" * 64}
@@ -156,6 +156,18 @@ def test_a_distance_is_called_after_its_network():
     assert scores.distance({}) == "Fréchet distance"
 
 
+def test_scores_by_a_classifier_stand_beside_those_of_real_images(tmp_path):
+    """And its kernel distance is not called KID."""
+    content = {"protocol": {"classifier": {"sha256": "ab"}}, "result": {"psnr": 21.0, "recognised": 0.8125, "kid": 5.5},
+               "real": {"recognised": 0.89, "kid": 0.25}}  # fmt: skip
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "small.json").write_text(json.dumps(content))
+    text = scores.scores(tmp_path)
+    assert "<td>small</td><td>21</td><td>0.8125</td><td>5.5</td>" in text
+    assert "<td>real images</td><td></td><td>0.89</td><td>0.25</td>" in text
+    assert ">KID<" not in text
+
+
 def test_the_digits_own_scores(folder):
     (folder / "report").mkdir()
     row = {"recognised": 0.987, "spread": 0.91, "frechet": 0.0652, "nearest": 1.5, "images_per_second": 9.0}
@@ -173,6 +185,13 @@ def test_no_run_folder(tmp_path):
     assert said.returncode == 2
     assert "not a run folder" in said.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_a_broad_picture_takes_the_whole_width(tmp_path):
+    for width in (parts.BROAD, parts.BROAD + 1):
+        Image.new("L", (width, 9)).save(tmp_path / f"{width}.png")
+    shown = [parts.picture(tmp_path / f"{parts.BROAD + k}.png", "words") for k in (0, 1)]
+    assert ["<figure class='broad'>" in one for one in shown] == [False, True]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here; install one to draw the page")

@@ -40,6 +40,16 @@ def fashion(root: Path) -> Path:
     return root
 
 
+def test_the_nearest_images_are_those_of_the_direct_formula():
+    source = data.open_source(DIGITS, MODEL)
+    (every, _), (few, _) = small.some(source, len(source)), small.some(data.open_source(DIGITS, MODEL, "heldout"), 7)
+    direct = (few[:, None] - every[None]).square().flatten(2).mean(2).sqrt()
+    distances, places = small.nearest(few, source, 3)
+    torch.testing.assert_close(distances, direct.min(1).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(direct.gather(1, places), direct.topk(3, largest=False).values, rtol=1e-4, atol=1e-4)
+    assert float(small.nearest(every[5:6], source)[0]) < 1e-3
+
+
 def test_the_classifier_is_kept_and_read(tmp_path):
     path = tmp_path / "c.safetensors"
     first = small.classifier(path, DIGITS, MODEL)
@@ -64,7 +74,8 @@ def test_a_run_is_scored_beside_real_images(tmp_path):
     words = (run, "--classifier", tmp_path / "c.safetensors", "--count", 60)
     assert command_of(small.main, *words).returncode == 0
     found = json.loads((run / "scores" / "small.json").read_text())
-    assert {"psnr", "feature_distance", "recognised", "kid"} <= found["result"].keys()
+    assert {"psnr", "feature_distance", "recognised", "kid", "nearest"} <= found["result"].keys()
+    assert 0 < found["real"]["nearest"] < found["result"]["nearest"]
     assert (found["held_out"], found["samples"]) == (60, 60)
     assert found["real"]["kid"] < found["result"]["kid"]
     assert found["real"]["recognised"] > found["result"]["recognised"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import doctor, evaluate, export, weights
+from unite_fast import doctor, evaluate, export, fetch
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
 from unite_fast.efficiency import execution
@@ -104,7 +104,7 @@ def test_1e_4_is_a_number(tiny):
     assert "lr: 0.0001" in command("train.py", "--config", tiny, "--print-config", "optim.lr=1e-4").stdout
 
 
-@pytest.mark.parametrize("module", [doctor, evaluate, export, weights], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [doctor, evaluate, export, fetch], ids=lambda module: module.__name__)
 def test_help_is_what_the_file_says(module):
     said = command_of(module.main, "--help")
     assert said.returncode == 0

@@ -13,7 +13,7 @@ from unite_fast.base.errors import UserError
 
 VERBS = {
     "doctor": ("unite_fast.doctor", "what of a configuration this machine can run, and how to mend the rest"),
-    "weights": ("unite_fast.weights", "fetch and check the VGG16 trunk of LPIPS"),
+    "fetch": ("unite_fast.fetch", "pretrained weights and images of others, checked by hash"),
     "pack": ("unite_fast.data.pack", "write images as shards for data.source=packed"),
     "index": ("unite_fast.data.index", "index tars for data.source=tar"),
     "pack-atoms": (
@@ -34,7 +34,7 @@ VERBS = {
     "gallery": ("unite_fast.report.gallery", "guidance sweep, classes of one noise, between two seeds or images"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
 }
-OTHER_NAMES = {"atoms": "pack-atoms"}
+OTHER_NAMES = {"atoms": "pack-atoms", "weights": "fetch"}
 
 
 def program(name: str) -> ModuleType:

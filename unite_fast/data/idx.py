@@ -5,6 +5,8 @@
     train-images-idx3-ubyte  train-labels-idx1-ubyte     what is trained on
     t10k-images-idx3-ubyte   t10k-labels-idx1-ubyte      what is held out; of ``data.heldout_path`` where that is given
 
+and, where it has one, ``classes.txt``, the classes' names in their order, a line each; else they are their numbers.
+
 A file is 2 zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a big-endian int32, and
 the values.
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unite_fast.base.errors import UserError
+from unite_fast.base.files import read_text
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.data.folder import place
 from unite_fast.data.source import HeldSource, check_channels, check_classes, numbered
@@ -36,9 +39,9 @@ PARTS = {"train": "train", "heldout": "t10k"}
 class Idx(HeldSource):
     """uint8 images."""
 
-    def __init__(self, images: Tensor, labels: Tensor, flip: bool, sha256: str = "") -> None:
+    def __init__(self, images: Tensor, labels: Tensor, flip: bool, names: list[str], sha256: str = "") -> None:
         """sha256: of the pixels before they were resized, which not every machine rounds alike."""
-        super().__init__(images, labels, numbered(int(labels.max()), "the labels"), flip)
+        super().__init__(images, labels, names or numbered(int(labels.max()), "the labels"), flip)
         self._sha256 = sha256
 
     def bytes_sha256(self) -> str:
@@ -67,6 +70,18 @@ def read(folder: Path, name: str, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
 
 
+def class_names(folder: Path) -> list[str]:
+    """Those of FOLDER/classes.txt; none where there is no such file. Raises UserError."""
+    path = folder / "classes.txt"
+    try:
+        names = [line.strip() for line in read_text(path).splitlines()] if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend or remove it") from None
+    if "" in names or len(set(names)) != len(names):
+        raise UserError(f"{path}: an empty name, or one that stands twice; write each class once, a line each")
+    return names
+
+
 def open_idx(data: DataConfig, model: ModelConfig, split: str) -> Idx:
     """The images at model.image_size (antialiased bicubic where theirs is another), gray or repeated to RGB."""
     if data.crop != "adm":
@@ -81,13 +96,16 @@ def open_idx(data: DataConfig, model: ModelConfig, split: str) -> Idx:
     )
     if len(images) != len(labels):
         raise UserError(f"{folder}: {len(images)} images of {split} but {len(labels)} labels; fetch them again")
-    check_classes(int(labels.max()) + 1, model.num_classes, str(folder))
+    names, classes = class_names(folder), int(labels.max()) + 1
+    if names and len(names) != classes:
+        raise UserError(f"{folder / 'classes.txt'}: {len(names)} names for {classes} classes; mend or remove it")
+    check_classes(classes, model.num_classes, str(folder))
     pixels = images[:, None]
     size = (model.image_size, model.image_size)
     if pixels.shape[-2:] != size:
         pixels = torch.cat([_resized(part, size) for part in pixels.split(4096)])
     sha256 = hashlib.sha256(images.numpy().data).hexdigest()
-    return Idx(pixels.repeat(1, model.channels, 1, 1), labels.long(), data.flip, sha256)
+    return Idx(pixels.repeat(1, model.channels, 1, 1), labels.long(), data.flip, names, sha256)
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
 from unite_fast.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from unite_fast.fetch import WEIGHTS
 from unite_fast.layers import attention
 from unite_fast.modality.lpips import load_perceptual
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import ema
 from unite_fast.optim.groups import split_parameters
-from unite_fast.weights import KNOWN
 from unite_kernels import extension, probe
 
 GIB = 2**30
@@ -194,10 +194,10 @@ def disk(folder: Path | None = None, checkpoint: int = 0, kept: int = 0) -> Find
 def pretrained() -> list[Finding]:
     """The known weights, where the command puts them or in this folder."""
     findings = []
-    for name, known in KNOWN.items():
+    for name, known in WEIGHTS.items():
         path = next((p for p in (Path("weights") / known.file, Path(known.file)) if p.is_file()), None)
         if path is None:
-            found = Finding("WARN", f"weights {name}", f"not in weights/: python -m unite_fast.weights {name}")
+            found = Finding("WARN", f"weights {name}", f"not in weights/: python -m unite_fast fetch {name}")
         elif (digest := file_sha256(path)) != known.sha256:
             found = Finding(
                 "FAIL", f"weights {name}", f"{path} has sha256 {digest[:12]}...; remove it and fetch it again"

@@ -56,7 +56,7 @@ def inception(
     file = Path(path)
     where = f"Inception weights {path}"
     if not file.is_file():
-        raise UserError(f"{where}: no such file; get {INCEPTION_FILE}: python -m unite_fast.weights inception")
+        raise UserError(f"{where}: no such file; get {INCEPTION_FILE}: python -m unite_fast fetch inception")
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(expected):

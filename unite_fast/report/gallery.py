@@ -4,6 +4,7 @@ python -m unite_fast gallery guidance runs/pets                      a row per g
 python -m unite_fast gallery classes runs/pets                       a row per class, a column per seed: same noise
 python -m unite_fast gallery between-seeds runs/pets --seeds 3,8     samples of noise between two seeds'
 python -m unite_fast gallery between-images runs/pets a.png b.png    decoded between the latents of two images
+python -m unite_fast gallery nearest runs/pets                       samples, and the nearest images of the training
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast import checkpoint, sampling
+from unite_fast import checkpoint, data, sampling
 from unite_fast.base import outputs
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import DataConfig, SampleConfig
 from unite_fast.data.folder import read_image
 from unite_fast.data.transforms import transform
 from unite_fast.efficiency import precision
+from unite_fast.evaluation import small
 from unite_fast.modality import pictures
+from unite_fast.modality.images import to_float
 from unite_fast.modality.pictures import Words
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling.reconstruct import tokens
@@ -33,7 +36,7 @@ from unite_fast.sampling.request import classes_of, parse_seeds
 from unite_kernels import backend
 
 SCALES = "1,1.5,2,3,5"
-MOST_CLASSES, SEEDS, STEPS = 10, 8, 9
+MOST_CLASSES, SEEDS, STEPS, NEIGHBOURS = 10, 8, 9, 3
 
 
 class Shown(NamedTuple):
@@ -103,11 +106,25 @@ def between_images(s: Shown) -> tuple[list[Tensor], Words]:
     return [row], Words("", above, [])
 
 
+def nearest(s: Shown) -> tuple[list[Tensor], Words]:
+    """By pixels: a sample that is a copy is seen at once."""
+    source = data.open_source(s.reading, s.model.config)
+    made = s.sample(s.labels, [s.seeds[0]] * len(s.labels)).cpu()
+    distances, places = small.nearest(made, source, NEIGHBOURS)
+    near = [torch.stack([to_float(source.load(int(i))) for i in column]) for column in places.T]
+    above = [f"{s.called(y)} {distance:.2f}" for y, distance in zip(s.labels, distances.tolist(), strict=True)]
+    title = "distance: root of the mean square of pixels' differences"
+    return [made, *near], Words(
+        title, above, ["sample", "nearest", *[f"{k + 1}. nearest" for k in range(1, NEIGHBOURS)]]
+    )
+
+
 KINDS: dict[str, Callable[[Shown], tuple[list[Tensor], Words]]] = {
     "guidance": guidance,
     "classes": classes,
     "between-seeds": between_seeds,
     "between-images": between_images,
+    "nearest": nearest,
 }
 
 

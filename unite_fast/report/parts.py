@@ -11,6 +11,8 @@ from typing import Any
 
 from unite_fast.base import files
 
+BROAD = 700  # pixels of a picture's width, beyond which it is not shown beside another
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file holds none."""
@@ -44,9 +46,11 @@ def readable(what: str, make: Callable[[], str]) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    content = base64.b64encode(files.read(path)).decode()
-    words = html.escape(caption)
-    return f'<figure><img alt="{words}" src="data:image/png;base64,{content}"><figcaption>{words}</figcaption></figure>'
+    """A PNG with what it shows. A broad one, in which words stand, takes the whole width of the page."""
+    content, words = files.read(path), html.escape(caption)
+    broad = " class='broad'" if int.from_bytes(content[16:20]) > BROAD else ""
+    image = f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    return f"<figure{broad}><div>{image}</div><figcaption>{words}</figcaption></figure>"
 
 
 def folded(name: str, content: Any) -> str:

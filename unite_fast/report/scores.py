@@ -17,6 +17,14 @@ MAIN = (
     "evaluations",
 )  # fmt: skip
 WORDS = {"is": "IS", "kid": "KID", "psnr": "PSNR, dB", "l1": "L1", "lpips": "LPIPS", "evaluations": "NFE"}
+OF_A_CLASSIFIER = {  # of ``evaluation.small``
+    "psnr": "PSNR of held-out images, dB",
+    "feature_distance": "their reconstructions' distance in its features",
+    "recognised": "samples that it recognises",
+    "kid": "samples' kernel distance x 1,000 in its features",
+    "kid_lite0": "the same in EfficientNet-lite0's",
+    "nearest": "samples' distance to the nearest training image",
+}
 MONITORED = (
     ("fid", "{} at the best guidance"),
     ("is", "Inception score there"),
@@ -42,6 +50,8 @@ def distance(protocol: Any) -> str:
 
 
 def heading(column: str, protocol: Any) -> str:
+    if isinstance(protocol, dict) and "classifier" in protocol:
+        return OF_A_CLASSIFIER.get(column, column)
     if column in ("fid", "rfid"):
         return ("r" if column == "rfid" else "") + distance(protocol)
     return WORDS.get(column, column.replace("_", " "))
@@ -61,7 +71,8 @@ def number(value: Any) -> str:
 def rows_of(name: str, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(label, result) of a file that ``python -m unite_fast.evaluate`` wrote: one score, a table, or a search."""
     if isinstance(content.get("result"), dict) and not content.get("rows"):
-        return [(name, content["result"])]
+        real = [("real images", content["real"])] if isinstance(content.get("real"), dict) else []
+        return [(name, content["result"]), *real]
     rows = []
     for row in content.get("rows", []):
         settings = row.get("settings", {})
@@ -86,9 +97,12 @@ def score_table(name: str, content: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(key for _, result in rows for key in result if key != "resumed_at"))
-    main = [name for name in MAIN if name in names] or names
+    protocol = protocol_of(content)
+    by_classifier = isinstance(protocol, dict) and "classifier" in protocol
+    main = [name for name in OF_A_CLASSIFIER if name in names] if by_classifier else []
+    main = main or [name for name in MAIN if name in names] or names
     rest = [name for name in names if name not in main]
-    shown = table(main, rows, protocol_of(content))
+    shown = table(main, rows, protocol)
     if rest:
         shown += f"<details><summary>more of {html.escape(name)}</summary>{table(rest, rows, None)}</details>"
     return shown

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import http.server
 import multiprocessing
+import shutil
 import socket
 import threading
 import time
@@ -14,10 +16,10 @@ from typing import ClassVar
 import pytest
 from support import command_of
 
-from unite_fast import weights
+from unite_fast import fetch as program
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
-from unite_fast.weights import KNOWN, Weights, fetch
+from unite_fast.fetch import IMAGES, WEIGHTS, Images, Known, fetch, fetch_images
 
 fault = pytest.mark.fault
 CONTENT = bytes(range(256)) * 4000
@@ -35,7 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", where)
             self.end_headers()
             return
-        content = {"/altered": CONTENT[:-1] + b"x", "/large": CONTENT * 2}.get(self.path, CONTENT)
+        pages = {"/altered": CONTENT[:-1] + b"x", "/large": CONTENT * 2, "/packed": gzip.compress(CONTENT)}
+        content = pages.get(self.path, CONTENT)
         if self.path == "/none":
             self.send_error(404)
             return
@@ -60,8 +63,8 @@ def server():
     made.server_close()
 
 
-def known(url: str) -> Weights:
-    return Weights("w.pth", url, hashlib.sha256(CONTENT).hexdigest())
+def known(url: str) -> Known:
+    return Known("w.pth", url, hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.mark.parametrize("page", ["good", "moved"])
@@ -74,7 +77,7 @@ def test_fetched_checked_and_kept(server, tmp_path, page):
     assert len(Handler.requests) == count
 
 
-def refused(weight: Weights, folder, words: str, **options) -> None:
+def refused(weight: Known, folder, words: str, **options) -> None:
     with pytest.raises(UserError, match=words) as caught:
         fetch(weight, folder, **options)
     assert "\n" not in str(caught.value)
@@ -94,7 +97,7 @@ def refused(weight: Weights, folder, words: str, **options) -> None:
 )
 @fault("F40", "weights that a server altered or cut", "refused with both hashes, the temporary file removed")
 def test_altered(server, tmp_path, monkeypatch, page, words):
-    monkeypatch.setattr(weights, "LIMIT", len(CONTENT) + 10)
+    monkeypatch.setattr(program, "LIMIT", len(CONTENT) + 10)
     refused(known(server(page)), tmp_path / "new", words, schemes=HTTP)
 
 
@@ -111,7 +114,7 @@ def test_https_alone(server, tmp_path):
     refused(known(server("good")), tmp_path / "new", "is not https; refused")
     assert Handler.requests == []
     with pytest.raises(UserError, match="is not https"):
-        weights._Redirects(("https",)).redirect_request(None, None, 302, "", {}, server("good"))  # type: ignore[arg-type]
+        program._Redirects(("https",)).redirect_request(None, None, 302, "", {}, server("good"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["variable", "option", "no network"])
@@ -129,7 +132,7 @@ def test_offline(tmp_path, monkeypatch, how):
     if how == "variable":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["vgg16", "--out", tmp_path / "new", *(["--offline"] if how == "option" else [])]
-    outcome = command_of(weights.main, *words)
+    outcome = command_of(program.main, *words)
     assert outcome.returncode == 2
     assert outcome.stderr.count("\n") == 1
     assert "https://download.pytorch.org/models/vgg16-397923af.pth" in outcome.stderr
@@ -151,7 +154,7 @@ def test_together(server, tmp_path):
 
 
 def test_the_table():
-    for entry in KNOWN.values():
+    for entry in WEIGHTS.values():
         assert entry.url.startswith("https://")
         assert entry.url.endswith(entry.file)
         digits = entry.file.removesuffix(".pth").rpartition("-")[2]
@@ -162,7 +165,48 @@ def test_the_table():
 def test_as_a_command(tmp_path, monkeypatch):
     file = tmp_path / "w.pth"
     file.write_bytes(CONTENT)
-    monkeypatch.setitem(KNOWN, "vgg16", known("https://127.0.0.1:1/w.pth"))
-    outcome = command_of(weights.main, "vgg16", "--out", tmp_path)
+    monkeypatch.setitem(WEIGHTS, "vgg16", known("https://127.0.0.1:1/w.pth"))
+    outcome = command_of(program.main, "vgg16", "--out", tmp_path)
     assert outcome.returncode == 0
     assert outcome.stdout == f"{file}: sha256 {file_sha256(file)}\n"
+
+
+def images(server, tmp_path) -> Images:
+    """A set whose one file Debian's package holds packed in another way."""
+    one = Known("a-ubyte.gz", server("packed"), hashlib.sha256(CONTENT).hexdigest(), packed=True)
+    return Images((one,), "no-such-package", str(tmp_path / "debian"), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("there", ["installed", "installed, another", "not installed"])
+def test_images(server, tmp_path, monkeypatch, there):
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no apt
+    known = images(server, tmp_path)
+    if there != "not installed":
+        (tmp_path / "debian").mkdir()
+        content = CONTENT if there == "installed" else CONTENT[1:]
+        (tmp_path / "debian" / "a-ubyte.gz").write_bytes(gzip.compress(content, 1))
+    folder = fetch_images(known, tmp_path / "new", schemes=HTTP)
+    assert gzip.decompress((folder / "a-ubyte.gz").read_bytes()) == CONTENT
+    assert Handler.requests == ([] if there == "installed" else ["/packed"])
+    assert sorted(p.name for p in folder.iterdir()) == ["a-ubyte.gz", "classes.txt"]
+    assert (folder / "classes.txt").read_text() == "cat\ndog\n"
+    count = len(Handler.requests)
+    assert fetch_images(known, folder, offline=True) == folder
+    assert len(Handler.requests) == count
+    (folder / "a-ubyte.gz").write_bytes(gzip.compress(CONTENT)[:-9])
+    with pytest.raises(UserError, match=r"of no whole gzip file.*expected .*remove it"):
+        fetch_images(known, folder, schemes=HTTP)
+
+
+@pytest.mark.skipif(not (shutil.which("apt-get") and shutil.which("dpkg-deb")), reason="needs Debian's tools")
+def test_images_of_a_package_that_apt_does_not_have(server, tmp_path):
+    folder = fetch_images(images(server, tmp_path), tmp_path / "new", schemes=HTTP)
+    assert Handler.requests == ["/packed"]
+    assert (folder / "a-ubyte.gz").is_file()
+
+
+def test_the_table_of_images():
+    for name, entry in IMAGES.items():
+        assert entry.package == f"dataset-{name}"
+        assert all(one.url.endswith(one.file) and one.packed and len(one.sha256) == 64 for one in entry.files)
+        assert len(set(entry.classes)) == 10
