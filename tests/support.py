@@ -66,5 +66,5 @@ def process(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     words = [sys.executable, *(str(a) for a in arguments)]
     return subprocess.run(
-        words, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        words, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )

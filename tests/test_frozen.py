@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from stepping import load_tiny, trainer
@@ -83,7 +85,8 @@ def test_a_run_goes_on_with_frozen_parameters(tiny, tmp_path):
 
 def test_frozen_parameters_count_as_what_they_cost():
     """MFU would otherwise be of a backward that is not there. A product costs its forward and one for each gradient."""
-    config = ModelConfig(encoder=ENCODER_SIZES["small"], decoder=DECODER_SIZES["small"])
+    encoder, decoder = (dataclasses.replace(sizes["small"], depth=5) for sizes in (ENCODER_SIZES, DECODER_SIZES))
+    config = ModelConfig(encoder=encoder, decoder=decoder, image_size=128, num_latents=64)
     o = ObjectiveConfig(perceptual_weight=0.0, flow_steps=2)
     everything = cost.counted_flops(config, o)
     executed = training_flops(config, 2, False, pruned=True)

@@ -10,6 +10,8 @@ The ranges are NVTX ranges, too, which Nsight Systems shows. A traced step is sl
 from __future__ import annotations
 
 import functools
+import gzip
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,11 @@ class Profile:
         for owner, method, _ in self.named:
             object.__delattr__(owner, method)
         self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        trace = self.folder / "trace.json"
+        profiler.export_chrome_trace(str(trace))  # which would compress line by line, at half the speed
+        with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb", compresslevel=6) as packed:
+            shutil.copyfileobj(plain, packed, 1 << 20)
+        trace.unlink()
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
