@@ -30,7 +30,7 @@ demo: install  ## train, reconstruct and sample real images on this CPU, in minu
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast analyse runs/digits --only alignment
 	$(RUN) -m unite_fast.report runs/digits
 
-demo-images: install  ## train on 60,000 real images of clothes, reconstruct and sample some, in ten CPU minutes
+demo-images: install  ## train on 60,000 real images of clothes, reconstruct and sample some, in a dozen CPU minutes
 	$(RUN) -m unite_fast fetch fashion-mnist
 	OMP_NUM_THREADS=1 $(RUN) train.py --config configs/clothes.yaml
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast small runs/clothes --classifier runs/clothes/classifier.safetensors
