@@ -6,7 +6,9 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from ranks import on_ranks
 from support import TINY, command
 
 from unite_fast import config, data
-from unite_fast.base.errors import CommonError
+from unite_fast.base.errors import CommonError, UserError
 from unite_fast.config import Config, DataConfig, ModelConfig, yaml_text
 from unite_fast.parallel import distributed
 from unite_fast.run import agreement
@@ -46,13 +48,13 @@ def rewritten(path: Path) -> None:
 class Two:
     """Rank 0 beside a rank that says ``other``."""
 
-    device = torch.device("cpu")
+    device, rank = torch.device("cpu"), 0
 
     def __init__(self, other: dict) -> None:
         self.other = other
 
-    def gather(self, value: dict) -> list[dict]:
-        return [value, self.other]
+    def each(self, function: Callable[[], tuple[dict, dict]]) -> list[tuple[dict, dict]]:
+        return [function(), ({}, self.other)]
 
 
 def compared(here: data.Source, other: dict) -> None:
@@ -116,18 +118,42 @@ def slow_choice(ranks: distributed.Ranks) -> int:
     return ranks.decide(choose)
 
 
-def wait_briefly(ranks: distributed.Ranks) -> int:
-    """With a group that gives up after half a second: the choice takes longer, and says that it is at work."""
+def slow_identity(ranks: distributed.Ranks) -> list[int]:
+    """Rank 1 is the slow one."""
+    distributed.SIGN_OF_LIFE = 0.1
+
+    def identify() -> int:
+        time.sleep(1.5 * ranks.rank)
+        return ranks.rank
+
+    return ranks.each(identify)
+
+
+def wait_briefly(ranks: distributed.Ranks, function: Callable[[distributed.Ranks], Any]) -> Any:
+    """With a group that gives up after half a second: the function takes longer, and says that it is at work."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=0.7))
-    return slow_choice(dataclasses.replace(ranks, control=group))
+    return function(dataclasses.replace(ranks, control=group))
+
+
+def refused_identity(ranks: distributed.Ranks) -> str:
+    def identify() -> int:
+        if ranks.rank:
+            raise UserError("no such folder")
+        return 0
+
+    with pytest.raises(CommonError) as error:
+        ranks.each(identify)
+    return str(error.value)
 
 
 def test_a_choice_may_take_longer_than_ranks_wait():
-    assert on_ranks(2, wait_briefly) == [7, 7]
+    assert on_ranks(2, wait_briefly, slow_choice) == [7, 7]
+    assert on_ranks(2, wait_briefly, slow_identity) == [[0, 1], [0, 1]]
+    assert on_ranks(2, refused_identity) == ["no such folder"] * 2
 
 
 # --- starts of a run -----------------------------------------------------------------------------------------------

@@ -93,6 +93,23 @@ class Ranks:
             raise CommonError(problem)
         return value
 
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What ``function`` returns on every rank, on every rank; the first UserError of any is raised on all of them.
+
+        As in ``decide`` it may take any time, on each of them another.
+        """
+        if self.world_size == 1:
+            return [function()]
+        work = _Work(function)
+        while True:
+            outcomes: list[tuple[str, T] | None] = self.gather(work.outcome(SIGN_OF_LIFE))
+            found = [outcome for outcome in outcomes if outcome is not None]
+            if len(found) == len(outcomes):
+                break
+        if problem := next((problem for problem, _ in found if problem), ""):
+            raise CommonError(problem)
+        return [value for _, value in found]
+
     def together(self, function: Callable[[], T]) -> T:
         """This rank's ``function()``; when it raises on any rank, all of them raise alike, so that none waits in vain.
 

@@ -46,8 +46,13 @@ def fingerprint(keys: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
 def check(keys: dict[str, Any], source: Source, ranks: Ranks) -> dict[str, Any]:
     """The identity of the run's images. Raises UserError on all ranks when they have other configurations (``keys``),
     code or images, with what differs."""
-    images = source.identity(ranks.device.type)
-    everyone = ranks.gather(fingerprint(keys, images))
+
+    def mine() -> tuple[dict[str, Any], dict[str, Any]]:
+        images = source.identity(ranks.device.type)
+        return images, fingerprint(keys, images)
+
+    found = ranks.each(mine)
+    images, everyone = found[ranks.rank][0], [keys for _, keys in found]
     for rank, other in enumerate(everyone):
         differing = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
         if differing:
