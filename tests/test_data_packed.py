@@ -239,6 +239,30 @@ def test_an_unfinished_pack_takes_what_was_written_anew(folder, packs, tmp_path,
     assert again == {"shard-00000.bin"}
 
 
+def test_two_packs_into_one_folder(folder, tmp_path, monkeypatch):
+    """Shards of one under the names of the other would be half a file for a while."""
+    said = []
+
+    def packed_once(*arguments) -> None:
+        monkeypatch.undo()
+
+        def held(descriptor: int, place: object, mend: str) -> bool:  # POSIX locks do not tell a process from itself
+            raise UserError(f"{place} is in use; {mend}")
+
+        monkeypatch.setattr(pack_module.locks, "_locked", held)
+        with pytest.raises(UserError, match="wait for it, or choose another folder") as error:
+            pack(folder, tmp_path / "p", SIZE, per_shard=28)
+        said.append(str(error.value))
+        monkeypatch.undo()
+        pack_shard(*arguments)
+
+    pack_shard = pack_module.pack_shard
+    monkeypatch.setattr(pack_module, "pack_shard", packed_once)
+    pack(folder, tmp_path / "p", SIZE, per_shard=28)
+    assert said
+    assert verify(tmp_path / "p")
+
+
 def test_dead_packing_process_is_one_line(folder, tmp_path, monkeypatch):
     real = pack_module.pack_shard
 

@@ -85,6 +85,21 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     assert names(tmp_path) == ["status.json"]
 
 
+def test_what_another_process_writes_meanwhile_is_not_given_the_name(tmp_path):
+    """It may be half a file."""
+    path = tmp_path / "x.json"
+
+    def both() -> None:
+        with files.replacing(path) as first:
+            first.write(b"first")
+            files.write(path, b"second")
+
+    with pytest.raises(OSError, match="another process writes it at the same time"):
+        both()
+    assert path.read_bytes() == b"second"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_provenance_says_the_code_and_no_path():
     found = provenance.of(torch.device("cpu"), 2)
     assert found["world_size"] == 2

@@ -164,7 +164,8 @@ def export(
     with files.refusals(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with files.replacing(out / "model.safetensors") as file:
-            write_tensors(Path(file.name), {name: state[name].contiguous() for name in sorted(state)}, facts)
+            own = Path(f"/proc/self/fd/{file.fileno()}")  # whoever else may write under the name
+            write_tensors(own, {name: state[name].contiguous() for name in sorted(state)}, facts)
         files.write_json(out / "config.json", {"model": values["model"], "sample": options})
         files.write(out / "README.md", card)
         if modality.of(m).shared_pipeline:

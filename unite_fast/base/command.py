@@ -21,6 +21,7 @@ MENDS = {
     (errno.EACCES, errno.EPERM, errno.EROFS): "give this user the right to it, or choose another place",
     (errno.EMFILE, errno.ENFILE): "raise the number of open files, ulimit -n",
     (errno.EIO, errno.ESTALE): "check that storage, then start the same command again",
+    (errno.EBUSY,): "wait until that has ended, then start the same command again",
     (errno.ENAMETOOLONG,): "choose a shorter name",
 }
 MEND = "mend that, then start the same command again"

@@ -119,24 +119,37 @@ def replacing(path: Path, writer: str = "", sync: bool = False) -> Iterator[Bina
     """A file that takes the place of ``path`` when the block ends without an error, and otherwise leaves no trace.
 
     sync: its content is on the disk before it has the name. Raises OSError; also where ``path`` is a device, a pipe or
-    a socket, which nothing should take the place of.
+    a socket, which nothing should take the place of, and where another process has begun to write the same file: the
+    later one has it.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
             raise OSError(errno.EEXIST, "it is a device, a pipe or a socket, which is not replaced")
-    temporary = aside(path, writer)
+    temporary, own = aside(path, writer), None
     try:
         with create(temporary) as file:
+            own = os.fstat(file.fileno())
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        if not _is(temporary, own):
+            raise OSError(errno.EBUSY, "another process writes it at the same time", str(path))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if own is not None and _is(temporary, own):
+                temporary.unlink()
         raise
+
+
+def _is(path: Path, status: os.stat_result) -> bool:
+    """Whether the file at ``path`` is the one of this status."""
+    try:
+        return os.path.samestat(path.lstat(), status)
+    except FileNotFoundError:
+        return False
 
 
 def remove_folder(path: Path) -> None:

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unite_fast.base import files, outputs, progress
+from unite_fast.base import files, locks, outputs, progress
 from unite_fast.base.command import run
 from unite_fast.base.errors import UserError, idle
 from unite_fast.base.files import file_sha256
@@ -52,6 +52,7 @@ from unite_fast.data.source import BadImage, WorkerError
 from unite_fast.data.verify import verify, write_stats
 
 SOURCE = "source.sha256"  # of what a finished pack was made of: Plan.names_sha256
+LOCK = ".lock"  # in PARTS
 PARTS = ".parts"  # of an unfinished pack: plan.json, and one .json per finished shard
 
 
@@ -288,9 +289,10 @@ def pack(
     plan = make_plan(source, source_path, size, format, quality, per_shard, on_error)
     if not (dest / "index.json").is_file():
         finished, skipped = prepare(dest, source_path, source, plan), {}
-        check_skipped(dest, plan, finished, skipped)
-        numbers = [number for number in range(plan.shards) if number not in set(finished)]
+        lock = locks.take(dest / PARTS / LOCK, dest, "wait for it, or choose another folder")
         try:
+            check_skipped(dest, plan, finished, skipped)
+            numbers = [number for number in range(plan.shards) if number not in set(finished)]
             with _bar(plan, finished) as bar:
                 if workers:
                     for number in _in_processes(source, plan, dest, numbers, workers, bar):
@@ -303,6 +305,8 @@ def pack(
             finish(dest, plan)
         except OSError as error:
             raise UserError(f"{dest}: {error.strerror or error}; mend that, then the same command continues") from None
+        finally:
+            lock.release()
     else:
         check_same(dest, source, plan)
     if stats:

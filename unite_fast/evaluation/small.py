@@ -98,7 +98,7 @@ def fit(source: Source, model: ModelConfig, epochs: float = EPOCHS) -> Classifie
 def classifier(path: Path, reading: DataConfig, model: ModelConfig) -> Classifier:
     """The one that ``path`` holds; fitted and put there if there is none. Raises UserError."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     source = data.open_source(reading, model)
     seen = files.digest([reading.source, model.image_size, reading.flip, source.identity() | {"pipeline": ""}])
@@ -108,7 +108,7 @@ def classifier(path: Path, reading: DataConfig, model: ModelConfig) -> Classifie
         with files.refusals(f"--classifier {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as file:
-                save_file(network.state_dict(), file.name, {IMAGES: seen})
+                file.write(save(network.state_dict(), {IMAGES: seen}))
         return network
     if facts(path).get(IMAGES, seen) != seen:
         raise UserError(f"--classifier {path} was fitted to other images than those of the run; name another file")

@@ -190,14 +190,14 @@ class Structures:
 
     def save(self, path: Path) -> None:
         """Writes a .safetensors file, whole or not at all. Raises UserError."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {name: array.cpu().contiguous() for name, array in self.arrays().items()}
         tensors |= {"names": _text(self.names)}
         if self.smiles is not None:
             tensors |= {"smiles": _text(self.smiles)}
         with files.refusals(str(path)), files.replacing(path) as file:
-            save_file(tensors, file.name, {"format": FORMAT, "sha256": _hash(tensors)})
+            file.write(save(tensors, {"format": FORMAT, "sha256": _hash(tensors)}))
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
