@@ -153,6 +153,13 @@ def test_bases_that_are_none(tmp_path, text, words):
         yaml_text.load(tmp_path / "a.yaml")
 
 
+def test_a_link_in_a_circle_is_one_line(tmp_path):
+    (tmp_path / "a.yaml").symlink_to("a.yaml")
+    said = command("train.py", "--config", tmp_path / "a.yaml", "--print-config")
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert "give the path of a YAML file" in said.stderr
+
+
 def test_an_override_has_no_base():
     with pytest.raises(UserError, match="unknown key 'base'"):
         yaml_text.load(None, ["base=x.yaml"])

@@ -408,6 +408,21 @@ def test_damage_is_found_at_start_or_by_verify(packs, tmp_path, capsys):
     one_line(path, "bytes for the 27 images")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"class_names": [1, 2]}, {"class_names": 3}, {"crop": 7}, {"size": 64.0}, {"size": True}, {"labels_sha256": None},
+     {"shards": [{"count": 1e999, "bytes": 1, "sha256": ""}]}, {"shards": 7}],
+    ids=str,
+)  # fmt: skip
+def test_an_index_of_other_types_is_one_line(packs, tmp_path, change):
+    root = shutil.copytree(packs / "uint8", tmp_path / "p")
+    text = json.dumps(json.loads((root / "index.json").read_text()) | change)
+    (root / "index.json").write_text(text.replace("Infinity", "1e999"))
+    one_line(root, "index.json: not an index of packed shards; pack the images again")
+    (root / "index.json").write_text("[" * 100_000)
+    one_line(root, "index.json: not valid JSON; pack the images again")
+
+
 def test_damaged_record_of_an_encoded_shard(packs, tmp_path):
     path = copy(packs, "png", tmp_path)
     source = opened(path)

@@ -299,6 +299,7 @@ def raising(error: BaseException):
         (OSError("odd"), "odd; mend that"),
         (MemoryError("Unable to allocate 3 TiB"), "out of memory (Unable to allocate 3 TiB)"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory (CUDA out of memory"),
+        (RuntimeError("could not create a primitive"), "out of memory (could not create a primitive)"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -413,6 +414,12 @@ def test_without_locks_two_jobs_are_told_apart_all_the_same(tmp_path, no_locks, 
     first.release()
     locks.take(path, tmp_path, "end it").release()
     assert not path.with_name("run.lock.owner").exists()
+
+
+def test_without_locks_a_file_of_images_is_made_all_the_same(place, tmp_path, no_locks):
+    said = command("sample.py", "--checkpoint", place / "run", "--seeds", "0-3", "--out", tmp_path / "s.npz")
+    assert said.returncode == 0, said.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["s.npz"]
 
 
 def test_without_locks_a_dead_owner_is_followed(tmp_path, no_locks):

@@ -130,7 +130,7 @@ def test_reconstructions_go_to_a_folder_of_any_name_and_once_more(place, monkeyp
     assert len(list((place / "rec_w1.5").rglob("*.png"))) == 10
     said = command_of(*RECONSTRUCT, "rec_w1.5", "--weights", "model")
     assert said.returncode == 2
-    assert "another checkpoint or other options" in said.stderr
+    assert "another checkpoint or other options; choose another --out, or remove it" in said.stderr
 
 
 def test_an_export_is_replaced_when_that_is_asked_for(place, monkeypatch):

@@ -31,6 +31,11 @@ def _myself() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
+def traces(name: str) -> set[str]:
+    """What a lock of a file ``name`` leaves in its folder while it is held."""
+    return {name, f"{name}.owner"}
+
+
 class Lock:
     """What ``take`` has taken, until ``release`` or the end of the process."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -217,12 +218,13 @@ def read(path: str | Path, option: str = "--config") -> Any:
     return parse_yaml(text, str(path))
 
 
-def _from_file(path: Path, option: str = "--config", above: tuple[Path, ...] = ()) -> Config:
+def _from_file(path: Path, option: str = "--config", above: tuple[str, ...] = ()) -> Config:
     """The configuration of a file, laid over that of the file its ``base`` names, if it names one.
 
     above: the files that led here, so that none leads back to itself.
     """
-    if path.resolve() in above:
+    here = os.path.realpath(path)  # of links in a circle ``Path.resolve`` raises more than OSError
+    if here in above:
         raise UserError(
             f"{option} {path}: this file is its own base; take a base out of one of the files in the circle"
         )
@@ -232,7 +234,7 @@ def _from_file(path: Path, option: str = "--config", above: tuple[Path, ...] = (
     name = values.pop(BASE)
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: {BASE} must be the path of a YAML file, got {name!r}")
-    base = _from_file(path.parent / name, f"{path}: {BASE}", (*above, path.resolve()))
+    base = _from_file(path.parent / name, f"{path}: {BASE}", (*above, here))
     return from_dict(written(values), str(path), base)
 
 

@@ -93,7 +93,7 @@ def read_index(root: Path, field: str) -> Index:
         raise UserError(f"{field} {root}: index.json: {how}") from None
     except OSError as error:
         raise UserError(f"{field} {root}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _bad(path, "not valid JSON") from None
     try:
         if content.pop("version") != VERSION:
@@ -101,9 +101,12 @@ def read_index(root: Path, field: str) -> Index:
         shards = [Shard(int(s["count"]), int(s["bytes"]), str(s["sha256"])) for s in content.pop("shards")]
         skipped = [(str(name), str(reason)) for name, reason in content.pop("skipped")]
         index = Index(shards=shards, skipped=skipped, **content)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise _bad(path, "not an index of packed shards") from None
-    if index.format not in FORMATS or not isinstance(index.size, int) or index.size < 1 or not shards:
+    names = index.class_names if isinstance(index.class_names, list) else [None]
+    texts = (*names, index.crop, index.labels_sha256, index.extents_sha256)
+    of_their_types = all(isinstance(text, str) for text in texts)
+    if not of_their_types or index.format not in FORMATS or type(index.size) is not int or index.size < 1 or not shards:
         raise _bad(path, "not an index of packed shards")
     return index
 

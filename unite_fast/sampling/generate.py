@@ -134,21 +134,21 @@ def alone(out: str, folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         for lock in held:
-            if folder.is_dir() and not set(os.listdir(folder)) - {LOCK}:
+            if folder.is_dir() and not set(os.listdir(folder)) - locks.traces(LOCK):
                 shutil.rmtree(folder, ignore_errors=True)
             lock.release()
 
 
-def open_folder(folder: Path, protocol: dict[str, object], ranks: Ranks) -> None:
+REPLACE = "choose another --out, or replace them with --overwrite"
+
+
+def open_folder(folder: Path, protocol: dict[str, object], ranks: Ranks, mend: str = REPLACE) -> None:
     """Creates the folder with its protocol, or checks that an existing one has the same. Raises UserError."""
     file = folder / PROTOCOL
     if file.is_file():
         if _carried(folder) != protocol:
-            raise UserError(
-                f"{folder} holds images of another checkpoint or other options; choose another --out, or replace them "
-                "with --overwrite"
-            )
-    elif folder.is_dir() and set(os.listdir(folder)) - {LOCK}:
+            raise UserError(f"{folder} holds images of another checkpoint or other options; {mend}")
+    elif folder.is_dir() and set(os.listdir(folder)) - locks.traces(LOCK):
         raise UserError(f"{folder} is not empty and was not made by this program; choose another --out")
     ranks.barrier()
     if ranks.is_main:

@@ -65,7 +65,7 @@ def reconstruct_folder(
     if not files:
         raise UserError(f"--reconstruct {source}: no .jpg, .png or .webp images in it")
     folder = Path(out)
-    open_folder(folder, {"reconstructions of": identity}, ranks)
+    open_folder(folder, {"reconstructions of": identity}, ranks, "choose another --out, or remove it")
     stems = Counter(p.with_suffix("") for p in files)
     twins = {p for p in files if stems[p.with_suffix("")] > 1}  # a.jpg beside a.png: both keep their suffix
     mine = files[ranks.rank :: ranks.world_size]
