@@ -349,7 +349,7 @@ def test_full_disk(folder, packs, tmp_path, monkeypatch):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
     assert "File too large; mend that, then the same command continues" in done.stderr
-    assert sorted(files(tmp_path / "p")) == [".parts/plan.json"]
+    assert sorted(files(tmp_path / "p")) == [".parts/.lock", ".parts/plan.json"]
     pack(folder, tmp_path / "p", SIZE, per_shard=28)
     assert files(tmp_path / "p") == files(packs / "uint8")
 
