@@ -139,6 +139,12 @@ def test_curve_is_drawn_to_scale():
     assert "<polyline" in charts.curve("one", [1.0], [5.0])
 
 
+def test_the_number_of_the_last_step_is_whole():
+    text = charts.curve("loss", [0.0, 500.0, 1500.0], [1.0, 3.0, 2.0])
+    (x,) = re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="end">1,500</text>', text)
+    assert float(x) == charts.WIDTH
+
+
 def test_one_odd_value_does_not_flatten_a_curve():
     values = [30.0] + [1.0 + 0.1 * (k % 5) for k in range(99)]
     low, high, logarithmic = charts.limits(values)
@@ -163,7 +169,7 @@ def test_scores_by_a_classifier_stand_beside_those_of_real_images(tmp_path):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "small.json").write_text(json.dumps(content))
     text = scores.scores(tmp_path)
-    assert "<td>small</td><td>21</td><td>0.8125</td><td>5.5</td>" in text
+    assert "<td>the run</td><td>21</td><td>0.8125</td><td>5.5</td>" in text
     assert "<td>real images</td><td></td><td>0.89</td><td>0.25</td>" in text
     assert ">KID<" not in text
 

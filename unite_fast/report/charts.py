@@ -9,6 +9,7 @@ from collections.abc import Sequence
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 52, 10, 28, 24
 MOST_POINTS = 400
 CLIPPED = 4.0  # how many times the middle 96 % of the values the rest may span before it is cut off
+HALF_LABEL = 18  # pixels of half a step's number
 DECADES = 20.0  # how many times the smaller of those the larger is for a logarithmic scale
 Point = tuple[float, float]
 
@@ -96,7 +97,10 @@ def curve(title: str, xs: list[float], ys: list[float], marks: Sequence[float] =
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(value, apart)}</text>')
     for value in ticks(first, last, 5):
-        parts.append(f'<text x="{place(value, low)[0]:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{value:,g}</text>')
+        x, anchor = place(value, low)[0], "middle"
+        if x > WIDTH - RIGHT - HALF_LABEL:  # else its end is cut off
+            x, anchor = min(x + HALF_LABEL, WIDTH), "end"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:,g}</text>')
     for mark in (m for m in marks if first < m < last):
         x = place(mark, low)[0]
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')

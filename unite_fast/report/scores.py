@@ -71,8 +71,9 @@ def number(value: Any) -> str:
 def rows_of(name: str, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(label, result) of a file that ``python -m unite_fast.evaluate`` wrote: one score, a table, or a search."""
     if isinstance(content.get("result"), dict) and not content.get("rows"):
-        real = [("real images", content["real"])] if isinstance(content.get("real"), dict) else []
-        return [(name, content["result"]), *real]
+        if isinstance(content.get("real"), dict):
+            return [("the run", content["result"]), ("real images", content["real"])]
+        return [(name, content["result"])]
     rows = []
     for row in content.get("rows", []):
         settings = row.get("settings", {})
