@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
         source = data.open_source(settings.data, settings.model)
         objective = Objective.open(settings.model, settings.objective, settings.efficiency)
         flops = cost.step_flops(settings.model, settings.objective, settings.optim.frozen, source.lengths)
-        return cls(source, objective, monitor.open_files(settings, world_size), flops, started)
+        return cls(source, objective, monitor.open_files(settings), flops, started)
 
 
 def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> TrainState:
@@ -157,7 +157,7 @@ def loop(
         log = stats.Log(path, state.step, stats.open_services(path, t, yaml_text.to_dict(settings)))
     alarms = stats.CollapseAlarm(t.collapse_std), stats.DuelAlarm()
     meter = open_meter(inputs.flops["total"], t.global_batch, ranks, state, total)
-    everyone = state.optimizer.sharded  # a sharded model samples on all ranks or not at all
+    everyone = state.optimizer.sharded  # weights are gathered by all ranks, for rank 0 to draw
     shown = (
         grids.examples(settings.data, settings.model, device) if (everyone or ranks.is_main) and t.image_every else None
     )

@@ -318,9 +318,9 @@ REFUSED = {
     "shards that do not divide": (("hsdp", "train.shard_size=3"), "does not divide 4 ranks; set train.shard_size to 1"),
     "size without hsdp": (("fsdp2", "train.shard_size=2"), "train.shard_size is for train.strategy=hsdp"),
     "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
-    "compiled layers": (
-        ("fsdp2", "efficiency.compile=decoder"),
-        "does not work with efficiency.compile=decoder; set efficiency.compile=none, or train.strategy=ddp",
+    "captured steps": (
+        ("fsdp2", "efficiency.cuda_graph=step"),
+        "does not work with efficiency.cuda_graph=step; set efficiency.cuda_graph=none, or train.strategy=ddp",
     ),
     "copies of weights": (("fsdp2", "efficiency.precision=fp8"), "efficiency.precision=fp8; set efficiency.precision"),
     "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
+from stepping import load_tiny
 from support import TINY, command, command_of, process
 from test_evaluation_fid import weights  # noqa: F401  (a fixture)
 
+import train as train_program
 from unite_fast import checkpoint, evaluate, export
 from unite_fast.config import EvaluationConfig
 from unite_fast.evaluation import statistics
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.tensors import whole
 from unite_fast.run import monitor
 
 # 16 images per step, 1,497 per epoch: the end of a tenth of an epoch, 150 images, falls into steps 10 and 19.
@@ -316,7 +321,32 @@ def test_one_process_is_scored_under_any_strategy(folder):
     assert figures(scores(folder, "alone")[name]) == figures(scores(folder, "scored")[name])
 
 
-def test_what_is_missing_is_said_before_training(folder, weights, tmp_path, monkeypatch):  # noqa: F811
+def scored_on_ranks(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    settings = load_tiny(*overrides)
+    state = train_program.train(settings, ranks, train_program.Inputs.open(settings))
+    return {name: whole(p.detach()) for name, p in state.optimizer.parameters.items()}
+
+
+def test_sharded_weights_are_scored_and_pictured(folder):
+    """On two ranks: the scores of the checkpoint, by the command; the run is that without them."""
+    where = (f"run_dir={folder / 'sharded'}", f"evaluation.reference={folder / 'real.npz'}", "train.image_every=10")
+    ten = ("train.strategy=fsdp2", "train.max_steps=10")
+    quiet = (*SCORED[5:], *ten, f"run_dir={folder / 'unscored'}")
+    first, second = on_ranks(2, scored_on_ranks, (*SCORED, *ten, *where))
+    assert same(first, second)
+    assert same(first, on_ranks(2, scored_on_ranks, quiet)[0])
+    assert (folder / "sharded" / "samples" / "step_0000010.png").is_file()
+    search = scores(folder, "sharded")["step_0000010_search.json"]
+    out = folder / "sharded.json"
+    said = command_of(
+        evaluate.main, "fid", "--checkpoint", folder / "sharded" / "checkpoints" / "step-0000010", "--reference",
+        folder / "real.npz", "--extractor", "digits", "--out", out, "--cfg", search["best"]["cfg_scale"],
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert json.loads(out.read_text())["result"]["fid"] == pytest.approx(search["result"]["fid"], rel=1e-6)
+
+
+def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # noqa: F811
     def error(*overrides: str) -> str:
         words = ("--config", folder / "tiny.yaml", f"run_dir={tmp_path / 'run'}", *SCORED, *overrides)
         result = command("train.py", *words)
@@ -333,6 +363,4 @@ def test_what_is_missing_is_said_before_training(folder, weights, tmp_path, monk
     assert "expected 6726825d" in error(*wrong)
     assert "have 64 features" in error(*wrong, f"evaluation.inception_sha256={weights[1]}")
     assert "evaluation.weights=ema_0.5 is not among the run's: ema, model" in error(real, "evaluation.weights=ema_0.5")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "needs train.strategy=ddp" in error(real, "train.strategy=fsdp2")
     assert not (tmp_path / "run").exists()

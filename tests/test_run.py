@@ -24,7 +24,8 @@ from unite_fast.data.rate import Rate
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import grids, stats
 from unite_fast.run.stop import Stop
-from unite_fast.training.step import TrainStep, weights_of
+from unite_fast.training.step import TrainStep
+from unite_fast.training.weights import weights_of
 
 
 def stopped(ranks: Ranks, failing: int, signals: dict[int, int]) -> tuple[str, str]:

@@ -286,6 +286,10 @@ class TrainConfig:
         "ddp", "fsdp2: weights, gradients, states sharded over all ranks; hsdp: over shard_size of them"
     )
     shard_size: int = option(0, "hsdp: ranks that hold one copy of the model together; 0: those of one node")
+    reshard: Literal["step", "pass"] = option(
+        "step",
+        "fsdp2, hsdp: whole weights and gradients live for a step, or for one pass: less memory, more traffic",
+    )
     epochs: float = option(600.0, "true epochs: how often each image is seen", above=0)
     max_steps: int = option(0, "when above 0, ends training early")
     log_every: int = option(20, "optimizer steps between log lines", above=0)

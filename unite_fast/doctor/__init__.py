@@ -139,7 +139,7 @@ def examine_run(config: Config) -> list[Finding]:
         return f"{len(opened):,} {modality.of(config.model).thing}s in {opened.num_classes} classes; {rate}"
 
     def scores() -> str:
-        files = monitor.open_files(config, launcher.world_size())
+        files = monitor.open_files(config)
         return "what they need is there and fits" if files else "none are asked for"
 
     return [

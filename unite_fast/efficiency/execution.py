@@ -13,6 +13,7 @@ operations are those of ``model.use_kernels``.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -78,8 +79,6 @@ def _check_strategy(e: EfficiencyConfig, t: TrainConfig, world_size: int) -> Non
     refused = (
         # a rank that starts its micro-step again would gather alone
         ("train.on_oom=halve", t.on_oom == "halve", "train.on_oom=fail"),
-        # compiled layers are called past FSDP's hooks
-        (f"efficiency.compile={e.compile}", e.compile != "none", "efficiency.compile=none"),
         (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
         ("efficiency.shard_muon=false", not e.shard_muon, "efficiency.shard_muon=true"),
         ("efficiency.overlap_gradients=false", not e.overlap_gradients, "efficiency.overlap_gradients=true"),
@@ -246,20 +245,30 @@ class Execution:
     def apply(self, model: Any) -> Recipe:
         """Prepares ``model``, which is on the device, for training; parameters may be written to afterwards, but not
         replaced. Raises UserError."""
-        model.use_kernels(self.efficiency.kernels)
+        self.serve(model)
         for module in model.modules():
             if hasattr(module, "recompute"):
                 module.recompute = self.recompute.blocks
-            if hasattr(module, "attention"):
-                module.attention = self.attention
         if self.compiles:
-            compile_stacks(model, all_of_them=self.efficiency.compile == "all")
+            compile_stacks(model, all_of_them=self.efficiency.compile == "all", hooked=self.sharded)
         return prepare(model, self.efficiency, self.ranks.device, self.sharded)
 
-    def shard(self, model: Any, methods: tuple[str, ...], timeout: float) -> None:
-        """After ``apply``: the strategy's part. methods: what callers use of ``model`` in place of its forward."""
+    def serve(self, model: Any) -> None:
+        """As ``apply``, for a model that evaluates alone."""
+        model.use_kernels(self.efficiency.kernels)
+        for module in model.modules():
+            if hasattr(module, "attention"):
+                module.attention = self.attention
+
+    def shard(self, model: Any, timeout: float) -> None:
+        """After ``apply``: the strategy's part."""
         if self.sharded:
-            sharding.apply(model, model.shard_units(), methods, self.train, timeout, self.ranks)
+            half = self.efficiency.precision != "fp32"
+            sharding.apply(model, model.shard_units(), model.forwards(), self.train, half, timeout, self.ranks)
+
+    def passes(self, modules: Sequence[nn.Module]) -> sharding.Passes:
+        """For the steps of ``modules``, which have been sharded or not."""
+        return sharding.Passes(modules if self.sharded else (), self.train.reshard)
 
     # --- in words ---
 
@@ -288,8 +297,10 @@ class Execution:
         if not self.sharded:
             parts = f"divided over {world} ranks" if self.efficiency.shard_muon else "whole on every rank"
             return f"ddp, gradients averaged {'during' if self.overlaps else 'after'} the backward, Muon {parts}"
-        size = sharding.shard_size(self.train, world)
-        return f"{strategy}, {world // size} x {size} shards, Muon divided over {size} ranks"
+        size, once = sharding.shard_size(self.train, world), self.train.reshard == "step"
+        often = "once a step" if once else "in every pass"
+        gathered = f"gathered in {'float32' if self.efficiency.precision == 'fp32' else 'bfloat16'} {often}"
+        return f"{strategy}, {world // size} x {size} shards, {gathered}, Muon divided over {size} ranks"
 
 
 def decide_recompute(choice: str, device: torch.device, needed: Callable[[], int]) -> Recompute:
@@ -315,6 +326,7 @@ def prepare(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device
             f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
         )
     recipe, products = precision.make(model, name, device, copies=not shards)
+    recipe.keeps_casts = not shards
     if efficiency.residual != "fp32":
         recipe.beside = f" with a {efficiency.residual} residual"
     use_residual(model, efficiency.residual)
@@ -331,17 +343,23 @@ def use_residual(model: nn.Module, dtype: str) -> None:
             module.residual = torch.bfloat16 if dtype == "bf16" else None  # type: ignore[assignment]
 
 
-def compile_stacks(model: nn.Module, all_of_them: bool = True, inference: bool = False) -> None:
+def compile_stacks(model: nn.Module, all_of_them: bool = True, inference: bool = False, hooked: bool = False) -> None:
     """Compiles the layers of ``model``'s stacks in place: one compilation for all layers of a kind (``compiling``).
 
-    all_of_them: the encoder's blocks as well, not the decoder's layers alone.
+    all_of_them: the encoder's blocks as well, not the decoder's layers alone. hooked: what is compiled is called by
+    each layer's own call, around which a strategy puts what gathers its weights.
     """
     made: dict[type, Any] = {}
     names = {"run_layer": "decoder_layers"} | ({"run_block": "blocks"} if all_of_them else {})
     for module in model.modules():
         for runner, layers in names.items():
             if hasattr(module, runner):
-                kind = type(getattr(module, layers)[0])
+                stack: Any = getattr(module, layers)
+                kind = type(stack[0])
                 if kind not in made:
                     made[kind] = compiling.region(kind.forward, inference)
-                setattr(module, runner, made[kind])
+                if not hooked:
+                    setattr(module, runner, made[kind])
+                    continue
+                for layer in stack:
+                    layer.forward = functools.partial(made[kind], layer)

@@ -162,6 +162,9 @@ class Recipe:
         self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16 because of their sizes
         self.slower: list[str] = []  # and because they are faster there
         self.beside = ""  # what else is said of it
+        # Whether autocast keeps what it has cast. Beside shards it must not: the gradient of a cast that an earlier
+        # pass has made comes after the network's others, when these have been sent.
+        self.keeps_casts = True
 
     def follow(self, copy: Tensor, parameter: Tensor, groups: int) -> None:
         """``refresh`` will write the parameter into its copy."""
@@ -186,7 +189,7 @@ class Recipe:
         """Refreshes the copies, then the context. autocast covers what has no copies: convolution and norms."""
         self.refresh()
         with ExitStack() as stack:
-            stack.enter_context(autocast(self.name, self.device))
+            stack.enter_context((autocast if self.keeps_casts else uncached)(self.name, self.device))
             if self.name in TE:
                 stack.enter_context(_te_autocast(self.name))
             yield

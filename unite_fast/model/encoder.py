@@ -295,15 +295,15 @@ class GenerativeEncoder(nn.Module):
                 cos, sin = (torch.cat([table[:registers], table[first:]]) for table in (cos, sin))
         if self.residual is not None and self.training:
             h = h.to(self.residual)
-        blocks: list[Any] = list(self.blocks)[: depth + 1]
+        blocks: list[Any] = list(self.blocks)
         keys = self._keys(key_mask, 0)
         layout = Layout(cos, sin, self.config.rope, 0, keys)
         activated = F.silu(c)  # the first module of every adaLN_modulation
+        # All of them, also where few blocks run: sharded, they are gathered together.
         chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
         inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
-        if depth == len(blocks):
-            shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
-            inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
+        shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
+        inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
         modulated = adaln(h, *inputs[0], backend=self.backend)
         if torch.is_autocast_enabled(h.device.type):  # as the other blocks get it
             modulated = modulated.to(torch.get_autocast_dtype(h.device.type))

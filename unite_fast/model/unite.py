@@ -18,12 +18,14 @@ from unite_fast.data.batch import slots_taken
 from unite_fast.layers import Linear, adamw_parameter, sincos_1d, use_adamw
 from unite_fast.modality import Content
 from unite_fast.model.encoder import GenerativeEncoder
+from unite_fast.model.shards import decoder_units, encoder_units
+from unite_fast.parallel.sharding import Unit
 from unite_kernels import corruption
 from unite_kernels.backend import obstacle
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
-FORWARDS = ("tokenize", "denoise_raw", "denoise", "normalise", "decode")  # what callers use in place of forward()
+FORWARDS = ("tokenize", "denoise", "decode")  # what training uses in place of forward(); none calls another
 
 
 class UNITE(nn.Module):
@@ -62,17 +64,14 @@ class UNITE(nn.Module):
         """The Generative Encoder, and the denoiser where it has its own weights."""
         return [self.encoder, self.denoiser] if self.config.separate_denoiser else [self.encoder]
 
-    def shard_units(self) -> list[list[nn.Module]]:
-        """Modules whose parameters a pass needs at the same time, those within others first (``parallel.sharding``).
+    def shard_units(self) -> list[Unit]:
+        """What is gathered together; the rest is needed in every pass."""
+        encoders = [unit for encoder in self.encoders() for unit in encoder_units(encoder)]
+        return encoders + decoder_units(self.decoder)
 
-        An encoder computes the modulations of all blocks first and reads their norms from outside the blocks.
-        """
-        units: list[list[nn.Module]] = []
-        for encoder in self.encoders():
-            blocks: list[Any] = list(encoder.blocks)
-            units += [[part] for block in blocks for part in (block.adaLN_modulation[1], block.attn, block.mlp)]
-            units.append([encoder])
-        return [*units, *([layer] for layer in self.decoder.decoder_layers), [self.decoder]]
+    def forwards(self) -> dict[nn.Module, tuple[str, ...]]:
+        """What callers use of the model, and it of its parts, in place of ``forward``."""
+        return {self: FORWARDS}
 
     @property
     def latent_shape(self) -> tuple[int, int]:

@@ -40,6 +40,10 @@ FlowPass = Callable[..., Tensor]  # as ``Objective.flow_backward`` without its m
 FLOW = "flow"  # the flow's term
 
 
+def _unheard(network: nn.Module) -> None:
+    """Where nobody asks which backward is the last one."""
+
+
 class Objective:
     """What is minimised: the weighted sum of the modality's terms and the flow's.
 
@@ -135,12 +139,23 @@ class Objective:
         _propagate(loss * (self.config.flow_weight * scale))
         return loss.detach()
 
-    def _flow(self, model: UNITE, z: Tensor, batch: Batch, draws: Draws | SeededDraws, part: FlowPass) -> Tensor:
+    def _flow(
+        self,
+        model: UNITE,
+        z: Tensor,
+        batch: Batch,
+        draws: Draws | SeededDraws,
+        part: FlowPass,
+        before_last: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The flow's term: ``part`` of each mini-batch of its steps, added up."""
         noised = draws.flow(z, batch.labels, model.null_class)
         others = {"z": z} if batch.sizes is None else {"z": z, "sizes": batch.sizes}
         found = torch.zeros((), device=z.device)
-        for zt, t, labels in zip(*(x.split(self.flow_mini_batch) for x in noised), strict=True):
+        mini_batches = list(zip(*(x.split(self.flow_mini_batch) for x in noised), strict=True))
+        for number, (zt, t, labels) in enumerate(mini_batches, 1):
+            if number == len(mini_batches):
+                before_last()
             found = found + part(**others, zt=zt, t=t, labels=labels)
         return found
 
@@ -162,29 +177,33 @@ class Objective:
         draws: Draws | SeededDraws,
         scale: float = 1.0,
         flow_pass: FlowPass | None = None,
+        last: Callable[[nn.Module], None] = _unheard,
     ) -> dict[str, Tensor]:
         """Accumulates the gradients of ``scale * total``; returns what ``joint`` does, detached.
 
         The latents are detached for the flow, so the backward of ``flow_mini_batch`` flow steps, which go through the
         network as one batch, follows their forward at once: memory holds one pass at a time. flow_pass: in place of
-        ``flow_backward`` with this model and scale, the same from a CUDA graph.
+        ``flow_backward`` with this model and scale, the same from a CUDA graph. last: is told of a network when the
+        backward that comes next is the last one through it.
         """
         o = self.config
         if self.adversarial is not None:
             return self._against(self.adversarial, model, batch, draws, scale)
         if not o.stop_gradient:
             losses = self.joint(model, batch, draws)
+            last(model)
             _propagate(losses["total"] * scale)
             return {name: value.detach() for name, value in losses.items()}
         z, terms = self.reconstruction(model, batch, draws)
         total = self._weighted(terms)
+        last(model.decoder if FLOW in self.terms else model)
         _propagate(total * scale)
         # Nothing of this pass's graph may live on: the flow's capture needs accumulation nodes of its own stream.
         total, z = total.detach(), z.detach()
         terms = {name: value.detach() for name, value in terms.items()}
         if FLOW in self.terms:
             part = flow_pass or functools.partial(self.flow_backward, model, scale)
-            terms[FLOW] = self._flow(model, z, batch, draws, part)
+            terms[FLOW] = self._flow(model, z, batch, draws, part, functools.partial(last, model))
             total = total + o.flow_weight * terms[FLOW]
         return terms | {"total": total, "latents": z}
 

@@ -4,17 +4,26 @@
     fsdp2    weights, gradients and optimizer states are sharded over all ranks (torch's fully_shard)
     hsdp     sharded over ``train.shard_size`` neighbouring ranks, and each such group holds a copy
 
-Under the last two a parameter is a DTensor with its stock name, sharded by rows. It is gathered for the passes that
-need it, and its gradient is reduced after each backward: the mean over all ranks.
+Under the last two a parameter is a DTensor with its stock name, sharded by rows. A step has several forward and
+backward passes through the same weights, and ``train.reshard`` says when whole ones and whole gradients are there:
+
+    step   gathered by the first pass that needs them, held until the last backward through them, in which their
+           gradients are reduced: the traffic of one forward and backward, whatever the number of passes
+    pass   gathered for every forward and every backward, gradients reduced in every backward: the least memory
+
+The matrices of a block are a unit, gathered in bfloat16 where products are in bfloat16; what is small, and what is
+computed in float32, is a unit of the network around the blocks, gathered as it is. Gradients are reduced in float32:
+the mean over all ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +35,17 @@ from unite_fast.parallel.distributed import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class Unit(NamedTuple):
+    """Parameters that are gathered together, before the first of ``modules`` runs.
+
+    All of its modules run in a pass that runs any. products: they are weights of matrix products alone.
+    """
+
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+    products: bool = False
 
 
 def shard_size(t: TrainConfig, world_size: int) -> int:
@@ -50,31 +70,89 @@ def shard_size(t: TrainConfig, world_size: int) -> int:
 
 def apply(
     model: nn.Module,
-    units: Sequence[Sequence[nn.Module]],
-    methods: Sequence[str],
+    units: Sequence[Unit],
+    methods: Mapping[nn.Module, Sequence[str]],
     train: TrainConfig,
+    half: bool,
     timeout: float,
     ranks: Ranks,
 ) -> None:
     """Shards ``model`` in place, over several ranks.
 
-    units: modules that are gathered together, those within others first; methods: what callers use of ``model`` in
-    place of its forward; timeout: seconds that a rank waits for the others. Attributes of parameters (the optimizers'
-    tags) are kept.
+    units: those around others first; what is in none of them is the model's own. methods: what callers use of a module
+    in place of its forward. half: units of products are gathered in bfloat16. timeout: seconds that a rank waits for
+    the others. Attributes of parameters (the optimizers' tags) are kept.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # torch warns that writing into a unit's output would break its backward; no module here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     tags = {name: vars(parameter) for name, parameter in model.named_parameters()}
-    mesh = _mesh(train, timeout, ranks)
-    for unit in units:
-        fully_shard(list(unit), mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for method in methods:
-        register_fsdp_forward_method(model, method)
+    mesh, frees = _mesh(train, timeout, ranks), train.reshard == "pass"
+    own = {id(p) for unit in units for p in unit.parameters}
+    rest = Unit([model], [p for p in model.parameters() if id(p) not in own])
+    for unit in [rest, *units]:
+        kept = {id(p) for p in unit.parameters}
+        fully_shard(
+            unit.modules if len(unit.modules) > 1 else unit.modules[0],  # type: ignore[arg-type]
+            mesh=mesh,
+            reshard_after_forward=frees,
+            # Inputs stay as they are: the residual stream and its norms are in float32.
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if half and unit.products else None,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
+            ignored_params={p for p in model.parameters() if id(p) not in kept},
+        )
+    _prefetch([unit for unit in units if unit.products])
+    for module, names in methods.items():
+        for name in names:
+            register_fsdp_forward_method(module, name)
     for name, parameter in model.named_parameters():
         vars(parameter).update(tags[name])
+
+
+def _prefetch(units: Sequence[Unit]) -> None:
+    """Each unit of a chain asks for the next while it computes, the other way round in backward.
+
+    A network's matrices are a chain, and ``units`` has them network by network, in the order of a pass.
+    """
+    modules: list[Any] = [unit.modules[0] for unit in units]
+    for module, following in itertools.pairwise(modules):
+        if type(module) is type(following):
+            module.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([module])
+
+
+class Passes:
+    """Tells FSDP which backward of a step is the last one through a network (``train.reshard``).
+
+    modules: the roots of what is sharded; none where nothing is.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] = (), reshard: str = "pass") -> None:
+        self.roots: list[Any] = list(modules) if reshard == "step" else []
+        self.closes = False
+
+    def begin(self, last: bool) -> None:
+        """Before a micro-batch, the last one of a step or not: what is gathered stays, gradients stay with the rank."""
+        self.closes = last
+        for root in self.roots:
+            self._set(root, False)
+
+    def last(self, module: nn.Module) -> None:
+        """The next backward through ``module`` is the last one of the micro-batch through it."""
+        if self.closes and self.roots:
+            self._set(module, True)
+
+    def _set(self, module: Any, last: bool) -> None:
+        if not hasattr(module, "set_requires_gradient_sync"):
+            return
+        module.set_requires_gradient_sync(last)
+        module.set_reshard_after_backward(last)
+        if module in self.roots:
+            module.set_is_last_backward(last)
 
 
 def _mesh(train: TrainConfig, timeout: float, ranks: Ranks) -> DeviceMesh:

@@ -19,6 +19,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if part is None else part()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered by the ranks that share it, which all call; any other tensor as it is."""
+    full: Any = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
 def locals_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
     return [local(tensors[name].detach()) for name in names]
 

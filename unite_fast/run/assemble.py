@@ -16,7 +16,7 @@ from unite_fast.efficiency.execution import Execution
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.model.discriminator import Discriminator
 from unite_fast.model.flops import attentions
-from unite_fast.model.unite import FORWARDS, UNITE, build
+from unite_fast.model.unite import UNITE, build
 from unite_fast.optim.groups import freeze
 from unite_fast.optim.optimizer import Optimizer
 from unite_fast.parallel.distributed import Ranks
@@ -75,7 +75,7 @@ def fresh_state(
         opponent = Discriminator(model, config.objective.adversarial, config.seed)
     freeze(model, config.optim.frozen)
     recipe = execution.apply(model)
-    execution.shard(model, FORWARDS, config.comm.train_timeout)
+    execution.shard(model, config.comm.train_timeout)
     optimizer = Optimizer(model, config.optim, execution.efficiency.kernels, execution.muon_group)
     parts = {"": Part(model, optimizer, recipe)}
     if opponent is not None:

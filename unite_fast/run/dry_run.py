@@ -63,7 +63,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     execution.check_device(e, t, config.objective, device, planned=True)
     source, missing = open_inputs(config.data, config.model, config.objective, e, config.init_from)
     try:
-        monitor.open_files(config, world)
+        monitor.open_files(config)
     except data.NoPath:
         if source is not None:
             raise

@@ -16,7 +16,7 @@ from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.stats import Log
 from unite_fast.sampling.reconstruct import reconstruct
 from unite_fast.training.state import TrainState
-from unite_fast.training.step import weights_of
+from unite_fast.training.weights import weights_of
 
 
 class Shown(NamedTuple):
@@ -52,28 +52,30 @@ def save_pictures(
     """samples/step_N.png, four rows: real | reconstruction | EMA samples | raw samples, with fixed noise and labels.
 
     shown: the real ones; the samples have the same labels. t_max: of the times of tokenization.
-    A sharded model needs all ranks; rank 0 writes, and sends them to the services of ``log``.
+    All ranks of a sharded model call it, or rank 0 alone, which draws and sends them to the services of ``log``.
     """
-    model, batch = state.model, shown.batch
-    model.eval()
+    batch, made = shown.batch, []
     faults.strike("eval", state.step)
-    labels, content = batch.labels, model.modality.content(batch.content)
+    labels, content = batch.labels, state.model.modality.content(batch.content)
     seeds = range(len(labels))
-    try:
-        raw = sampling.sample(model, labels, how, seeds=seeds)
-        with weights_of(state, state.optimizer.ema):
-            reconstruction = reconstruct(model, content, torch.arange(len(labels)), t_max, labels, batch.sizes)
-            averaged = sampling.sample(model, labels, how, seeds=seeds)
-    finally:
-        model.train()
-    if ranks.is_main:
-        real = model.modality.original(content)
-        guided = "" if how.cfg_scale == 1 else f"\nguidance {how.cfg_scale:g}"
-        near = model.modality.likeness(content, reconstruction)
-        kind = "real, held out" if shown.held_out else "real"
-        rows = [kind, f"reconstructed\nEMA {near}".rstrip(), f"sampled, EMA{guided}", f"sampled, raw{guided}"]
-        words = pictures.Words(f"step {state.step:,}", shown.names, rows)
-        target = path / "samples" / f"step_{state.step:07d}.png"
-        model.modality.show(target, [real, reconstruction, averaged, raw], words)
-        if log is not None:
-            log.picture(target, state.step)
+    with weights_of(state, state.optimizer.ema) as model:
+        if ranks.is_main:
+            made.append(reconstruct(model, content, torch.arange(len(labels)), t_max, labels, batch.sizes))
+            made.append(sampling.sample(model, labels, how, seeds=seeds))
+    with weights_of(state, state.optimizer.parameters) as model:
+        if ranks.is_main:
+            made.append(sampling.sample(model, labels, how, seeds=seeds))
+    if not ranks.is_main:
+        return
+    reconstruction, averaged, raw = made
+    modality = state.model.modality
+    real = modality.original(content)
+    guided = "" if how.cfg_scale == 1 else f"\nguidance {how.cfg_scale:g}"
+    near = modality.likeness(content, reconstruction)
+    kind = "real, held out" if shown.held_out else "real"
+    rows = [kind, f"reconstructed\nEMA {near}".rstrip(), f"sampled, EMA{guided}", f"sampled, raw{guided}"]
+    words = pictures.Words(f"step {state.step:,}", shown.names, rows)
+    target = path / "samples" / f"step_{state.step:07d}.png"
+    modality.show(target, [real, reconstruction, averaged, raw], words)
+    if log is not None:
+        log.picture(target, state.step)

@@ -30,12 +30,12 @@ from unite_fast.optim import ema
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.session import Session
 from unite_fast.training.state import TrainState
-from unite_fast.training.step import weights_of
+from unite_fast.training.weights import weights_of
 
 Opened = Mapping[str, Any]  # what each score that will be due is computed with, by its name
 
 
-def open_files(config: Config, world_size: int) -> Opened:
+def open_files(config: Config) -> Opened:
     """Empty when nothing is to be scored. Raises UserError for files that are missing or do not fit, and for counts."""
     e, fitting = config.evaluation, modality.of(config.model).scores
     wanted = {name: score for name, score in SCORES.items() if getattr(e, score.key)}
@@ -49,12 +49,6 @@ def open_files(config: Config, world_size: int) -> Opened:
     known = [*ema.names(config.optim), "model"]
     if e.weights not in known:
         raise UserError(f"evaluation.weights={e.weights} is not among the run's: {', '.join(known)}")
-    # Ranks with fewer tiles would leave the others waiting for their shards.
-    if config.train.strategy != "ddp" and world_size > 1:
-        raise UserError(
-            f"evaluation while training needs train.strategy=ddp (or one process), this is {config.train.strategy}; "
-            "score its checkpoints with python -m unite_fast.evaluate"
-        )
     opened: dict[Any, Any] = {}
     try:
         for score in wanted.values():
@@ -136,22 +130,17 @@ class Monitor:
         self.ranks.together(functools.partial(faults.strike, "eval", state.step))
         name = self.config.evaluation.weights
         tensors = state.optimizer.parameters if name == "model" else state.optimizer.averages[name]
-        weights = {
-            "run": self.config.name, "step": state.step, "weights": name,
-            "sha256": self.ranks.decide(functools.partial(weights_sha256, tensors)),
-        }  # fmt: skip
+        weights = {"run": self.config.name, "step": state.step, "weights": name}
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        state.model.eval()
-        try:
-            with weights_of(state, tensors), torch.random.fork_rng(devices=devices), torch.no_grad():
-                scale = state.best_cfg_scale or self.config.sample.cfg_scale
-                at = Moment(
-                    self.config, state.model, self.ranks, self.losses, scale, weights, path.with_suffix(".jsonl"),
-                    self.session.stopping,
-                )  # fmt: skip
-                found = SCORES[kind].run(at, self.files[kind])
-        finally:
-            state.model.train()
+        with weights_of(state, tensors) as model, torch.random.fork_rng(devices=devices), torch.no_grad():
+            held = {n: p for n, p in model.named_parameters() if n in tensors}
+            weights["sha256"] = self.ranks.decide(functools.partial(weights_sha256, held))
+            scale = state.best_cfg_scale or self.config.sample.cfg_scale
+            at = Moment(
+                self.config, model, self.ranks, self.losses, scale, weights, path.with_suffix(".jsonl"),
+                self.session.stopping,
+            )  # fmt: skip
+            found = SCORES[kind].run(at, self.files[kind])
         protocol = {"checkpoint": weights} | found.pop("protocol")
         protocol["environment"] = provenance.of(self.ranks.device, self.ranks.world_size)
         epoch = state.images_seen / self.images_per_epoch

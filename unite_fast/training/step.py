@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from unite_fast.objective import FlowPass, Objective
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.overlap import Averager
-from unite_fast.parallel.tensors import local
 from unite_fast.training.guards import SkipCounter
 from unite_fast.training.means import SKIPPED
 from unite_fast.training.state import Part, TrainState
@@ -48,6 +46,7 @@ class TrainStep:
         self.skips = SkipCounter(ranks.device)
         objective.join({name: part.module for name, part in state.parts.items()})
         self.averagers = {name: self._averager(part) for name, part in state.parts.items()}
+        self.passes = state.execution.passes([part.module for part in state.parts.values()])
         self.graphs = Graphs(self) if state.execution.captures else None
 
     # --- The step: a batch in, new weights. ``Graphs`` may replay what these functions do. ------------------------
@@ -78,6 +77,7 @@ class TrainStep:
         for i, part in enumerate(batch.split(self.micro_batch)):
             for averager in self.averagers.values():
                 averager.begin(number, last=i == parts - 1)
+            self.passes.begin(last=i == parts - 1)
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
             for name, value in micro_step(part, 1 / parts).items():
@@ -89,7 +89,7 @@ class TrainStep:
         model = self.state.model
         registers = model.modality.registers(model.config, batch.content)
         draws = self.objective.draws(model, self.config.seed, batch.samples, registers)
-        losses = self.objective.backward(model, batch, draws, scale, flow_pass)
+        losses = self.objective.backward(model, batch, draws, scale, flow_pass, self.passes.last)
         latents = losses.pop("latents").double()
         if cut := model.latent_shape[0] - registers:
             latents = F.pad(latents, (0, 0, 0, cut))
@@ -244,20 +244,3 @@ class Graphs:
 
     def _update(self, lr: Tensor, position: Tensor, **losses: Tensor) -> dict[str, Tensor]:
         return self.step.update(lr, position, losses)
-
-
-@contextmanager
-def weights_of(state: TrainState, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model has ``tensors`` for its parameters, by their names, within; after it the raw ones, bit for bit."""
-    raw = {name: local(p.detach()).clone() for name, p in state.optimizer.parameters.items()}
-    try:
-        _copy(state, tensors)
-        yield
-    finally:
-        _copy(state, raw)
-
-
-@torch.no_grad()
-def _copy(state: TrainState, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in state.optimizer.parameters.items():
-        local(parameter).copy_(local(values[name]))

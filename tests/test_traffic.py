@@ -1,0 +1,117 @@
+"""What a rank sends in a step: collectives and bytes, counted, by strategy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_distributed import Run
+from torch import Tensor
+
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.traffic import Traffic, wire
+
+# N = 14 flow steps in mini-batches of 3, two micro-batches: twelve backward passes through the encoder in a step.
+PASSES = ("objective.flow_steps=14", "efficiency.flow_mini_batch=3")
+UNITS = 8  # of the tiny model: root; encoder, its modulations, three blocks; decoder, one layer
+CASES = {
+    "ddp": (),
+    "step": ("train.strategy=fsdp2",),
+    "step, bf16": ("train.strategy=fsdp2", "efficiency.precision=bf16"),
+    "pass": ("train.strategy=fsdp2", "train.reshard=pass"),
+}
+HSDP = {"hsdp": ("train.strategy=hsdp", "train.shard_size=2")}
+
+Count = dict[str, dict[str, int]]  # calls, payload, sent: by kind
+
+
+def counted(ranks: Ranks, cases: dict[str, tuple[str, ...]]) -> dict[str, Count]:
+    """Of the second step; the first one plans."""
+    found = {}
+    for name, overrides in cases.items():
+        run = Run(ranks, *PASSES, *overrides).go(1)
+        batch = next(run.stream)
+        with Traffic() as seen:
+            run.step(batch)
+        small = {f"all_gather {kind}": n for (of, kind), n in seen.by_dtype.items() if of == "all_gather"}
+        found[name] = {"calls": dict(seen.calls), "payload": dict(seen.payload) | small, "sent": dict(seen.sent)}
+    return found
+
+
+def trainable() -> int:
+    """Bytes of the gradients of a step; one parameter has none."""
+    parameters = Run(Ranks(0, 1, torch.device("cpu"))).state.optimizer.parameters
+    return 4 * sum(p.numel() for name, p in parameters.items() if "special_time_emb" not in name)
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Count]:
+    first, second = on_ranks(2, counted, CASES)
+    assert first == second
+    return first
+
+
+def near(size: int, expected: int) -> bool:
+    """A little above: rows that ranks do not divide are padded, and parameters without gradients are gathered, too."""
+    return expected <= size < 1.05 * expected
+
+
+def test_gathered_once_and_reduced_once(two):
+    """However many passes a step has: the least that a sharded step can send."""
+    for name in ("step", "step, bf16"):
+        calls, payload = two[name]["calls"], two[name]["payload"]
+        assert (calls["all_gather"], calls["reduce_scatter"]) == (UNITS, UNITS)
+        assert near(payload["reduce_scatter"], trainable())
+    assert near(two["step"]["payload"]["all_gather"], trainable())
+
+
+def test_matrices_are_gathered_in_bfloat16(two):
+    whole, half = two["step"]["payload"], two["step, bf16"]["payload"]
+    small = half["all_gather float32"]
+    assert half["all_gather bfloat16"] * 2 + small == whole["all_gather"]
+    assert half["all_gather bfloat16"] > small / 2  # of the tiny model; of UNITE-B it is nearly everything
+
+
+def test_passes_that_keep_nothing_send_more(two):
+    """Twelve passes forward and backward, two of them through the decoder as well; the root is held."""
+    calls = two["pass"]["calls"]
+    assert calls["all_gather"] > 10 * UNITS
+    assert 12 * 5 <= calls["reduce_scatter"] <= 12 * UNITS
+
+
+def test_ddp_sends_each_gradient_once(two):
+    """And the two moments of the latents; Muon's shares once."""
+    found = two["ddp"]
+    assert found["calls"] == {"all_reduce": 2, "all_gather": 1}
+    assert near(found["payload"]["all_reduce"], trainable())
+    assert found["sent"]["all_reduce"] == found["payload"]["all_reduce"]  # 2 (n - 1) / n of it, n = 2
+
+
+def test_hsdp_sums_copies_of_a_shard():
+    for found in on_ranks(4, counted, HSDP):
+        count = found["hsdp"]
+        assert (count["calls"]["all_gather"], count["calls"]["reduce_scatter"]) == (UNITS, UNITS)
+        assert count["calls"]["all_reduce"] == UNITS + 2  # and the norm, and the moments
+        assert near(count["payload"]["all_reduce"], trainable() // 2)
+
+
+def all_kinds(ranks: Ranks) -> dict[str, list[int]]:
+    tensor, parts = torch.zeros(8), torch.zeros(4)
+    with Traffic() as seen:
+        dist.all_reduce(tensor)
+        dist.broadcast(tensor, 0)
+        dist.all_gather_into_tensor(tensor, parts)
+        dist.reduce_scatter_tensor(parts, tensor)
+        dist.all_to_all_single(tensor, tensor.clone())
+        dist.all_reduce(Tensor([1.0]), async_op=True).wait()
+    return {kind: [seen.calls[kind], seen.payload[kind], seen.sent[kind]] for kind in seen.calls}
+
+
+def test_every_kind_is_counted():
+    """(calls, bytes of the whole, bytes that a rank sends)."""
+    once = [1, 32, 16]
+    assert on_ranks(2, all_kinds)[0] == {
+        "all_reduce": [2, 36, 36], "broadcast": once, "all_gather": once, "reduce_scatter": once, "all_to_all": once,
+    }  # fmt: skip
+    assert wire("all_reduce", 800, 8) == 1400
