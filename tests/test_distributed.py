@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import on_ranks
+from stepping import Dispatched, trainer
 from support import TINY
 from torch import Tensor
 
@@ -193,6 +194,56 @@ def test_buckets_leave_during_the_backward():
         assert first == 0  # it is counted in the first step
         assert total > 5
         assert all(early == total for early, _ in later)
+
+
+def copied(ranks: Ranks) -> dict[str, list[int]]:
+    """Operations of a step that would move gradients between their tensors and what is sent."""
+    run = Run(ranks).go(2)
+    batch = next(run.stream)
+    with Dispatched() as seen:
+        run.step(batch)
+    averager = run.step.averagers[""]
+    moved = {n: seen.counts[n] for n in ("aten.cat", "aten._foreach_copy_", "aten.zero_")}
+    inside = sum(v.numel() for bucket in averager.buckets for v in bucket.views)
+    aligned = all(v.data_ptr() % 64 == 0 for bucket in averager.buckets for v in bucket.views)
+    return {"moved": list(moved.values()), "inside": [inside, int(aligned), len(averager.buckets)]}
+
+
+def test_gradients_live_where_they_are_sent_from():
+    """No copy of a gradient: one fill per bucket. The concatenations are those of a process alone, of activations."""
+    step, batch = trainer(*COMMON, "train.global_batch=12", "train.micro_batch=6")
+    step(batch())
+    again = batch()
+    with Dispatched() as seen:
+        step(again)
+    for found in on_ranks(2, copied):
+        cats, copies, zeros = found["moved"]
+        inside, aligned, buckets = found["inside"]
+        assert (cats, copies) == (seen.counts["aten.cat"], seen.counts["aten._foreach_copy_"])
+        assert zeros == seen.counts["aten.zero_"] + buckets
+        assert aligned
+        assert inside == sum(p.numel() for n, p in step.state.optimizer.parameters.items() if "special_time" not in n)
+
+
+def given_now_and_then(ranks: Ranks) -> list[list[float]]:
+    """Gradients in steps 1 and 3, none in step 2."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    averager, said = overlap.Averager([weight], ranks), []
+    for step, times in enumerate((1, 0, 1)):
+        averager.begin(step, last=True)
+        for _ in range(times):
+            (weight.sum() * (ranks.rank + 1)).backward()
+        averager.drop_untouched()
+        if weight.grad is not None:
+            averager.finish()
+            said.append(weight.grad.tolist())
+        weight.grad = None
+    return said
+
+
+def test_a_step_without_gradients_leaves_none():
+    """A part that is not trained in it is then not due, instead of updated with zeros."""
+    assert on_ranks(2, given_now_and_then)[0] == [[1.5] * 3, [1.5] * 3]
 
 
 def added_once_more(ranks: Ranks) -> list[str]:

@@ -172,11 +172,6 @@ def keeps_copies(efficiency: EfficiencyConfig, train: TrainConfig, world_size: i
     return efficiency.precision != "fp32" and not sharded(train, world_size)
 
 
-def sends_copies(train: TrainConfig, world_size: int) -> bool:
-    """Whether what is sent of the gradients is a copy of them."""
-    return train.strategy == "ddp" and world_size > 1
-
-
 @dataclass(frozen=True)
 class Execution:
     """How the steps of a run are computed. The default is that of a model as it is made: eager, float32, one process.

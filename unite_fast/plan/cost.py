@@ -173,9 +173,9 @@ def persistent_parts(
     """Bytes of one rank: trainable parameters, gradients, optimizer's state, averages; float32; and copies. With
     ``optim.frozen`` the parameters that are so, too.
 
-    Under ddp with several ranks the gradients count twice, since what is sent of them is a copy; sharded, all are a
-    rank's part (gathered layers aside). The linear layers' copies (``efficiency.precision``) take 2 bytes per weight,
-    one in bfloat16 or two in float8.
+    Sharded, all are a rank's part; with ``train.reshard=step`` the whole weights that a step gathers and its whole
+    gradients are there beside it, with ``pass`` those of a block at a time, which are left out. The linear layers'
+    copies (``efficiency.precision``) take 2 bytes per weight, one in bfloat16 or two in float8.
     """
     with torch.device("meta"):
         model = UNITE(m)
@@ -186,13 +186,18 @@ def persistent_parts(
         adamw |= {f"discriminator.{name}": p for name, p in split_parameters(opponent, muon=False)[1].items()}
     matrices, others = (sum(p.numel() for p in group.values()) for group in (muon, adamw))
     each = 4 * (matrices + others)
-    sent = 1 + execution.sends_copies(train, world_size)
     averages = 1 + len(optim.ema_extra)
-    parts = {"parameters": each, "gradients": sent * each, "optimizer": 4 * (matrices + 2 * others)}
+    parts = {"parameters": each, "gradients": each, "optimizer": 4 * (matrices + 2 * others)}
     shards = shard_size(train, world_size)
     parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
     if optim.frozen:
         parts["frozen"] = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad) // shards
+    if execution.sharded(train, world_size) and train.reshard == "step":
+        networks = [model, *([] if opponent is None else [opponent])]
+        products = sum(p.numel() for unit in model.shard_units() if unit.products for p in unit.parameters)
+        others = sum(p.numel() for network in networks for p in network.parameters()) - products
+        parts["whole weights"] = (4 if e.precision == "fp32" else 2) * products + 4 * others
+        parts["whole gradients"] = each
     if execution.keeps_copies(e, train, world_size):
         networks = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
         copied = [module for module in networks if hasattr(module, "products")]

@@ -60,6 +60,8 @@ class TrainStep:
         state, number = self.state, self.state.step + 1
         self.objective.begin(number)
         losses = self.within_memory(batch, number)
+        for averager in self.averagers.values():
+            averager.drop_untouched()
         for name in self.due():
             self.averagers[name].finish()
         update = self.update if self.graphs is None else self.graphs.update
@@ -116,8 +118,9 @@ class TrainStep:
         return {name: part for name, part in self.state.parts.items() if part.optimizer.due}
 
     def _averager(self, part: Part) -> Averager:
-        overlaps, optimizer = self.state.execution.overlaps, part.optimizer
-        return Averager(list(optimizer.parameters.values()), self.ranks, overlaps, optimizer.sharded)
+        how, optimizer = self.state.execution, part.optimizer
+        parameters = list(optimizer.parameters.values())
+        return Averager(parameters, self.ranks, how.overlaps, optimizer.sharded, resident=not how.captures)
 
     def lr(self, images_seen: int) -> float:
         train = self.config.train
