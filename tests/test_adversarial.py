@@ -18,14 +18,15 @@ from torch import Tensor
 
 import unite_fast.export
 from unite_fast.base.errors import UserError
-from unite_fast.checkpoint import load_model, load_weights, read
+from unite_fast.checkpoint import load_model, load_weights, read, resume, saving
 from unite_fast.config import AdversarialConfig
 from unite_fast.data import Batch
-from unite_fast.efficiency import compiling
+from unite_fast.efficiency import compiling, execution
 from unite_fast.interop import load_reference, save_reference
 from unite_fast.objective import adversarial, augment
 from unite_fast.objective.adversarial import Adversarial
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.tensors import local, part_of, whole
 from unite_fast.plan import cost
 from unite_fast.run.stats import DuelAlarm, read_metrics
 from unite_fast.training.state import tensors_of
@@ -48,9 +49,11 @@ def stage(*overrides: str, ranks: Ranks | None = None) -> tuple[TrainStep, Batch
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in step.state.model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            local(parameter).add_(part_of(noise, parameter))
         if (trunk := step.state.parts["discriminator"].module.trunk) is not None:
-            trunk.encoder.load_state_dict(step.state.model.encoder.state_dict(), strict=False)
+            for name, parameter in trunk.encoder.named_parameters():
+                local(parameter).copy_(local(step.state.model.encoder.get_parameter(name)))
     return step, batch()
 
 
@@ -244,7 +247,7 @@ def run_steps(ranks: Ranks, count: int, *overrides: str) -> dict[str, Tensor]:
     }
     averaged = list(told.values())
     ranks.average_(averaged)
-    return {n: t.detach().clone() for n, t in tensors_of(step.state).items()} | told
+    return {n: whole(t.detach()).clone() for n, t in tensors_of(step.state).items()} | told
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +269,43 @@ def test_two_ranks_are_one(alone):
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+
+
+SHARDED = ("train.strategy=fsdp2", "train.micro_batch=4")  # two micro-batches on each of two ranks
+
+
+def interrupted(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """Four steps with sharded networks, and two and two with a checkpoint between them."""
+    starts = ("objective.adversarial.discriminator_start=1", "objective.adversarial.generator_start=2", *SHARDED)
+    step, batch = stage(*starts, ranks=ranks)
+    again, _ = stage(*starts, ranks=ranks)
+    for number in range(4):
+        step(batch)
+        if number == 1:
+            writer = saving.Writer(Path(folder), step.config, ranks)
+            writer.save(step.state, {})
+            writer.wait()
+    ranks.barrier()
+    resume(Path(folder) / "step-0000002", again.state, step.config.train.global_batch)
+    for _ in range(2):
+        again(batch)
+    return [{n: whole(t.detach()).clone() for n, t in tensors_of(s.state).items()} for s in (step, again)]
+
+
+def sharded_stage(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    trained = run_steps(ranks, 4, *SHARDED, "objective.adversarial.trunk=trained")
+    return [run_steps(ranks, 4, *SHARDED), trained, *interrupted(ranks, folder)]
+
+
+def test_sharded_networks_are_those_of_one_process(alone, alone_on_a_copy, tmp_path):
+    """Both with the model's own encoder, frozen, and with a trunk that learns; resumed bit for bit."""
+    first, second = on_ranks(2, sharded_stage, str(tmp_path))
+    for expected, found, other in zip((alone, alone_on_a_copy), first, second, strict=False):
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], other[name]), name
+            torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+    for name, tensor in first[2].items():
+        assert torch.equal(first[3][name], tensor), name
 
 
 def test_the_cut_of_a_batch_does_not_matter(alone):
@@ -505,13 +545,19 @@ def test_what_does_not_go_together(overrides, said):
 @pytest.mark.parametrize(
     ("option", "mend"),
     [
-        ("train.strategy=fsdp2", "set train.strategy=ddp"),
         ("efficiency.cuda_graph=step", "set efficiency.cuda_graph=none"),
     ],
 )
 def test_ways_of_computing_that_are_refused(base, tmp_path, option, mend):
     said = refused(base[0], tmp_path / "run", *STAGE, f"init_from={base[1]}", option)
     assert f"objective.adversarial does not work with {option}; {mend}" in said
+
+
+def test_weights_freed_between_passes_are_refused():
+    config = load_tiny(*STAGE, "train.strategy=fsdp2", "train.reshard=pass")
+    said = "objective.adversarial does not work with train.reshard=pass; set train.reshard=step"
+    with pytest.raises(UserError, match=said):
+        execution.check_device(config.efficiency, config.train, config.objective, ALONE.device)
 
 
 def test_without_it_nothing_changes():

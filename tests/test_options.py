@@ -55,6 +55,7 @@ IDLE = [
     ("train.py", "--config tiny.yaml evaluation.scorer=rdkit_tight", "override evaluation.scorer"),
     ("train.py", "--config tiny.yaml objective.flow_steps=0 efficiency.flow_mini_batch=2", "flow_mini_batch"),
     ("train.py", "--config tiny.yaml train.shard_size=2", "train.shard_size"),
+    ("train.py", "--config tiny.yaml train.reshard=pass", "train.reshard"),
     ("train.py", "--config tiny.yaml --mfu 0.4", "--mfu"),
     ("train.py", "--config tiny.yaml --ranks 8", "--ranks"),
     ("train.py", "--config tiny.yaml --print-config --dry-run", "--dry-run"),
@@ -188,7 +189,8 @@ def test_rules_name_keys():
         assert beside.format(config.Config())
         adversarial = {"weight": 1.0, "penalty": "r1"}
         others = [yaml_text.from_dict({
-            "data": {"source": source}, "model": {"modality": "atoms"}, "train": {"wandb": True}, "init_from": "x",
+            "data": {"source": source}, "model": {"modality": "atoms"}, "init_from": "x",
+            "train": {"wandb": True, "strategy": "fsdp2"},
             "objective": {"noising": "add", "adversarial": adversarial},
         }) for source in ("digits", "parquet")]  # fmt: skip
         assert not all(is_idle(one) for one in (config.Config(), *others)), beginnings

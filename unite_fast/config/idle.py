@@ -52,6 +52,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: not c.objective.adversarial.augment,
         "objective.adversarial.augment=[]",
     ),
+    (("train.reshard",), lambda c: c.train.strategy == "ddp", "train.strategy=ddp"),
     (("objective.noising_t",), lambda c: c.objective.noising == "add", "objective.noising=add"),
     (("objective.noising_sigma",), lambda c: c.objective.noising != "add", "objective.noising={0.objective.noising}"),
     (

@@ -111,7 +111,7 @@ def check_device(
     if o.adversarial.weight:
         _check_adversarial(efficiency, train)
     if not (planned and device.type == "cpu"):
-        _check_graph(efficiency, train, o, device)
+        check_graph(efficiency, train, o, device)
     if why := backend.obstacle(efficiency.kernels, device, update=True):
         raise UserError(f"efficiency.kernels={efficiency.kernels}: {why}; or set efficiency.kernels=eager")
     precision.check(efficiency.precision, device)
@@ -120,8 +120,8 @@ def check_device(
 def _check_adversarial(e: EfficiencyConfig, t: TrainConfig) -> None:
     """Raises UserError for what a step with a discriminator cannot be computed with."""
     refused = (
-        # the gradient at the decoder's last layer is taken outside the passes that gather its weights
-        (f"train.strategy={t.strategy}", t.strategy != "ddp", "train.strategy=ddp"),
+        # the gradient at the decoder's last layer is taken between the passes that would gather its weights
+        ("train.reshard=pass", t.strategy != "ddp" and t.reshard == "pass", "train.reshard=step"),
         # whether each of the two networks learns is decided on the host
         (f"efficiency.cuda_graph={e.cuda_graph}", e.cuda_graph != "none", "efficiency.cuda_graph=none"),
         # its layers keep state between passes, of which there are more than one through the same encoder
@@ -132,7 +132,7 @@ def _check_adversarial(e: EfficiencyConfig, t: TrainConfig) -> None:
             raise UserError(f"objective.adversarial does not work with {key}; set {neutral}")
 
 
-def _check_graph(e: EfficiencyConfig, train: TrainConfig, o: ObjectiveConfig, device: torch.device) -> None:
+def check_graph(e: EfficiencyConfig, train: TrainConfig, o: ObjectiveConfig, device: torch.device) -> None:
     """Raises UserError naming the first precondition of ``efficiency.cuda_graph`` that does not hold."""
     mode = e.cuda_graph
     if mode == "none":

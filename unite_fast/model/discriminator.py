@@ -25,8 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from unite_fast.config import AdversarialConfig, ModelConfig
+from unite_fast.modality import Content
 from unite_fast.model.encoder import GenerativeEncoder
-from unite_fast.model.unite import UNITE
+from unite_fast.model.shards import encoder_units
+from unite_fast.model.unite import UNITE, features
+from unite_fast.parallel.sharding import Unit
 
 SLOPE = 0.2  # of the leaky ReLU
 
@@ -70,6 +73,10 @@ class Trunk(nn.Module):
             self.latent_tokens.copy_(model.latent_tokens)
             self.embedder.load_state_dict(model.embedder.state_dict())
             self.encoder.load_state_dict(model.encoder.state_dict(), strict=False)  # which has more blocks
+
+    def features(self, content: Content, noise: Tensor, t: Tensor, after: Sequence[int]) -> list[Tensor]:
+        """As of UNITE."""
+        return features(self, self.embedder, content, noise, t, after)
 
 
 class Discriminator(nn.Module):
@@ -118,12 +125,19 @@ class Discriminator(nn.Module):
         if self.trunk is not None:
             self.trunk.encoder.backend = backend
 
+    def shard_units(self) -> list[Unit]:
+        """Those of a trunk of its own; the heads are gathered with the rest."""
+        return [] if self.trunk is None else encoder_units(self.trunk.encoder)
+
+    def forwards(self) -> dict[nn.Module, tuple[str, ...]]:
+        """As of UNITE."""
+        own: dict[nn.Module, tuple[str, ...]] = {self: ("features", "logits", "advance")}
+        return own if self.trunk is None else own | {self.trunk.encoder: ("features",)}
+
     def features(self, model: UNITE, images: Tensor, noise: Tensor, t: Tensor) -> list[Tensor]:
         """Images (B, Q, S, S), registers' input (B, K, C) and times (B,) of tokenization -> H times (B, M, D)."""
         source = model if self.trunk is None else self.trunk
-        labels = torch.full((len(images),), source.null_class, device=images.device)
-        context = source.embedder({"images": images}, None)
-        return source.encoder.features(noise, t, labels, source.latent_tokens, context, self.after)
+        return source.features({"images": images}, noise, t, self.after)
 
     def logits(self, features: Sequence[Tensor]) -> Tensor:
         """(B, H M) float32, above 0 for real."""

@@ -6,6 +6,7 @@ Shape letters: B batch, K registers, C latent dim, D encoder width, M patches, Q
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from unite_kernels.backend import obstacle
 
 TOKENIZE_SEED = 0  # of the registers' noise when a caller of tokenize() gives none
 TOKENIZE_T_MAX = 0.01
-FORWARDS = ("tokenize", "denoise", "decode")  # what training uses in place of forward(); none calls another
+FORWARDS = ("tokenize", "denoise", "decode", "features")  # what training uses in place of forward(); none calls another
 
 
 class UNITE(nn.Module):
@@ -71,7 +72,7 @@ class UNITE(nn.Module):
 
     def forwards(self) -> dict[nn.Module, tuple[str, ...]]:
         """What callers use of the model, and it of its parts, in place of ``forward``."""
-        return {self: FORWARDS}
+        return {self: FORWARDS} | dict.fromkeys(self.encoders(), ("features",))
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -150,8 +151,20 @@ class UNITE(nn.Module):
         """
         return self.decoder(self.up_sample_decoder(z), sizes)
 
+    def features(self, content: Content, noise: Tensor, t: Tensor, after: Sequence[int]) -> list[Tensor]:
+        """The context tokens (B, M, D) in the tokenization pass, after each of the blocks ``after``."""
+        return features(self, self.embedder, content, noise, t, after)
+
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def features(
+    network: Any, embedder: nn.Module, content: Content, noise: Tensor, t: Tensor, after: Sequence[int]
+) -> list[Tensor]:
+    """As ``UNITE.features``, of a network with an ``encoder``, ``latent_tokens`` and a ``null_class``."""
+    labels = torch.full((len(noise),), network.null_class, device=noise.device)
+    return network.encoder.features(noise, t, labels, network.latent_tokens, embedder(content, None), after)
 
 
 def build(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> UNITE:

@@ -188,7 +188,7 @@ class Objective:
         """
         o = self.config
         if self.adversarial is not None:
-            return self._against(self.adversarial, model, batch, draws, scale)
+            return self._against(self.adversarial, model, batch, draws, scale, last)
         if not o.stop_gradient:
             losses = self.joint(model, batch, draws)
             last(model)
@@ -208,7 +208,13 @@ class Objective:
         return terms | {"total": total, "latents": z}
 
     def _against(
-        self, opponent: Adversarial, model: UNITE, batch: Batch, draws: Draws | SeededDraws, scale: float
+        self,
+        opponent: Adversarial,
+        model: UNITE,
+        batch: Batch,
+        draws: Draws | SeededDraws,
+        scale: float,
+        last: Callable[[nn.Module], None],
     ) -> dict[str, Tensor]:
         """``backward`` of the decoder beside a discriminator."""
         assert isinstance(draws, SeededDraws)  # it draws more than a training step of UNITE
@@ -219,7 +225,8 @@ class Objective:
             return terms, self._weighted(terms)
 
         images = batch.content["images"]
-        return opponent.backward(model, images, prediction, draws, reconstruct, scale) | {"latents": z.detach()}
+        found = opponent.backward(model, images, prediction, draws, reconstruct, scale, last)
+        return found | {"latents": z.detach()}
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         first, *others = (weight * terms[name] for name, weight in self.losses.weights.items())

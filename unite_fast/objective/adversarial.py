@@ -28,7 +28,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unite_fast.config import AdversarialConfig
 from unite_fast.modality.images import ImageDecoder
@@ -137,10 +137,11 @@ class Adversarial:
         draws: SeededDraws,
         reconstruct: Reconstruct,
         scale: float,
+        last: Callable[[nn.Module], None],
     ) -> dict[str, Tensor]:
         """Accumulates ``scale`` times the gradients of both networks; the terms, "total" and measures, detached.
 
-        images (B, Q, S, S) in [0, 1]; prediction (B, Q, S, S) with its graph.
+        images (B, Q, S, S) in [0, 1]; prediction (B, Q, S, S) with its graph; last: as of ``Objective.backward``.
         """
         c = self.config
         fake = opened(prediction)
@@ -158,7 +159,10 @@ class Adversarial:
                 if c.adaptive:
                     found |= self._last_layer(model, prediction, toward, pull)
                 toward, total = toward + factor * pull, total + factor * loss.detach()
-            found |= self._learn(self.judged(model, shown, features), scale)
+            judged = self.judged(model, shown, features)
+            last(self.discriminator)
+            found |= self._learn(judged, scale)
+        last(model)
         with torch.autocast(total.device.type, enabled=False):
             prediction.backward((toward * scale).to(prediction.dtype))
         return {name: term.detach() for name, term in terms.items()} | found | {"total": total}

@@ -80,7 +80,8 @@ def fresh_state(
     parts = {"": Part(model, optimizer, recipe)}
     if opponent is not None:
         _check_frozen(model)
-        parts["discriminator"] = _discriminator(opponent, config.objective.adversarial, config.optim, execution)
+        a, timeout = config.objective.adversarial, config.comm.train_timeout
+        parts["discriminator"] = _discriminator(opponent, a, config.optim, execution, timeout)
     return TrainState(parts, origin=origin, execution=execution)
 
 
@@ -95,9 +96,13 @@ def _check_frozen(model: UNITE) -> None:
         )
 
 
-def _discriminator(module: Discriminator, a: AdversarialConfig, optim: OptimConfig, execution: Execution) -> Part:
+def _discriminator(
+    module: Discriminator, a: AdversarialConfig, optim: OptimConfig, execution: Execution, timeout: float
+) -> Part:
     """With AdamW for all of it; the trunk of its own, where it has one, computes as the model does."""
     name = execution.efficiency.precision
     optim = dataclasses.replace(optim, muon=False, betas=a.betas, ema_extra=(), frozen=())
     recipe = execution.apply(module) if module.trunk is not None else Recipe(name, execution.ranks.device)
+    recipe.keeps_casts = not execution.sharded
+    execution.shard(module, timeout)
     return Part(module, Optimizer(module, optim, execution.efficiency.kernels), recipe, a.lr_ratio)

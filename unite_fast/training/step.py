@@ -60,10 +60,7 @@ class TrainStep:
         state, number = self.state, self.state.step + 1
         self.objective.begin(number)
         losses = self.within_memory(batch, number)
-        for averager in self.averagers.values():
-            averager.drop_untouched()
-        for name in self.due():
-            self.averagers[name].finish()
+        self.average()
         update = self.update if self.graphs is None else self.graphs.update
         metrics = update(*self.scalars(), losses)
         faults.strike("opt", number, list(state.optimizer.parameters.values()))
@@ -112,6 +109,13 @@ class TrainStep:
         return metrics | {SKIPPED: skip.to(lr.dtype)}
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def average(self) -> None:
+        """Gradients of the due parts, over ranks."""
+        for averager in self.averagers.values():
+            averager.drop_untouched()
+        for name in self.due():
+            self.averagers[name].finish()
 
     def due(self) -> dict[str, Part]:
         """The parts to which this step's backward has given gradients: the same on all ranks."""
