@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from unite_fast.config import batch_split
+from unite_fast.config.yaml_text import load
+from unite_fast.efficiency import execution
+
 # Both write down how they were called; srun ends as the test says.
 SRUN = '#!/bin/bash\necho "srun $*" >> calls\nexit "$SRUN_CODE"\n'
 SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
 SCONTROL = '#!/bin/bash\n[ "$1" = show ] && echo node1 || echo "scontrol $*" >> calls\n'
 
 
-def calls(folder: Path, state: str, code: int, *overrides: str, run: str = "runs/tiny", **further: str) -> list[str]:
+def calls(
+    folder: Path, state: str, code: int, *overrides: str, run: str = "runs/tiny", script: Path = SCRIPT, **further: str
+) -> list[str]:
     """Of a job whose ranks end with ``code`` and leave a status.json of this state in ``run``."""
     (folder / run).mkdir(parents=True)
     (folder / run / "status.json").write_text(json.dumps({"state": state, "reason": "", "step": 5}))
@@ -29,7 +35,7 @@ def calls(folder: Path, state: str, code: int, *overrides: str, run: str = "runs
         "PATH": f"{folder}:{os.environ['PATH']}", "SRUN_CODE": str(code), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_PER_TASK": "12", **further,
     }  # fmt: skip
-    words = ["bash", str(SCRIPT), "configs/tiny.yaml", *overrides]
+    words = ["bash", str(script), *(["configs/tiny.yaml"] if script == SCRIPT else []), *overrides]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == code, done.stderr
     return (folder / "calls").read_text().splitlines()
@@ -76,3 +82,23 @@ def test_the_log_needs_no_folder():
     found = re.search(r"^#SBATCH --output=(\S+)$", SCRIPT.read_text(), re.M)
     assert found is not None
     assert "/" not in found[1]
+
+
+@pytest.mark.parametrize("nodes", [1, 8, 64])
+def test_examples_for_more_nodes(tmp_path, nodes):
+    """Sound shell, a header of its own, a configuration that its ranks can run, and scripts/slurm's ending."""
+    script = ROOT / "examples" / "slurm" / f"nodes_{nodes}.sbatch"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script.read_text(), re.M))
+    assert header["nodes"] == str(nodes)
+    shared = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", SCRIPT.read_text(), re.M))
+    assert header | {"nodes": "1", "job-name": "unite"} == shared
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    words = ("data.source=synthetic", "objective.perceptual_weight=0", "run_dir=here")
+    srun, *rest = calls(tmp_path, "preempted", 0, *words, run="here", script=script)
+    assert rest == ["scontrol requeue 7"]
+    config, *given = srun.split("--config ")[1].split()
+    loaded = load(str(ROOT / config), [word for word in given if not word.startswith(("resume=", "run_dir="))])
+    world = nodes * int(header["ntasks-per-node"])
+    execution.check(loaded.efficiency, loaded.train, world)
+    assert batch_split(loaded.train, world)[0] >= 8

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_distributed import Run
+from support import ROOT
+from test_distributed import Run, settings
 from torch import Tensor
 
+from unite_fast.checkpoint import saving
+from unite_fast.model.unite import UNITE
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.traffic import Traffic, wire
+from unite_fast.plan import cost
+from unite_fast.plan.traffic import Collective, Link, seconds, step_traffic
 
 # N = 14 flow steps in mini-batches of 3, two micro-batches: twelve backward passes through the encoder in a step.
 PASSES = ("objective.flow_steps=14", "efficiency.flow_mini_batch=3")
@@ -93,7 +101,66 @@ def test_hsdp_sums_copies_of_a_shard():
         count = found["hsdp"]
         assert (count["calls"]["all_gather"], count["calls"]["reduce_scatter"]) == (UNITS, UNITS)
         assert count["calls"]["all_reduce"] == UNITS + 2  # and the norm, and the moments
+        plan = planned(HSDP["hsdp"], 4)["copies"]
+        assert count["sent"]["all_reduce"] == pytest.approx(plan.sent, rel=0.05)
         assert near(count["payload"]["all_reduce"], trainable() // 2)
+
+
+def planned(overrides: tuple[str, ...], ranks: int) -> dict[str, Collective]:
+    c = settings(*PASSES, *overrides)
+    return step_traffic(c.model, c.optim, c.efficiency, c.train, ranks, muon_bytes=4)
+
+
+def test_the_plan_sends_what_is_sent(two):
+    """By use, against what was counted: to the padding, and the few numbers that are no gradients."""
+    ddp, step, half = (planned(CASES[name], 2) for name in ("ddp", "step", "step, bf16"))
+    for name, kind, plan in (
+        ("ddp", "all_reduce", ddp["gradients"]), ("ddp", "all_gather", ddp["muon"]),
+        ("step", "all_gather", step["weights"]), ("step", "reduce_scatter", step["gradients"]),
+        ("step", "all_to_all", step["muon"]), ("step, bf16", "all_gather", half["weights"]),
+    ):  # fmt: skip
+        assert two[name]["sent"][kind] == pytest.approx(plan.sent, rel=0.03), (name, kind)
+    assert step["weights"].calls == UNITS
+
+
+def test_links_of_a_node_are_used_together():
+    """Within a node, over whole nodes, between the copies of a shard: 8 GB from each rank."""
+    near, far = Link(400e9, 0.0), Link(40e9, 0.0)
+
+    def time(use: str, ranks: int) -> float:
+        c = Collective("broadcast", round(8e9 * ranks / (ranks - 1)), ranks, 1)
+        return seconds({use: c}, near, far, 8)[use]
+
+    assert time("gradients", 8) == pytest.approx(0.02)
+    assert time("gradients", 16) == pytest.approx(0.025)
+    assert time("copies", 4) == pytest.approx(0.2)
+
+
+def test_ten_gigabytes_of_weights():
+    """Planned on the meta device: no rank writes more of a checkpoint than its share and one tensor, and what it
+    gathers and holds of a sharded step does not grow with the ranks."""
+    c = settings("model.encoder={depth: 36, width: 2048, heads: 32}", "efficiency.precision=bf16")
+    with torch.device("meta"):
+        weights = dict(UNITE(c.model).named_parameters())
+    size = {name: 4 * p.numel() for name, p in weights.items()}
+    total = sum(size.values())
+    assert total > 10e9
+    train = dataclasses.replace(c.train, strategy="fsdp2")
+    for ranks in (8, 64, 512):
+        for rank in (0, ranks // 2, ranks - 1):
+            written = sum(size[name] for name in saving.share(weights, rank, ranks))
+            assert written <= total / ranks + max(size.values())
+        plan = step_traffic(c.model, c.optim, c.efficiency, train, ranks)
+        assert plan["weights"].sent == pytest.approx(total / 2, rel=0.15)
+        held = cost.persistent_parts(c.model, c.objective, c.optim, c.efficiency, train, ranks)
+        assert held["optimizer"] < 2 * total / ranks
+        assert held["whole weights"] == plan["weights"].payload
+
+
+def test_the_scaling_tables_are_what_is_made(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    scaling = importlib.import_module("scaling")
+    assert scaling.TARGET.read_text() == scaling.text(), "run python scripts/scaling.py"
 
 
 def all_kinds(ranks: Ranks) -> dict[str, list[int]]:
