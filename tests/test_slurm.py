@@ -23,7 +23,13 @@ SCONTROL = '#!/bin/bash\n[ "$1" = show ] && echo node1 || echo "scontrol $*" >> 
 
 
 def calls(
-    folder: Path, state: str, code: int, *overrides: str, run: str = "runs/tiny", script: Path = SCRIPT, **further: str
+    folder: Path,
+    state: str,
+    code: int,
+    *overrides: str,
+    run: str = "runs/tiny",
+    script: Path | str = SCRIPT,
+    **further: str,
 ) -> list[str]:
     """Of a job whose ranks end with ``code`` and leave a status.json of this state in ``run``."""
     (folder / run).mkdir(parents=True)
@@ -35,7 +41,7 @@ def calls(
         "PATH": f"{folder}:{os.environ['PATH']}", "SRUN_CODE": str(code), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_PER_TASK": "12", **further,
     }  # fmt: skip
-    words = ["bash", str(script), *(["configs/tiny.yaml"] if script == SCRIPT else []), *overrides]
+    words = ["bash", str(script), *(["configs/tiny.yaml"] if Path(script) == SCRIPT else []), *overrides]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == code, done.stderr
     return (folder / "calls").read_text().splitlines()

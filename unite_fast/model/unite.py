@@ -72,7 +72,9 @@ class UNITE(nn.Module):
 
     def forwards(self) -> dict[nn.Module, tuple[str, ...]]:
         """What callers use of the model, and it of its parts, in place of ``forward``."""
-        return {self: FORWARDS} | dict.fromkeys(self.encoders(), ("features",))
+        found: dict[nn.Module, tuple[str, ...]] = {self: FORWARDS}
+        found.update((encoder, ("features",)) for encoder in self.encoders())
+        return found
 
     @property
     def latent_shape(self) -> tuple[int, int]:
