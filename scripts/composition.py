@@ -8,6 +8,7 @@ the file to what this makes.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import sys
@@ -167,6 +168,11 @@ def refusals() -> list[str]:
     return [f"- `{said}`" for said in dict.fromkeys([*single, *both]) if said]
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     TARGET.write_text(text())
-    sys.stdout.write(f"{TARGET}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,6 +5,7 @@ python scripts/scaling.py
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +103,11 @@ def text() -> str:
     return "\n".join(head) + "\n"
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     TARGET.write_text(text())
-    sys.stdout.write(f"{TARGET}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
