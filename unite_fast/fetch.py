@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import getpass
 import gzip
 import hashlib
 import os
@@ -129,10 +128,10 @@ def _from_debian(images: Images, folder: Path) -> None:
         if not found.is_dir() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
             print(f"fetching Debian's package {images.package}", flush=True)
             found = Path(place, images.installed)
-            get = ["apt-get", "-q", "-o", f"APT::Sandbox::User={getpass.getuser()}", "download", images.package]
+            get = ["apt-get", "-q", "download", images.package]
             if subprocess.run(get, cwd=place, capture_output=True, check=False).returncode == 0:
-                (package,) = Path(place).glob("*.deb")
-                subprocess.run(["dpkg-deb", "-x", package, place], capture_output=True, check=False)
+                for package in Path(place).glob("*.deb"):
+                    subprocess.run(["dpkg-deb", "-x", package, place], capture_output=True, check=False)
         for known in images.files:
             source, path = found / known.file, folder / known.file
             if not path.exists() and source.is_file() and digest_of(source, known) == known.sha256:
