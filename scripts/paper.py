@@ -161,7 +161,7 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
         "commit", "none"), seeds=about.get("seeds", "none"))]  # fmt: skip
     verdicts = [verdict.partition(":")[0] for verdict, _ in decided]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts), key=ORDER.index))
-    lines += [f"Of {len(decided)} claims: {counted}.", ""]
+    lines += [*(f"- {note}" for note in content["notes"]), "", f"Of {len(decided)} claims: {counted}.", ""]
     lines += ["| the paper says | at this scale | by |", "|---|---|---|", *(line for _, line in decided), ""]
     if found:
         lines += ["Real images: " + "; ".join(f"{k} {v:.4g}" for k, v in results.get("real", {}).items()) + ".", ""]

@@ -197,6 +197,9 @@ def test_trajectory_is_the_direct_formula(opened):
     clean = psnr(batch.images.float(), model.decode(z).clamp(0, 1)).mean()
     assert result["psnr_clean"] == pytest.approx(float(clean), rel=1e-5)
     assert result["latent_std"] == pytest.approx(float(z.std(0, correction=0).mean()), rel=1e-5)
+    used = [np.linalg.eigvalsh(np.cov(z[:, k].double().numpy(), rowvar=False)) for k in range(8)]
+    assert result["latent_dimensions"] == np.mean([(values > 0.01 * values.max()).sum() for values in used])
+    assert 0 < result["latent_dimensions"] < 4  # of 4: the LayerNorm takes one
 
 
 def test_probes_are_scikit_learns(opened):

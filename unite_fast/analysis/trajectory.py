@@ -20,6 +20,7 @@ from unite_fast.model.unite import UNITE
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LIVE = 0.5
+SMALL = 0.01  # of the largest eigenvalue: what is below is not in use
 DEFINITION = {
     "cosine": "mean over samples and registers of the cosine between clean latents z and their prediction from "
     "z_t = t z + (1 - t) eps, without a class",
@@ -27,6 +28,8 @@ DEFINITION = {
     "x0_loss": "mean of (prediction - z)^2",
     "latent_std": "standard deviation over samples of each latent coordinate, mean over coordinates; absent registers "
     "count as 0",
+    "latent_dimensions": "eigenvalues above 1 % of the largest of each register's covariance over samples, mean over "
+    "registers: how many numbers of a latent are in use; the LayerNorm holds its norm, which takes one of them",
     "gains": "absolute gains of the latent LayerNorm, sorted; live: how many are at least 0.5, half of the first",
     "psnr": "dB, mean over images: the decoder's image of the prediction at t, clamped to [0, 1], against the input; "
     "psnr_clean: of the clean latents",
@@ -56,6 +59,7 @@ class Trajectory:
         self.sums = torch.zeros(len(self.times), 6, **zeros)  # cosine, registers, velocity, x0, samples, PSNR
         self.clean = torch.zeros(2, **zeros)  # PSNR, samples
         self.moments = torch.zeros(2, *shape, **zeros)
+        self.products = torch.zeros(*shape, shape[1], **zeros)  # of each register's latents with themselves
 
     def _psnr(self, tile: Tile, latents: Tensor) -> Tensor:
         if not self.images:
@@ -66,6 +70,7 @@ class Trajectory:
         z = tile.latents.double()
         self.clean += torch.stack([self._psnr(tile, tile.latents).double(), z.new_tensor(len(z))])
         self.moments += torch.stack([z.sum(0), z.square().sum(0)])
+        self.products += torch.einsum("bkc,bkd->kcd", z, z)
 
     def add(self, tile: Tile, denoised: Denoised) -> None:
         taken, z, x0 = tile.taken, tile.latents.double(), denoised.prediction.double()
@@ -77,13 +82,15 @@ class Trajectory:
         self.sums[self.times.index(denoised.t)] += torch.stack([cosine, *counts, decibels])
 
     def tensors(self) -> list[Tensor]:
-        return [self.sums, self.clean, self.moments]
+        return [self.sums, self.clean, self.moments, self.products]
 
     def result(self) -> dict[str, Any]:
         """{"times", "samples", and by measure a number per time}."""
         cosine, registers, velocity, x0, samples, decibels = self.sums.unbind(1)
         n = float(self.clean[1])
-        variance = (self.moments[1] / n - (self.moments[0] / n).square()).clamp_min(0)
+        mean = self.moments[0] / n
+        variance = (self.moments[1] / n - mean.square()).clamp_min(0)
+        eigenvalues = torch.linalg.eigvalsh(self.products / n - mean[:, :, None] * mean[:, None, :])
         found: dict[str, Any] = {
             "times": list(self.times),
             "samples": int(n),
@@ -91,6 +98,7 @@ class Trajectory:
             "velocity_loss": (velocity / samples).tolist(),
             "x0_loss": (x0 / samples).tolist(),
             "latent_std": float(variance.sqrt().mean()),
+            "latent_dimensions": float((eigenvalues > SMALL * eigenvalues[:, -1:]).sum(1).double().mean()),
         }
         if self.images:
             found["psnr"] = (decibels / samples).tolist()
