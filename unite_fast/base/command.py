@@ -15,7 +15,9 @@ from unite_fast.base.errors import CommonError, RunError, UserError, first_line
 DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? (\d+)[\d, ]*\) (is killed|exited)")
 LOST_CONTACT = re.compile(r"Connection (reset|closed)|Timed out|timed out waiting|Broken pipe|Connection refused", re.I)
 # The last is how oneDNN's refusal of memory for a product reads.
-NO_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|create a (primitive|memory object)$", re.I)
+NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|allocate memory|start new thread|create a (primitive|memory object)$", re.I
+)
 PROGRAMS = ("train", "sample")  # beside the package in a checkout, within it when it is installed
 MENDS = {
     (errno.ENOSPC, errno.EDQUOT): "free some space, then start the same command again",

@@ -302,13 +302,16 @@ def _kept_until(path: Path) -> list[posthoc.Kept]:
     return found
 
 
-def load_weights(path: str | Path, weights: str = "ema") -> tuple[dict[str, Tensor], Config | None]:
+def load_weights(
+    path: str | Path, weights: str = "ema", located: bool = False
+) -> tuple[dict[str, Tensor], Config | None]:
     """(state dict of the weights, the run's Config or None for an official .pt).
 
     weights: "ema", one of ``optim.ema_extra`` ("ema_0.9999", "ema_std0.05"), one that follows from them
-    ("posthoc_std0.07"), or "model", the raw ones; an exported file has one of them. Raises UserError.
+    ("posthoc_std0.07"), or "model", the raw ones; an exported file has one of them. located: ``path`` is what
+    ``locate`` gave. Raises UserError.
     """
-    path = locate(path)
+    path = Path(path) if located else locate(path)
     if path.suffix == ".safetensors":
         return _exported(path, weights)
     if path.is_file():

@@ -88,12 +88,13 @@ def _is_complete(names: Iterable[str]) -> bool:
     return len(counts) == 1 and len(found) == counts.pop()
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
-    """(the newest checkpoint that verifies or None, one line for each newer one that does not, those themselves)."""
+def newest(folder: Path, content: bool = True) -> tuple[Path | None, list[str], list[Path]]:
+    """(the newest checkpoint that verifies or None, one line for each newer one that does not, those themselves).
+    content: as of ``verify``."""
     lines: list[str] = []
     rejected: list[Path] = []
     for path in newest_first(folder):
-        problem = verify(path)
+        problem = verify(path, content)
         if not problem:
             return path, lines, rejected
         lines.append(f"skipping {path}: {problem}")
@@ -101,28 +102,28 @@ def newest(folder: Path) -> tuple[Path | None, list[str], list[Path]]:
     return None, lines, rejected
 
 
-def locate(path: str | Path, quiet: bool = False) -> Path:
+def locate(path: str | Path, quiet: bool = False, content: bool = True) -> Path:
     """A checkpoint folder, exported or official file from what a user names: one, or a folder of them.
 
-    Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. Raises
-    UserError.
+    Of a folder, the newest that verifies; rank 0 says on stderr which newer ones do not, unless ``quiet``. content: as
+    of ``verify``. Raises UserError.
     """
     with files.refusals(f"checkpoint {path}", "; make it readable, or choose another one"):
-        return _located(Path(path), quiet)
+        return _located(Path(path), quiet, content)
 
 
-def _located(path: Path, quiet: bool) -> Path:
+def _located(path: Path, quiet: bool, content: bool) -> Path:
     if path.is_file():
         return path
     if (path / "manifest.json").is_file() or NAME.search(path.name):
         if not path.is_dir():
             raise UserError(f"no checkpoint at {path}")
-        problem = verify(path)
+        problem = verify(path, content)
         if problem:
             raise UserError(f"checkpoint {path} is damaged: {problem}; choose another one")
         return path
     for folder in (path / "checkpoints", path):
-        found, rejected, _ = newest(folder) if folder.is_dir() else (None, [], [])
+        found, rejected, _ = newest(folder, content) if folder.is_dir() else (None, [], [])
         if found:
             if rejected and not quiet and launcher.rank() == 0:
                 print(*rejected, sep="\n", file=sys.stderr)

@@ -21,7 +21,7 @@ NAME = "made_of.npy"  # in a pack: int64 (images of the source, 2), a row as ``s
 
 
 def state_of(source: EncodedSource, index: int) -> tuple[int, int]:
-    """When the file that holds an image was written, in ns, and a hash of the image; 0 for one that is unreadable."""
+    """When the file that holds an image was written, in ns, and a hash of the image; 0 where it could not be read."""
     try:
         return _written(source, index), _hash(source, index)
     except (BadImage, OSError):
@@ -37,12 +37,12 @@ def _hash(source: EncodedSource, index: int) -> int:
 
 
 def changed(source: EncodedSource, places: Iterable[int], states: Iterable[Sequence[int]]) -> str:
-    """The name of the first of these images that is not the one of ``states``; empty when all are."""
+    """The name of the first of these images that is not the one of ``states``, where those say it; empty for none."""
     for index, (written, content) in zip(places, states, strict=True):
         try:
-            same = _written(source, index) == written or _hash(source, index) == content
+            same = content == 0 or _written(source, index) == written or _hash(source, index) == content
         except (BadImage, OSError):
-            same = content == 0
+            same = False
         if not same:
             return source.name(index)
     return ""

@@ -179,7 +179,8 @@ def _in_processes(
     except BrokenProcessPool:
         raise WorkerError("a packing process died (out of memory?); the same command continues") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # of a pool that had no memory to start with: that has been raised
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def prepare(dest: Path, source_path: Path, source: EncodedSource, plan: Plan) -> list[int]:

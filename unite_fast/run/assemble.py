@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unite_fast import checkpoint, interop
@@ -33,13 +34,14 @@ def resolve(config: Config, ranks: Ranks) -> Execution:
     return Execution.resolve(e, t, attentions(m), ranks, needed)
 
 
-def begin_from(path: str, model: UNITE, strict: bool, class_names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def begin_from(
+    path: str, located: Path, model: UNITE, strict: bool, class_names: Sequence[str]
+) -> tuple[list[str], dict[str, Any]]:
     """Fills a new model from a checkpoint; lines on what was taken, and what to keep of where it came from.
 
-    strict: all or none. Raises UserError.
+    located: what ``checkpoint.locate`` says of ``path``. strict: all or none. Raises UserError.
     """
-    located = checkpoint.locate(path)
-    weights, saved = checkpoint.load_weights(located, "ema")
+    weights, saved = checkpoint.load_weights(located, "ema", located=True)
     kept = checkpoint.described(located, "ema", "" if saved is None else saved.name)
     if not strict:
         origin = transfer.Origin(path, saved and saved.model, checkpoint.class_names(located))
@@ -67,7 +69,8 @@ def fresh_state(
     origin = {}
     if config.init_from:
         fine_tunes = config.objective.adversarial.weight > 0  # its frozen parts have to be those of a trained model
-        lines, origin = begin_from(config.init_from, model, config.init_strict or fine_tunes, class_names)
+        located = ranks.decide(lambda: checkpoint.locate(config.init_from))  # hashed once, while the others wait
+        lines, origin = begin_from(config.init_from, located, model, config.init_strict or fine_tunes, class_names)
         if ranks.is_main:
             print(*lines, sep="\n")
     opponent = None

@@ -25,13 +25,13 @@ BEGAN_FROM = "began_from.txt"  # in the run folder: the checkpoint from which re
 def check_paths(path: Path, resume: str, init_from: str, reading: DataConfig, fine_tunes: bool = False) -> None:
     """What can be wrong with a run's folder and the checkpoints that the command names, before any rank waits.
 
-    fine_tunes: it makes no sense without the weights of a trained model.
+    Of their content nothing is hashed yet. fine_tunes: it makes no sense without the weights of a trained model.
     """
     # A run among its data would be data at the next start: folders of images become classes.
     read = [reading.path, reading.heldout_path] if reading.reads_files else []
     outputs.check(path, "run_dir", [place for place in read if place])
     if _is_named(resume) and not _began_there(path, resume):
-        checkpoint.locate(resume, quiet=True)
+        checkpoint.locate(resume, quiet=True, content=False)
     if resume == "must" and not checkpoint.newest_first(path / "checkpoints"):
         raise UserError(f"resume=must, but {path} has no usable checkpoint")
     if fine_tunes and not init_from and not _is_named(resume) and not goes_on(resume, path):
@@ -40,7 +40,7 @@ def check_paths(path: Path, resume: str, init_from: str, reading: DataConfig, fi
             "folder, a step-N folder, an export or an official .pt with init_from=PATH"
         )
     if init_from and not goes_on(resume, path):
-        checkpoint.locate(init_from, quiet=True)
+        checkpoint.locate(init_from, quiet=True, content=False)
 
 
 def goes_on(resume: str, folder: Path) -> bool:
