@@ -41,7 +41,7 @@ def _rank(
 
 
 def on_ranks(
-    count: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", seconds: float = 120
+    count: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", seconds: float = 300
 ) -> list[Any]:
     """What ``function(ranks, *arguments)`` returns on each of ``count`` ranks (tensors, numbers, dicts, lists).
 

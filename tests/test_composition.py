@@ -71,7 +71,7 @@ def found(composition) -> Found:
     made: Found = {}
     for count in sorted(set(composition.RANKS.values())):
         mine = {n: v for n, v in runs.items() if composition.RANKS[composition.RUNS[n].strategy] == count}
-        made |= on_ranks(count, together, mine, composition.STEPS, seconds=300)[0]
+        made |= on_ranks(count, together, mine, composition.STEPS, seconds=900)[0]
     for precision in composition.TOLERANCE:
         # Several averages change no loss, and a warm-up of the main one what is scored.
         words = (*composition.OPTIONS[precision][1], *composition.OPTIONS["several averages"][1])
