@@ -23,6 +23,7 @@ MODULES = {"train.py": train, "sample.py": sample}
 MODULES |= {verb: importlib.import_module(module) for verb, (module, _) in VERBS.items()}
 # Read elsewhere than in the command's own file.
 ELSEWHERE = {
+    "autoguidance_weights": "unite_fast.checkpoint.guide",
     "debug": "unite_fast.base.command",
     "extractor": "unite_fast.evaluation.statistics", "inception": "unite_fast.evaluation.statistics",
     "inception_sha256": "unite_fast.evaluation.statistics", "layers": "unite_fast.evaluation.statistics",

@@ -30,8 +30,8 @@ class WithCritic(Objective):
         super().__init__(usual.config, usual.losses)
         self.critic, self.asked = critic, True
 
-    def backward(self, model, batch: Batch, draws, scale=1.0, flow_pass=None) -> dict[str, Tensor]:
-        losses = super().backward(model, batch, draws, scale, flow_pass)
+    def backward(self, model, batch: Batch, draws, scale=1.0, *more) -> dict[str, Tensor]:
+        losses = super().backward(model, batch, draws, scale, *more)
         if self.asked:
             images = batch.content["images"].flatten(1)
             ((self.critic(images)[:, 0] - images.mean(1)).square().mean() * scale).backward()

@@ -172,6 +172,11 @@ def keeps_copies(efficiency: EfficiencyConfig, train: TrainConfig, world_size: i
     return efficiency.precision != "fp32" and not sharded(train, world_size)
 
 
+def gathered_bytes(efficiency: EfficiencyConfig) -> int:
+    """Of one element of a large matrix, as FSDP2 and HSDP gather it."""
+    return 4 if efficiency.precision == "fp32" else 2
+
+
 @dataclass(frozen=True)
 class Execution:
     """How the steps of a run are computed. The default is that of a model as it is made: eager, float32, one process.

@@ -196,7 +196,7 @@ def persistent_parts(
         networks = [model, *([] if opponent is None else [opponent])]
         products = sum(p.numel() for unit in model.shard_units() if unit.products for p in unit.parameters)
         others = sum(p.numel() for network in networks for p in network.parameters()) - products
-        parts["whole weights"] = (4 if e.precision == "fp32" else 2) * products + 4 * others
+        parts["whole weights"] = execution.gathered_bytes(e) * products + 4 * others
         parts["whole gradients"] = each
     if execution.keeps_copies(e, train, world_size):
         networks = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from unite_fast.config import EfficiencyConfig, ModelConfig, OptimConfig, TrainConfig
+from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import freeze, split_parameters
 from unite_fast.parallel.sharding import shard_size
@@ -59,7 +60,7 @@ def step_traffic(
             "muon": Collective("all_gather", muon_bytes * matrices, ranks, 4),
         }
     calls = units + 1
-    weights = (4 if e.precision == "fp32" else 2) * products + 4 * (every - products)
+    weights = execution.gathered_bytes(e) * products + 4 * (every - products)
     found = {
         "weights": Collective("all_gather", weights, size, calls),
         "gradients": Collective("reduce_scatter", 4 * trained, size, calls),
