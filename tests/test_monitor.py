@@ -99,6 +99,17 @@ def test_the_run_is_the_same_with_and_without(folder):
     assert rows[0] == rows[1]
 
 
+def fid_by_command(folder: Path, run: str, scale: float) -> float:
+    """Of the run's checkpoint of step 10, by ``evaluate fid``."""
+    out = folder / f"{run}_fid.json"
+    said = command_of(
+        evaluate.main, "fid", "--checkpoint", folder / run / "checkpoints" / "step-0000010", "--reference",
+        folder / "real.npz", "--extractor", "digits", "--out", out, "--cfg", scale,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    return json.loads(out.read_text())["result"]["fid"]
+
+
 def test_scores_are_those_of_the_commands(folder):
     """At step 10 the checkpoint holds the weights that were scored."""
     found = scores(folder, "scored")
@@ -111,13 +122,7 @@ def test_scores_are_those_of_the_commands(folder):
     assert found["step_0000019_rfid.json"]["protocol"]["data"] == {
         "source": "digits", "split": "heldout", "images": 300, "size": 8, "pipeline": "digits", "augment": False,
     }  # fmt: skip
-    out = folder / "fid.json"
-    said = command_of(
-        evaluate.main, "fid", "--checkpoint", folder / "scored" / "checkpoints" / "step-0000010", "--reference",
-        folder / "real.npz", "--extractor", "digits", "--out", out, "--cfg", search["best"]["cfg_scale"],
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert json.loads(out.read_text())["result"]["fid"] == search["result"]["fid"]
+    assert fid_by_command(folder, "scored", search["best"]["cfg_scale"]) == search["result"]["fid"]
 
 
 def test_a_score_while_training_is_repeated_from_its_file(folder, tmp_path):
@@ -337,13 +342,9 @@ def test_sharded_weights_are_scored_and_pictured(folder):
     assert same(first, on_ranks(2, scored_on_ranks, quiet)[0])
     assert (folder / "sharded" / "samples" / "step_0000010.png").is_file()
     search = scores(folder, "sharded")["step_0000010_search.json"]
-    out = folder / "sharded.json"
-    said = command_of(
-        evaluate.main, "fid", "--checkpoint", folder / "sharded" / "checkpoints" / "step-0000010", "--reference",
-        folder / "real.npz", "--extractor", "digits", "--out", out, "--cfg", search["best"]["cfg_scale"],
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert json.loads(out.read_text())["result"]["fid"] == pytest.approx(search["result"]["fid"], rel=1e-6)
+    assert fid_by_command(folder, "sharded", search["best"]["cfg_scale"]) == pytest.approx(
+        search["result"]["fid"], rel=1e-6
+    )
 
 
 def test_what_is_missing_is_said_before_training(folder, weights, tmp_path):  # noqa: F811
