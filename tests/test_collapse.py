@@ -15,9 +15,9 @@ import torch
 
 from unite_fast import data
 from unite_fast.config import yaml_text
-from unite_fast.model.unite import build
 from unite_fast.objective import Objective
-from unite_fast.optim.optimizer import Optimizer
+from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble
 from unite_fast.run.stats import CollapseAlarm
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
@@ -43,8 +43,8 @@ def spread_of_latents(*overrides: str) -> tuple[list[dict[str, float]], float]:
     """Trains for ``STEPS`` steps. Returns rows with "step" and "latent_std", and the alarm's threshold."""
     torch.set_flush_denormal(True)
     config = yaml_text.load(DEMO, [*SMALL, *overrides])
-    model = build(config.model, config.seed)
-    optimizer = Optimizer(model, config.optim)
+    state = assemble.fresh_state(config, Ranks(0, 1, torch.device("cpu")))
+    model, optimizer = state.model.train(), state.optimizer
     source = data.open_source(config.data, config.model)
     batches = data.stream(source, config.seed, 0, config.train.global_batch)
     objective = Objective.open(config.model, config.objective, config.efficiency)

@@ -78,7 +78,7 @@ def test_held_out_images_are_scored_while_training(tiny, tmp_path):
 
 def test_a_profile_of_two_steps(tiny, tmp_path):
     """A trace with the parts of a step by name, a table of them, and the numbers of a run without."""
-    words = ("--config", tiny, *KEYS, "train.micro_batch=16", "model.encoder.depth=2")
+    words = ("--config", tiny, *KEYS, "train.micro_batch=16", "model.encoder.depth=2", "efficiency.kernels=fused")
     done = command("train.py", *words, f"run_dir={tmp_path / 'traced'}", "train.profile=2-3")
     assert f"profile of steps 2 to 3 in {tmp_path / 'traced' / 'profile'}" in done.stdout, done.stderr
     with gzip.open(tmp_path / "traced" / "profile" / "trace.json.gz") as file:

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import TINY, command, command_of, process
+from ranks import command_on_ranks
+from support import TINY, command, command_of
 
 from unite_fast import checkpoint, data, evaluate, export, sampling
 from unite_fast.base.errors import UserError
@@ -206,8 +207,7 @@ def test_a_score_guided_by_another_average_says_so(trained, tmp_path):
 
 def test_two_processes_give_the_same_score(trained, tmp_path):
     one = run(trained, "fid", tmp_path / "a.json")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "unite_fast.evaluate", "fid")
-    result = process(*launch, *options(trained, tmp_path / "two.json"))
+    result = command_on_ranks(2, evaluate.main, "fid", *options(trained, tmp_path / "two.json"))
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["result"]["fid"] == pytest.approx(one["result"]["fid"], rel=1e-9)

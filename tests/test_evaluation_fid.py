@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, command_of, process
+from ranks import on_ranks
+from support import command_of
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -87,19 +87,6 @@ def oracle(weights) -> dict[str, float]:
     )  # fmt: skip
 
 
-TWO_PROCESSES = """
-import json, sys, torch
-from test_evaluation_fid import accumulate, as_oracle
-from unite_fast.parallel import distributed
-torch.set_num_threads(1)
-ranks = distributed.start("cpu")
-made, real = (accumulate(sys.argv[1], seed, contrast, ranks) for seed, contrast in ((1, 1.0), (2, 0.8)))
-if ranks.is_main:
-    print(json.dumps(as_oracle(made, real)))
-distributed.stop()
-"""
-
-
 def accumulate(weights: str, seed: int, contrast: float, ranks: Ranks) -> fid.Accumulator:
     """The images shared out over ``ranks``, in uneven batches."""
     extractor = features.inception(weights, "", ("64", "64"))
@@ -120,17 +107,13 @@ def as_oracle(made: fid.Accumulator, real: fid.Accumulator) -> dict[str, float]:
     return {names.get(key, key): value for key, value in found.items()}
 
 
+def scored(ranks: Ranks, weights: str) -> dict[str, float]:
+    return as_oracle(*(accumulate(weights, *a, ranks) for a in ((1, 1.0), (2, 0.8))))
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_equal_to_torch_fidelity(weights, oracle, world):
-    if world == 1:
-        found = as_oracle(*(accumulate(str(weights[0]), *a, ONE) for a in ((1, 1.0), (2, 0.8))))
-    else:
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python")
-        import sys
-
-        result = process(*launch, sys.executable, "-c", TWO_PROCESSES, weights[0], cwd=ROOT / "tests")
-        assert result.returncode == 0, result.stderr[-2000:]
-        found = json.loads(result.stdout.splitlines()[-1])
+    found = scored(ONE, str(weights[0])) if world == 1 else on_ranks(2, scored, str(weights[0]))[0]
     assert oracle["frechet_inception_distance"] > 0.1  # else the comparison would say nothing
     assert set(oracle) < set(found)
     for name, expected in oracle.items():

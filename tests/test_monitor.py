@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import command_on_ranks, on_ranks
 from stepping import load_tiny
-from support import TINY, command, command_of, process
+from support import TINY, command, command_of
 from test_evaluation_fid import weights  # noqa: F401  (a fixture)
 
 import train as train_program
@@ -284,9 +284,9 @@ def test_a_kill_during_a_score(folder, monkeypatch, same_weights):
 
 
 def test_two_ranks_give_the_same_scores(folder):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--config")
-    words = (folder / "tiny.yaml", f"run_dir={folder / 'two'}", f"evaluation.reference={folder / 'real.npz'}", *SCORED)
-    result = process(*launch, *words, "device=cpu", "init_from=" + str(folder / "scored"), "train.max_steps=10")
+    words = ("--config", folder / "tiny.yaml", f"run_dir={folder / 'two'}", *SCORED, "device=cpu", "train.max_steps=10")
+    words += (f"evaluation.reference={folder / 'real.npz'}", f"init_from={folder / 'scored'}")
+    result = command_on_ranks(2, train_program.main, *words)
     assert result.returncode == 0, result.stderr
     two = scores(folder, "two")["step_0000010_search.json"]
     step = folder / "two" / "checkpoints" / "step-0000010"

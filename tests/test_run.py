@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
-import subprocess
-import sys
 import time
 from unittest.mock import Mock
 
@@ -14,13 +11,15 @@ import pytest
 import torch
 from ranks import on_ranks
 from stepping import load_tiny, trainer
-from support import ROOT, command
+from support import command
+from tape import Tape
 from torch import Tensor
 
 import train
 from unite_fast import data
 from unite_fast.base.errors import RunError
 from unite_fast.data.rate import Rate
+from unite_fast.efficiency import graph
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import grids, stats
 from unite_fast.run.stop import Stop
@@ -108,12 +107,8 @@ def test_garbage_is_collected_when_the_run_says_so(tiny, tmp_path, monkeypatch):
     assert gc.get_freeze_count() == 0
 
 
-def leftovers(graphs: str) -> int:
+def leftovers(_: Ranks, graphs: str) -> int:
     """How many tensors three steps leave to the collector."""
-    from tape import Tape
-
-    from unite_fast.efficiency import graph
-
     graph.RECORDINGS["cpu"] = Tape
     step, batch = trainer(f"efficiency.cuda_graph={graphs}", "efficiency.precision=bf16")
     for _ in range(5):
@@ -130,17 +125,7 @@ def leftovers(graphs: str) -> int:
 @pytest.mark.parametrize("graphs", ["none", "step"])
 def test_a_step_leaves_no_tensors_to_the_collector(graphs):
     """Else they would stay on the device until the next collection. In a process without other tests' leavings."""
-    places = (ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "ops")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
-    done = subprocess.run(
-        [sys.executable, __file__, graphs], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "0"
-
-
-if __name__ == "__main__":
-    print(leftovers(sys.argv[1]))
+    assert on_ranks(1, leftovers, graphs) == [0]
 
 
 @pytest.mark.parametrize("thing", ["image", "structure"])

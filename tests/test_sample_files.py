@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import TINY, command, process
+from ranks import command_on_ranks
+from support import TINY, command
 
 import sample as program
 from unite_fast import checkpoint
@@ -74,9 +75,8 @@ def test_equal_files_for_any_batch_and_processes(trained, tmp_path):
     for batch in (1, 7, 32, 64):
         make(trained, tmp_path / str(batch), "--seeds", "0-69", "--batch", batch)
     for world in (2, 3):
-        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "sample.py")
         options = ("--checkpoint", trained, "--out", tmp_path / f"w{world}", "--seeds", "0-69", "--device", "cpu")
-        result = process(*launch, *options)
+        result = command_on_ranks(world, program.main, *options)
         assert result.returncode == 0, result.stderr
     expected = hashes(tmp_path / "64")
     assert len(expected) == 70

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import command, process
+from ranks import command_on_ranks
+from support import command
 from test_checkpoint import rewrite
 
+import train as program
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import load_model, load_weights, read
 from unite_fast.config import Config
@@ -25,11 +27,11 @@ COMPARED = ("step", "images_seen", "total", "l2", "flow", "latent_std", "grad_no
 
 
 def train(config: Path, run: Path, *arguments: str, processes: int = 1) -> str:
-    options = ["train.py", "--config", config, f"run_dir={run}", *arguments]
+    options = ("--config", config, f"run_dir={run}", *arguments)
     if processes > 1:
-        result = process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options)
+        result = command_on_ranks(processes, program.main, *options)
     else:
-        result = command(*options)
+        result = command("train.py", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 

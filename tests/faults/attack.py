@@ -35,6 +35,7 @@ import numpy as np
 import sklearn.datasets
 import sklearn.neural_network  # noqa: F401
 import torch
+import torch._dynamo  # as a first step would, in each fork anew
 from forked import end_with
 from PIL import Image
 
