@@ -22,7 +22,7 @@ from unite_fast.config import yaml_text
 from unite_fast.efficiency import execution
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "COMPOSITION.md"
-STEPS = 20
+STEPS = 12
 RANKS = {"ddp": 2, "fsdp2": 2, "fsdp2 pass": 2, "hsdp": 4}
 STRATEGIES = {
     "ddp": (),
@@ -68,7 +68,13 @@ RUNS = {
     "E": Run("fsdp2", ("bf16", "compile decoder", *EVERYTHING)),
     "F": Run("fsdp2 pass", ("bf16", "compile decoder", *EVERYTHING)),
     "G": Run("hsdp", ("bf16", "compile decoder", *EVERYTHING, "replica check")),
+    "H": Run("ddp", ("bf16", "compile all", *EVERYTHING, *APART)),
+    "I": Run("ddp", ("fp32", *EVERYTHING, *APART)),
+    "J": Run("ddp", ("fp8", "compile all", *EVERYTHING)),
+    "K": Run("fsdp2 pass", ("fp32", "compile all", *EVERYTHING)),
+    "L": Run("hsdp", ("fp32", "compile all", *EVERYTHING)),
 }
+ASKED = "HIJKL"  # with COMPOSITION=all alone
 # Largest difference of a loss from that of the plain step over STEPS steps, relative to the total: fp32 adds in another
 # order; the others round in other places, with fused kernels, other micro-batches and other layouts.
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp8": 5e-2}
@@ -83,6 +89,7 @@ def precision_of(run: Run) -> str:
     return next(option for option in run.options if OPTIONS[option][0] == "precision")
 
 
+@functools.cache
 def refusal(strategy: str, options: tuple[str, ...]) -> str:
     """Why these do not go together, in one line; empty: they do."""
     try:
@@ -134,6 +141,8 @@ def text() -> str:
         "once. Its losses equal those of the plain step (one process, eager, nothing else than the precision) to the",
         "tolerance below, relative to the total. `allowed`: nothing is against it, and no run has it. `on a GPU`: no",
         "CPU can run it; see benchmarks/GPU_BACKLOG.md. `refused`: in one line, before anything runs, listed below.",
+        f"{ASKED[0]} to {ASKED[-1]} take minutes and run where they are asked for:",
+        "`COMPOSITION=all pytest tests/test_composition.py`.",
         "",
         "| run | strategy | options | losses within |",
         "|---|---|---|---|",
