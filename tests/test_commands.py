@@ -35,6 +35,7 @@ NOT_RUN = {
     "make": "what each target runs is checked (make -n); tests, demos and the GPU's minutes take too long",
     "pip": "installs over a network; its files and extras are checked",
     "torchrun --standalone --nproc_per_node=8": "eight processes, each on a GPU",
+    "torchrun --nnodes=2": "two nodes; tests/faults/test_nodes.py",
     "sbatch": "a cluster; tests/test_slurm.py runs the script",
     "python -m unite_fast fetch": "fetches over a network; tests/faults/test_fetch.py has a server of its own",
     "python -m unite_fast.doctor --config configs/imagenet_b.yaml": "ImageNet; tests/test_doctor.py",

@@ -112,6 +112,21 @@ def test_a_port_in_use(environment, tiny, tmp_path):
     assert refused.stderr.count("\n") == 1
 
 
+NODES = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@pytest.mark.parametrize(
+    "other", [{}, *({name: value} for name, value in zip(NODES, ("1", "0", "False"), strict=True))]
+)
+def test_nodes_that_could_not_join_again_are_told(other, monkeypatch):
+    """tests/faults/test_nodes.py loses one, with the variable that the line names."""
+    for name, value in (NODES | other).items():
+        monkeypatch.setenv(name, value)
+    said = launcher.lost_for_good()
+    assert len(said) == (not other)
+    assert all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node" in line for line in said)
+
+
 def test_a_torchrun_that_has_ended_before_its_rank_began(monkeypatch):
     """Its rank would train on alone, in the way of the next start: nothing tells it of a parent that it never saw."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")

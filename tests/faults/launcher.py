@@ -12,9 +12,13 @@ import os
 import sys
 import time
 
-import sklearn.datasets  # what a run imports late is imported here, once
+import agent
+import sklearn.datasets  # what a run imports late is imported here, once: half of a short run's time
 import sklearn.neural_network  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from forked import end_with
 
 import sample
@@ -23,7 +27,7 @@ import unite_fast.base.command
 from unite_fast import export
 from unite_fast.checkpoint import dcp  # noqa: F401
 
-PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "export": export.main}
+PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "export": export.main, "agent": agent.main}
 
 
 def run(request: dict) -> None:

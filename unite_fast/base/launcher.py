@@ -62,6 +62,21 @@ def check_torchrun() -> None:
         return
 
 
+def lost_for_good() -> list[str]:
+    """A line where torchrun restarts several nodes but one that was lost could not join again.
+
+    Its agents keep one store over restarts, and a new agent is not told where that is; they make another one for each
+    round where the variable says so.
+    """
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not (several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return []
+    return [
+        "restarts       a lost node cannot join again; start with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node"
+    ]
+
+
 def check_meeting_point() -> None:
     """Raises CommonError when several processes are not told where they meet."""
     missing = [name for name in MEETING_POINT if not os.environ.get(name, "").strip()]

@@ -17,6 +17,7 @@ from torch import Tensor
 from unite_fast.base import launcher
 from unite_fast.base.errors import CommonError, RunError, Stopped, UserError, first_line
 from unite_fast.base.parent import end_with_parent
+from unite_fast.parallel import meeting
 
 T = TypeVar("T")
 SIGN_OF_LIFE = 5.0  # seconds; far below any comm.train_timeout that makes sense
@@ -173,16 +174,16 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
         limit = timedelta(seconds=timeout)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
-        except dist.DistNetworkError as error:
+            start_name = meeting.agree(store, rank, world, timeout)
+        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
             where = ":".join(os.environ[name] for name in launcher.MEETING_POINT)
             raise UserError(
                 f"no meeting at {where} ({first_line(error)}): is the port in use, or a process missing? choose "
                 "another MASTER_PORT, or start all of them with torchrun"
             ) from None
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store),  # torchrun's store keeps the dead attempt's addresses
+            store=dist.PrefixStore(start_name, store),
             rank=rank,
             world_size=world,
             timeout=limit,

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from unite_fast import data
-from unite_fast.base import command, files, provenance
+from unite_fast.base import command, files, launcher, provenance
 from unite_fast.config import ObjectiveConfig, OptimConfig, TrainConfig, yaml_text
 from unite_fast.model.discriminator import Discriminator
 from unite_fast.parallel.distributed import Ranks
@@ -119,5 +119,6 @@ def describe(
             f"length         {images:,} {thing}s/epoch, {t.epochs:g} epochs, {total:,} steps",
             f"device         {computed['device']}",
             f"strategy       {computed['strategy']}",
+            *launcher.lost_for_good(),
         )
     )
