@@ -1,11 +1,8 @@
-"""The decoder's fine-tuning against a discriminator: losses and gradients, the step of both networks, whole runs."""
+"""The decoder's fine-tuning against a discriminator: losses and gradients, and the step of both networks."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,18 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from stepping import load_tiny, trainer
-from support import ROOT, command, command_of
 from torch import Tensor
 
-import unite_fast.export
-from unite_fast.base.errors import UserError
-from unite_fast.checkpoint import load_model, load_weights, read, resume, saving
+from unite_fast.checkpoint import resume, saving
 from unite_fast.config import AdversarialConfig
 from unite_fast.data import Batch
-from unite_fast.efficiency import compiling, execution
-from unite_fast.interop import load_reference, save_reference
+from unite_fast.efficiency import compiling
 from unite_fast.objective import adversarial, augment
 from unite_fast.objective.adversarial import Adversarial
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.tensors import local, part_of, whole
 from unite_fast.plan import cost
-from unite_fast.run.stats import DuelAlarm, read_metrics
+from unite_fast.run.stats import DuelAlarm
 from unite_fast.training.state import tensors_of
 from unite_fast.training.step import TrainStep
 from unite_kernels import copied_linear
@@ -237,6 +230,21 @@ def test_the_generative_encoder_stays_and_costs_no_gradients(precision, monkeypa
     assert bool(shapes) == (precision == "bf16")
 
 
+def test_features_compute_what_they_need():
+    """Of the blocks that run and of the one that follows them; not sharded, when all are gathered together."""
+    step, batch = stage("model.encoder.depth=5")
+    model, ran = step.state.model, []
+    for number, block in enumerate(model.encoder.blocks):
+        block.adaLN_modulation[1].register_forward_hook(lambda *_, number=number: ran.append(number))
+    model.encoder.final_layer.adaLN_modulation[1].register_forward_hook(lambda *_: ran.append("last"))
+    draws = step.objective.draws(model, 0, batch.samples)
+    two, three = model.features(batch.content, *draws.tokenizer(), (2, 3))
+    assert ran == [0, 1, 2, 3]
+    assert torch.equal(model.features(batch.content, *draws.tokenizer(), (2, 5))[0], two)
+    assert ran[4:] == [0, 1, 2, 3, 4, "last"]
+    assert not torch.equal(two, three)
+
+
 def run_steps(ranks: Ranks, count: int, *overrides: str) -> dict[str, Tensor]:
     """The state after ``count`` steps in which the discriminator begins with the second, the decoder with the third."""
     starts = ("objective.adversarial.discriminator_start=1", "objective.adversarial.generator_start=2")
@@ -293,19 +301,26 @@ def interrupted(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
 
 
 def sharded_stage(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
-    trained = run_steps(ranks, 4, *SHARDED, "objective.adversarial.trunk=trained")
-    return [run_steps(ranks, 4, *SHARDED), trained, *interrupted(ranks, folder)]
+    return [run_steps(ranks, 4, *SHARDED, "objective.adversarial.trunk=trained"), *interrupted(ranks, folder)]
 
 
-def test_sharded_networks_are_those_of_one_process(alone, alone_on_a_copy, tmp_path):
-    """Both with the model's own encoder, frozen, and with a trunk that learns; resumed bit for bit."""
-    first, second = on_ranks(2, sharded_stage, str(tmp_path))
-    for expected, found, other in zip((alone, alone_on_a_copy), first, second, strict=False):
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], other[name]), name
-            torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
-    for name, tensor in first[2].items():
-        assert torch.equal(first[3][name], tensor), name
+def test_sharded_networks_are_those_of_one_process(alone_on_a_copy, tmp_path):
+    """With a trunk that learns; with a frozen one resumed bit for bit."""
+    (found, straight, resumed), (other, *_) = on_ranks(2, sharded_stage, str(tmp_path))
+    for name, tensor in alone_on_a_copy.items():
+        assert torch.equal(found[name], other[name]), name
+        torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
+    for name, tensor in straight.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_copies_of_shards_are_one_process(alone):
+    """hsdp, two copies of two shards, the model's own encoder frozen; a micro-batch on each rank."""
+    hsdp = ("train.strategy=hsdp", "train.shard_size=2", "train.micro_batch=4")
+    first, *others = on_ranks(4, run_steps, 4, *hsdp)
+    for name, tensor in alone.items():
+        assert all(torch.equal(first[name], other[name]) for other in others), name
+        torch.testing.assert_close(first[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
 
 
 def test_the_cut_of_a_batch_does_not_matter(alone):
@@ -393,171 +408,6 @@ def test_alarms():
     assert not said(float("nan"), 1.0, 1.0)
     assert not DuelAlarm(1).check({"total": 1.0})
     assert not DuelAlarm(1).check({"d_accuracy": 0.0, "discriminator": 0.0})  # before it learns
-
-
-# --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def train(config: Path, folder: Path, *arguments: str) -> str:
-    outcome = command("train.py", "--config", config, f"run_dir={folder}", *arguments)
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome.stdout + outcome.stderr
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> tuple[Path, Path]:
-    """A configuration, and a run of it of three steps."""
-    from support import TINY
-
-    folder = tmp_path_factory.mktemp("adversarial")
-    config = folder / "tiny.yaml"
-    config.write_text(TINY)
-    train(config, folder / "base", "train.max_steps=3", "optim.warmup_epochs=0")
-    return config, folder / "base"
-
-
-LATER = (
-    *("train.checkpoint_every=1", "train.keep_last=9", "train.max_steps=6", "optim.warmup_epochs=0", "optim.lr=1e-3"),
-    *("objective.adversarial.discriminator_start=1", "objective.adversarial.generator_start=3"),
-)
-
-
-@pytest.fixture(scope="module")
-def tuned(base) -> Path:
-    config, folder = base
-    path = folder.parent / "tuned"
-    train(config, path, *STAGE, *LATER, f"init_from={folder}", "train.image_every=6")
-    return path
-
-
-@pytest.mark.parametrize("stop", [1, 3, 4])  # before the discriminator's first step, the decoder's first with it, after
-def test_a_run_resumes_bit_for_bit(base, tuned, tmp_path, stop):
-    path = tmp_path / "run"
-    shutil.copytree(tuned, path)
-    for step in range(stop + 1, 7):
-        shutil.rmtree(path / "checkpoints" / f"step-{step:07d}")
-    assert f"at step {stop}" in train(base[0], path, *STAGE, *LATER, "init_from=gone")  # of which nothing is needed
-    one, two = (read(folder / "checkpoints" / "step-0000006") for folder in (tuned, path))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    rows = [[{k: v for k, v in row.items() if k in ("total", "d_accuracy", "adaptive_weight", "generator")}
-             for row in read_metrics(folder / "metrics.jsonl")] for folder in (tuned, path)]  # fmt: skip
-    assert rows[0] == rows[1]
-    assert json.loads((path / "provenance.json").read_text())["fine_tuned_from"]["step"] == 3
-
-
-def test_the_result_is_an_ordinary_checkpoint(base, tuned, tmp_path):
-    weights, config = load_weights(tuned)
-    before, _ = load_weights(base[1])
-    assert config is not None
-    same = {name for name, value in before.items() if torch.equal(value, weights[name])}
-    assert weights.keys() == before.keys()
-    assert before.keys() - same == {n for n in before if n.startswith(("decoder.", "up_sample_decoder."))}
-    origin = json.loads((tuned / "provenance.json").read_text())["fine_tuned_from"]
-    assert origin.keys() == {"name", "step", "weights", "sha256"}
-    assert (origin["name"], origin["step"], origin["weights"], len(origin["sha256"])) == ("tiny", 3, "ema", 64)
-    state = json.loads((tuned / "checkpoints" / "step-0000006" / "state.json").read_text())
-    assert state["origin"] == origin
-    assert sorted(p.name for p in (tuned / "samples").glob("*.png")) == ["step_0000000.png", "step_0000006.png"]
-    grid = tmp_path / "grid.png"
-    drawn = command("sample.py", "--checkpoint", tuned, "--seeds", "0-3", "--out", grid)
-    assert drawn.returncode == 0, drawn.stderr
-    out = tmp_path / "export"
-    assert command_of(unite_fast.export.main, tuned, "--out", out).returncode == 0
-    exported, _ = load_model(out)
-    model, _ = load_model(tuned)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, exported.state_dict()[name]), name
-    save_reference(tmp_path / "official.pt", model)
-    again = load_reference(tmp_path / "official.pt", in_context_start=1, decoder_heads=2)
-    x = torch.rand(2, 1, 8, 8)
-    assert torch.equal(again.decode(again.tokenize(x)), model.decode(model.tokenize(x)))
-
-
-def test_the_comparison_of_runs(base, tuned, tmp_path, monkeypatch, capsys):
-    """benchmarks/fine_tuned.py: what is equal has a distance of zero; figures, table and picture of two columns."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    program = importlib.import_module("fine_tuned")
-    for name in ("TRAINED_ON", "HELD_OUT", "SAMPLES"):
-        monkeypatch.setattr(program, name, 80)
-    columns = ["--runs", "before", str(base[1]), str(base[1]), "--runs", "after", str(tuned)]
-    program.main([*columns, "--json", str(tmp_path / "f.json"), "--picture", str(tmp_path / "p.png")])
-    found, lines = json.loads((tmp_path / "f.json").read_text()), capsys.readouterr().out.splitlines()
-    assert found["before"][0] == found["before"][1] != found["after"][0]
-    assert len(lines) == 2 + len(program.ROWS)
-    assert f"{found['after'][0]['psnr']:.4g}" in lines[2]
-    assert (tmp_path / "p.png").stat().st_size > 1000
-    x = torch.rand(60, 8, generator=torch.Generator().manual_seed(0)).double().numpy()
-    same = program.compared(x, x)
-    assert abs(same["fd"]) < 1e-6
-    assert (same["precision"], same["recall"]) == (1, 1)
-
-
-def refused(config: Path, folder: Path, *overrides: str) -> str:
-    outcome = command("train.py", "--config", config, f"run_dir={folder}", *overrides)
-    assert outcome.returncode == 2, outcome.stdout + outcome.stderr
-    lines = outcome.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-def test_mistakes_are_one_line(base, tuned, tmp_path):
-    config, trained = base
-    run, began = tmp_path / "run", f"init_from={base[1]}"
-    assert "init_from names none; give a run" in refused(config, run, *STAGE)
-    assert "no checkpoint at" in refused(config, run, *STAGE, "init_from=nowhere")
-    assert "holds no discriminator" in refused(config, run, *STAGE, f"resume={trained}")
-    assert "holds a discriminator as well" in refused(config, run, f"resume={tuned}", "train.max_steps=9")
-    another = (*STAGE, began, "model.encoder.depth=4")
-    assert "holds another model: model.encoder.depth is 3 there and 4 here" in refused(config, run, *another)
-    some = "optim.frozen=[encoder, patch_embed]"
-    said = refused(config, run, *STAGE, began, some)
-    assert "latent_tokens would be trained as well: set optim.frozen=[latent_tokens, patch_embed, encoder, " in said
-    assert "no parameter's name begins with decodr" in refused(config, run, *STAGE, began, "optim.frozen=[decodr]")
-    assert "leaves no parameter" in refused(
-        config, run, *STAGE, began, f"{STAGE[-1][:-1]}, decoder, up_sample_decoder]"
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (("objective.flow_steps=3",), "set objective.flow_steps=0"),
-        (("objective.pixel_weight=0",), "objective.pixel_weight and perceptual_weight are 0"),
-        (("objective.adversarial.discriminator_start=5",), "generator_start 0 is before discriminator_start 5"),
-        (("objective.adversarial.blocks=[3]",), "blocks: 3 is not below the encoder's depth 3"),
-        (("objective.adversarial.blocks=[1, 1]",), "names a block twice"),
-        (("objective.adversarial.augment=[color]",), "augment: 'color' is not one of colour, translation, cutout"),
-        (("objective.adversarial.penalty=r1", "objective.adversarial.penalty_weight=0"), "must be above 0, got 0"),
-        (("objective.adversarial.adaptive_cap=0",), "adaptive_cap must be above 0"),
-        (("objective.adversarial.weight=0",), "does nothing beside objective.adversarial.weight=0"),
-        (("objective.adversarial.penalty_weight=2",), "does nothing beside objective.adversarial.penalty=none"),
-        (("objective.adversarial.weight=-1",), "weight must be at least 0"),
-        (("model.modality=atoms",), "the discriminator is of images"),
-    ],
-)
-def test_what_does_not_go_together(overrides, said):
-    with pytest.raises(UserError, match=said.replace("[", r"\[")) as error:
-        load_tiny(*STAGE, *overrides)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("option", "mend"),
-    [
-        ("efficiency.cuda_graph=step", "set efficiency.cuda_graph=none"),
-    ],
-)
-def test_ways_of_computing_that_are_refused(base, tmp_path, option, mend):
-    said = refused(base[0], tmp_path / "run", *STAGE, f"init_from={base[1]}", option)
-    assert f"objective.adversarial does not work with {option}; {mend}" in said
-
-
-def test_weights_freed_between_passes_are_refused():
-    config = load_tiny(*STAGE, "train.strategy=fsdp2", "train.reshard=pass")
-    said = "objective.adversarial does not work with train.reshard=pass; set train.reshard=step"
-    with pytest.raises(UserError, match=said):
-        execution.check_device(config.efficiency, config.train, config.objective, ALONE.device)
 
 
 def test_without_it_nothing_changes():

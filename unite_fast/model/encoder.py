@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from unite_fast.config import EncoderConfig
 from unite_fast.layers import Linear, RMSNorm, adamw_parameter, rotary_table, use_adamw
 from unite_fast.layers.attention import Keys, Plan, attention, visible_keys
+from unite_fast.parallel.sharding import is_unit
 from unite_kernels.adaln import adaln, adaln_mid, adaln_tail
 from unite_kernels.qk_norm_rope import qk_norm_rope
 from unite_kernels.swiglu import swiglu
@@ -299,11 +300,14 @@ class GenerativeEncoder(nn.Module):
         keys = self._keys(key_mask, 0)
         layout = Layout(cos, sin, self.config.rope, 0, keys)
         activated = F.silu(c)  # the first module of every adaLN_modulation
-        # All of them, also where few blocks run: sharded, they are gathered together.
-        chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in blocks]
-        inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(blocks, chunks, strict=True)]
-        shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
-        inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
+        # Those of the blocks that run and of what follows them; sharded, all are gathered together and run together.
+        together = is_unit(self.final_layer.adaLN_modulation[1])
+        modulated_blocks = blocks if together else blocks[: depth + 1]
+        chunks = [block.adaLN_modulation[1](activated).chunk(6, dim=-1) for block in modulated_blocks]
+        inputs = [Modulation(b.norm1.weight, *m[:2]) for b, m in zip(modulated_blocks, chunks, strict=True)]
+        if together or depth == len(blocks):
+            shift, scale = self.final_layer.adaLN_modulation[1](activated).chunk(2, dim=-1)
+            inputs.append(Modulation(self.final_layer.norm_final.weight, shift, scale))
         modulated = adaln(h, *inputs[0], backend=self.backend)
         if torch.is_autocast_enabled(h.device.type):  # as the other blocks get it
             modulated = modulated.to(torch.get_autocast_dtype(h.device.type))

@@ -48,6 +48,11 @@ class Unit(NamedTuple):
     products: bool = False
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether ``module`` is one of those before which a unit is gathered."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
 def shard_size(t: TrainConfig, world_size: int) -> int:
     """Ranks that hold one copy of the model together; 1 for ddp. Raises UserError."""
     if t.strategy == "ddp":
@@ -147,7 +152,7 @@ class Passes:
             self._set(module, True)
 
     def _set(self, module: Any, last: bool) -> None:
-        if not hasattr(module, "set_requires_gradient_sync"):
+        if not is_unit(module):
             return
         module.set_requires_gradient_sync(last)
         module.set_reshard_after_backward(last)
