@@ -45,10 +45,10 @@ def nodes(job):
 def test_a_lost_node(nodes, job, straight):
     """The agents then count different numbers of restarts."""
     first, lost = nodes.start(0), nodes.start(1)
-    first.until("step 8/", 60)
+    first.until("step 8/", 120)
     nodes.lose(lost)
     again = nodes.start(1)
-    assert [agent.wait(90) for agent in (first, again)] == [0, 0], first.said() + again.said()
+    assert [agent.wait(180) for agent in (first, again)] == [0, 0], first.said() + again.said()
     assert "step-0000005 at step 5: the newest that verifies" in first.said()
     assert len(job.rows()) == 20
     for ours, expected in zip(job.rows(), straight.rows(), strict=True):
