@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from support import TINY, command, command_of, process
 
-from unite_fast import doctor, evaluate, export, fetch
+import unite_kernels
+from unite_fast import doctor, evaluate, export, fetch, load
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
+from unite_fast.doctor import machine
 from unite_fast.efficiency import execution
 from unite_kernels import backend, extension
 
@@ -148,12 +151,12 @@ def test_unreadable_image(tiny, tmp_path):
 
 @pytest.fixture
 def no_libraries(monkeypatch, tmp_path):
-    """As in an installation whose C++ operations were never built."""
-    extension._load.cache_clear()
+    """As in an installation whose C++ operations were never built; the folder where they would be."""
+    extension.obstacle.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-        yield
-    extension._load.cache_clear()
+        yield tmp_path
+    extension.obstacle.cache_clear()
 
 
 def test_missing_library(trained, tmp_path, no_libraries):
@@ -167,6 +170,29 @@ def test_missing_library(trained, tmp_path, no_libraries):
     fails("sample.py", *sampling, "--kernels", "fused", says=says)
     assert command("sample.py", *sampling).returncode == 0  # nothing defaults to what is not there
     assert command("train.py", *config, "--dry-run").returncode == 0
+
+
+def test_library_of_other_sources(trained, tmp_path, no_libraries):
+    """Nothing computes with it, whoever asks, and nobody is slowed down for it without a word."""
+    shutil.copy(Path(unite_kernels.__file__).with_name("_C_cpu.so"), no_libraries)
+    (no_libraries / "_C_cpu.sources").write_text("0" * 64)
+    reason = (
+        "_C_cpu.so is not of this checkout: it was built from other sources; "
+        "run `python setup.py build_ext --inplace`, or remove it"
+    )
+    config = ("--config", trained / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "device=cpu")
+    fails("train.py", *config, "efficiency.kernels=fused", says=reason)
+    sampling = ("--checkpoint", trained / "run", "--out", tmp_path / "x.png", "--seeds", "0", "--device", "cpu")
+    fails("sample.py", *sampling, says=reason)
+    fails("sample.py", *sampling, "--kernels", "fused", says=reason)
+    with pytest.raises(UserError, match="is not of this checkout"):
+        load(trained / "run", device="cpu")
+    assert command("sample.py", *sampling, "--kernels", "eager").returncode == 0
+    assert ("FAIL", "C++ library (cpu)", reason) in machine.libraries()
+    assert not (tmp_path / "run").exists()
+    (no_libraries / "_C_cpu.sources").write_text(extension.sources_digest())
+    extension.obstacle.cache_clear()
+    assert extension.obstacle("cpu") == ""
 
 
 def test_missing_library_of_a_gpu(monkeypatch, no_libraries):

@@ -44,7 +44,7 @@ def look(bench: Bench) -> None:
     bench.row("machine", **facts)
     for kind in ("cpu", "cuda"):
         if kind == "cpu" or device.type == "cuda":
-            bench.check(f"library {kind}", extension.obstacle(kind) or extension.stale(kind))
+            bench.check(f"library {kind}", extension.obstacle(kind))
     for module, package in PACKAGES.items():
         if module not in OFFICIAL or (bench.official and not bench.toy):  # a rehearsal's official code is a stand-in
             bench.check(f"package {package}", obstacle(module))

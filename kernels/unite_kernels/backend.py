@@ -91,9 +91,19 @@ def obstacle(backend: str, device: torch.device, update: bool = False) -> str:
     return extension.obstacle(device.type) if compiled else ""
 
 
-def best(device: torch.device) -> str:
-    """ "fused" where that can run, else "eager"."""
-    return "eager" if obstacle("fused", device) else "fused"
+def best(device: torch.device, update: bool = False) -> str:
+    """ "fused" where what that needs is installed, else "eager". update: as in ``obstacle``.
+
+    A library that is there and cannot be used is no reason for "eager": it has an ``obstacle``, which says how to mend it.
+    """
+    from . import extension
+
+    try:
+        resolved = _resolve("fused", device)
+    except RuntimeError:
+        return "eager"
+    compiled = resolved == "cpp" or update
+    return "fused" if not compiled or extension.is_built(device.type) else "eager"
 
 
 def has_tiles() -> bool:

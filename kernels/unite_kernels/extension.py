@@ -1,7 +1,8 @@
 """Loads the compiled operations: ``_C_cpu.so`` (torch.ops.unite_kernels_cpu) and ``_C_cuda.so`` (..._cuda).
 
-Importing this module loads nothing. Each library is loaded on the first call that needs it, once per process, and
-a library that cannot be loaded raises a RuntimeError saying why and what to do; nothing falls back silently.
+Importing this module loads nothing. Each library is loaded on the first call that needs it, once per process. One that
+cannot be loaded, or was built from other sources than those beside it, raises a RuntimeError saying why and what to do;
+nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -26,40 +27,45 @@ class Library(NamedTuple):
     reason: str  # empty when present
 
 
+def _path(kind: str) -> Path:
+    return Path(__file__).with_name(f"_C_{kind}.so")
+
+
+def is_built(kind: str) -> bool:
+    """Whether there is a "cpu" or "cuda" library, which may yet have an ``obstacle``."""
+    return _path(kind).exists()
+
+
 @cache
-def _load(name: str) -> str:
-    """The reason why library ``name`` cannot be used; empty once it is loaded."""
-    path = Path(__file__).with_name(name)
+def obstacle(kind: str) -> str:
+    """Why the "cpu" or "cuda" library cannot be used here; empty once it is loaded."""
+    path = _path(kind)
     if not path.exists():
-        return f"{name} is not built; run `{BUILD}`, which says what is missing"
-    if name == "_C_cuda.so" and torch.version.cuda is None:
-        return f"{name} needs a CUDA build of torch, and torch {torch.__version__} is none"
+        return f"{path.name} is not built; run `{BUILD}`, which says what is missing"
+    if kind == "cuda" and torch.version.cuda is None:
+        return f"{path.name} needs a CUDA build of torch, and torch {torch.__version__} is none"
+    if why := stale(kind):
+        return f"{path.name} is not of this checkout: {why}; run `{BUILD}`, or remove it"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{name} does not load ({error}); run `{BUILD}` again"
+        return f"{path.name} does not load ({error}); run `{BUILD}` again, or remove it"
     return ""
 
 
-def _require(name: str) -> None:
-    reason = _load(name)
-    if reason:
+def _require(kind: str) -> None:
+    if reason := obstacle(kind):
         raise RuntimeError(reason)
-
-
-def obstacle(kind: str) -> str:
-    """Why the "cpu" or "cuda" library cannot be used here; empty once it is loaded."""
-    return _load(f"_C_{kind}.so")
 
 
 def load_cpu() -> None:
     """Make torch.ops.unite_kernels_cpu available. Raises RuntimeError with the reason if it cannot be."""
-    _require("_C_cpu.so")
+    _require("cpu")
 
 
 def load_cuda() -> None:
     """Make torch.ops.unite_kernels_cuda available. Raises RuntimeError with the reason if it cannot be."""
-    _require("_C_cuda.so")
+    _require("cuda")
 
 
 def status() -> dict[str, Library]:
@@ -81,9 +87,8 @@ def stale(kind: str) -> str:
 
     setup.py records the hash of the sources beside a library. One without that record is compared by date.
     """
-    library, checkout = Path(__file__).with_name(f"_C_{kind}.so"), CHECKOUT
-    digest = sources_digest(checkout)
-    if not digest or not library.exists():
+    library, checkout = _path(kind), CHECKOUT
+    if not library.exists() or not (digest := sources_digest(checkout)):
         return ""
     record = library.with_suffix(".sources")
     if record.is_file():

@@ -349,7 +349,7 @@ def test_import_loads_nothing_and_a_missing_library_says_why(tmp_path):
         (package / name).write_text(Path(source, name).read_text())
     code = (
         "import torch, unite_kernels.extension as e\n"
-        "assert not e._load.cache_info().currsize\n"
+        "assert not e.obstacle.cache_info().currsize\n"
         "assert [l.present for l in e.status().values()] == [False, False], e.status()\n"
         "try:\n    e.load_cpu()\n"
         "except RuntimeError as error:\n    assert 'FOLDER_OF_THE_SOURCES' in e.BUILD in str(error), error\n"

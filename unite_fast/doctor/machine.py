@@ -132,8 +132,6 @@ def libraries() -> list[Finding]:
     for kind, status in extension.status().items():
         needed = kind == "cpu" or torch.cuda.is_available()
         state, detail = ("OK", "loads") if status.present else ("FAIL" if needed else "WARN", status.reason)
-        if status.present and (why := extension.stale(kind)):
-            state, detail = "FAIL" if needed else "WARN", f"{why}; run `{extension.BUILD}`"
         findings.append(Finding(state, f"C++ library ({kind})", detail))
     return findings
 
