@@ -61,6 +61,20 @@ def command_of(main: Callable[[list[str]], int | None], *arguments: object) -> O
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def trained(config: Path, run: Path, *overrides: str) -> str:
+    """Trains as ``config`` says into the folder ``run``, in this process; what is printed."""
+    said = command("train.py", "--config", config, f"run_dir={run}", *overrides)
+    assert said.returncode == 0, said.stderr
+    return said.stdout + said.stderr
+
+
+def tiny_run(folder: Path, *overrides: str) -> Path:
+    """``folder``, with tiny.yaml and a run of it in ``run``."""
+    (folder / "tiny.yaml").write_text(TINY)
+    trained(folder / "tiny.yaml", folder / "run", *overrides)
+    return folder
+
+
 def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a program of the project in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -104,6 +104,13 @@ def test_home_in_options_of_programs(tmp_path, monkeypatch):
     shown = command("train.py", "--config=~/tiny.yaml", "--print-config")
     assert shown.returncode == 0
     assert "name: tiny" in shown.stdout
+    (tmp_path / "based.yaml").write_text("base: ~/tiny.yaml\nseed: 5")
+    found = yaml_text.load(tmp_path / "based.yaml")
+    assert (found.name, found.seed) == ("tiny", 5)
+    monkeypatch.delenv("SCRATCH", raising=False)
+    (tmp_path / "based.yaml").write_text("base: $SCRATCH/tiny.yaml")
+    with pytest.raises(UserError, match=r"based\.yaml: base \$SCRATCH/tiny\.yaml: the environment has no SCRATCH"):
+        yaml_text.load(tmp_path / "based.yaml")
 
 
 def test_a_schedule_of_an_earlier_file_that_has_one_meaning_is_read(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -26,14 +27,24 @@ RATIO, MARGIN = 16, 1 << 26  # of what a file unfolds to: to its size, and in by
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal; the file is never whole in memory. Raises OSError."""
-    with path.open("rb") as file:
+    with open_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_read(path: Path) -> io.BufferedReader:
+    """A regular file, to be read. Raises OSError, also for a pipe or a device, of which a read might never end."""
+    return open_regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path, "rb")
+
+
+def regular(path: Path) -> Path:
+    """``path``, for libraries that open files by name. Raises OSError as ``open_read``."""
+    open_read(path).close()
+    return path
+
+
 def read(path: Path) -> bytes:
-    """The whole of a regular file. Raises OSError, also for a pipe or a device, of which a read might never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open_regular(descriptor, path, "rb") as file:
+    """The whole of a file. Raises OSError as ``open_read``."""
+    with open_read(path) as file:
         return file.read()
 
 
@@ -57,7 +68,7 @@ def room(path: Path) -> int:
 
 def check_zip(path: Path) -> None:
     """Raises ValueError for a zip, as an .npz is one, that unfolds to more than it has ``room`` for, and OSError."""
-    with zipfile.ZipFile(path) as archive:
+    with open_read(path) as file, zipfile.ZipFile(file) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > room(path):
         raise ValueError(f"it unfolds to {size} bytes; {room(path)} are allowed")

@@ -14,7 +14,7 @@ from unite_fast.base import files
 def facts(path: Path) -> dict[str, str]:
     """The metadata of a .safetensors; empty for one that cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(files.regular(path), "pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}

@@ -210,7 +210,7 @@ def load(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Confi
 def read(path: str | Path, option: str = "--config") -> Any:
     """What a YAML file holds. option: what names it. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read_text(Path(path))
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}; give the path of a YAML file") from None
     except UnicodeDecodeError:
@@ -234,6 +234,7 @@ def _from_file(path: Path, option: str = "--config", above: tuple[str, ...] = ()
     name = values.pop(BASE)
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: {BASE} must be the path of a YAML file, got {name!r}")
+    name = files.expanded(name, f"{path}: {BASE}")
     base = _from_file(path.parent / name, f"{path}: {BASE}", (*above, here))
     return from_dict(written(values), str(path), base)
 

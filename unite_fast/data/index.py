@@ -24,9 +24,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".tar files, or folders of them")
     parser.add_argument("--unlabelled", action="store_true", help="images without .cls, for model.num_classes=0")
     arguments = parser.parse_args(argv)
-    tars = [tar for path in arguments.paths for tar in files_of(path, ".tar")]
-    if not tars:
-        raise UserError("no .tar files there")
+    found = {path: files_of(path, ".tar") for path in arguments.paths}
+    if empty := [path for path, tars in found.items() if not tars]:
+        raise UserError(f"{empty[0]} is no .tar file, nor a folder of them")
+    tars = [tar for tars in found.values() for tar in tars]
     images = sum(len(write_index(tar, not arguments.unlabelled).labels) for tar in progress.bar(tars, unit="tar"))
     print(f"{images:,} images in {len(tars)} tars")
     return 0

@@ -57,7 +57,7 @@ def write(pack: Path, states: Sequence[Sequence[int]]) -> None:
 def read(pack: Path, count: int) -> list[list[int]]:
     """Of the ``count`` images that a pack was made of; empty where it does not say."""
     try:
-        states = np.load(pack / NAME, allow_pickle=False)
+        states = np.load(files.regular(pack / NAME), allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return []
     return states.tolist() if states.shape == (count, 2) and states.dtype == np.int64 else []

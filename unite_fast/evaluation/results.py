@@ -75,7 +75,7 @@ def _is_training(content: dict[str, Any]) -> bool:
 def read_result(path: str) -> dict[str, Any]:
     """What --protocol names: a score of ``evaluate fid``, or the best of a search while training. Raises UserError."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(files.read_text(Path(path)))
         if _is_training(content):
             content["protocol"] |= {"settings": content["best_overall"], "kid_subset": None}
         protocol = content["protocol"]

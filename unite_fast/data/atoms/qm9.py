@@ -69,7 +69,7 @@ def read_package() -> Structures:
 def uncharacterized(path: Path) -> set[int]:
     """The numbers, from 1, of the molecules to leave out: first words of lines that are integers. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = files.read_text(path, "replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it lists the molecules of gdb9.sdf to leave out") from None
     words = [line.split()[0] for line in lines if line.strip()]
