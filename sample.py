@@ -51,8 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=64, help="images between writes; the network runs 32 at a time (default: 64)")
     add("--precision", choices=choices(EvaluationConfig, "precision"), default="fp32", help="of the network; the ODE "
         "state is fp32")  # fmt: skip
-    add("--kernels", choices=choices(EfficiencyConfig, "kernels"), help="of the network (default: fused where they "
-        "run)")  # fmt: skip
+    add("--kernels", choices=choices(EfficiencyConfig, "kernels"), default="auto", help="of the network (default: "
+        "auto, fused where that is installed)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile of the network's blocks; changes rounding")
     add("--graph", action="store_true", help="replay the network's evaluations from CUDA graphs")
     add("--device", choices=choices(Config, "device"), default="auto")
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         ranks.decide(lambda: maker.check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
         precision.setup(ranks.device)
         model.to(ranks.device)
-        kernels = arguments.kernels or backend.best(ranks.device)
+        kernels = backend.best(ranks.device) if arguments.kernels == "auto" else arguments.kernels
         model.use_kernels(kernels)
         replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):

@@ -50,8 +50,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     arguments = parser.parse_intermixed_args(argv)
     settings = yaml_text.load(arguments.config, arguments.overrides)
     options.check(arguments)
-    if arguments.fast_dev_run:
-        n = arguments.fast_dev_run
+    if n := arguments.fast_dev_run:
         train = dataclasses.replace(settings.train, max_steps=n, log_every=1, image_every=n, checkpoint_every=n)
         settings = dataclasses.replace(
             settings,
@@ -60,7 +59,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             run_dir=f"{settings.folder}-dev",
             sample=dataclasses.replace(settings.sample, solver="heun", steps=2),
         )
-    return arguments, settings
+    e = settings.efficiency if arguments.print_config else options.settled(settings.efficiency, settings.device)
+    return arguments, dataclasses.replace(settings, efficiency=e)
 
 
 class Inputs(NamedTuple):

@@ -22,6 +22,7 @@ from unite_fast.run.stats import CollapseAlarm
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
 SMALL = (
+    "efficiency.kernels=fused",
     "model.encoder.depth=2",
     "model.encoder.width=32",
     "model.encoder.heads=2",

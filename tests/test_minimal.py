@@ -79,7 +79,9 @@ def test_the_page_takes_the_steps_of_the_package(page):
 
     Muon's iteration in bfloat16 makes 0.2 % of a matrix out of rounding errors of its gradient.
     """
-    config = yaml_text.load(ROOT / "configs" / "digits.yaml", ["optim.newton_schulz_dtype=bf16", "device=cpu"])
+    config = yaml_text.load(
+        ROOT / "configs" / "digits.yaml", ["optim.newton_schulz_dtype=bf16", "efficiency.kernels=fused"]
+    )
     ranks, o = Ranks(0, 1, torch.device("cpu")), config.objective
     state = assemble.fresh_state(config, ranks)
     generator = torch.Generator().manual_seed(0)

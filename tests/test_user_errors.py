@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TINY, command, command_of, process
+from support import command, command_of, process, tiny_run
 
 import unite_kernels
 from unite_fast import doctor, evaluate, export, fetch, load
@@ -22,11 +22,7 @@ from unite_kernels import backend, extension
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY)
-    result = command("train.py", "--config", folder / "tiny.yaml", f"run_dir={folder / 'run'}", "train.max_steps=2")
-    assert result.returncode == 0, result.stderr
-    return folder
+    return tiny_run(tmp_path_factory.mktemp("trained"), "train.max_steps=2")
 
 
 def fails(*arguments: object, says: str | tuple[str, ...]) -> None:
@@ -169,7 +165,15 @@ def test_missing_library(trained, tmp_path, no_libraries):
     sampling = ("--checkpoint", trained / "run", "--out", tmp_path / "x.png", "--seeds", "0-3", "--device", "cpu")
     fails("sample.py", *sampling, "--kernels", "fused", says=says)
     assert command("sample.py", *sampling).returncode == 0  # nothing defaults to what is not there
+    score = ("rfid", "--checkpoint", trained / "run", "--extractor", "digits", "--out", tmp_path / "r.json")
+    said = command_of(evaluate.main, *score, "--kernels", "auto")
+    assert said.returncode == 0, said.stderr
     assert command("train.py", *config, "--dry-run").returncode == 0
+    planned = command("train.py", *config, "efficiency.kernels=auto", "--dry-run")
+    assert "kernels=auto: eager operations, which are slower, since _C_cpu.so is not built; run" in planned.stdout
+    assert "kernels eager" in planned.stdout
+    found = {kind: [f.state for f in machine.libraries(kind)] for kind in ("auto", "fused")}
+    assert found == {"auto": ["WARN", "WARN"], "fused": ["FAIL", "FAIL" if torch.cuda.is_available() else "WARN"]}
 
 
 def test_library_of_other_sources(trained, tmp_path, no_libraries):

@@ -23,6 +23,9 @@ from unite_kernels import extension, backend
 import torch
 assert all("site" in module.__file__ for module in (unite_fast, unite_kernels)), unite_fast.__file__
 assert command.run(program("train").main, ["--config", "digits", "--print-config"]) == 0
+short = ["train.max_steps=1", "train.image_every=0", "evaluation.heldout_epoch=0", "run_dir=run"]
+assert command.run(program("train").main, ["--config", "digits", *short]) == 0
+assert command.run(program("train").main, ["--config", "digits", *short, "efficiency.kernels=fused"]) == 2
 assert command.run(program("sample").main, ["--checkpoint", sys.argv[1], "--seeds", "0-1", "--out", "out"]) == 0
 model = unite_fast.load(sys.argv[1])
 assert model.decode(model.encode(model.sample("3")))[0].size == (8, 8)
@@ -98,7 +101,10 @@ def test_it_works_elsewhere(wheel, tiny, tmp_path):
     result = subprocess.run(words, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "name: digits" in result.stdout
-    assert "is not built; run `pip install --no-build-isolation" in result.stdout
+    mend = "_C_cpu.so is not built; run `pip install --no-build-isolation"
+    assert mend in result.stdout
+    assert f"efficiency.kernels=auto: eager operations, which are slower, since {mend}" in result.stdout
+    assert f"error: efficiency.kernels=fused: {mend}" in result.stderr
 
 
 def test_a_compiler_that_does_not_exist_is_an_error(tmp_path):

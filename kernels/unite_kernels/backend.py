@@ -94,7 +94,7 @@ def obstacle(backend: str, device: torch.device, update: bool = False) -> str:
 def best(device: torch.device, update: bool = False) -> str:
     """ "fused" where what that needs is installed, else "eager". update: as in ``obstacle``.
 
-    A library that is there and cannot be used is no reason for "eager": it has an ``obstacle``, which says how to mend it.
+    A library that is there and cannot be used is no reason for "eager": its ``obstacle`` says how to mend it.
     """
     from . import extension
 

@@ -330,7 +330,9 @@ class EfficiencyConfig:
         "auto",
         "attention backend; auto: cudnn or flash where a table names them, products on CPUs with AMX, else sdpa",
     )
-    kernels: Literal["eager", "fused"] = option("eager", "fused: Triton's on GPUs, C++ on CPUs and for the optimizer")
+    kernels: Literal["eager", "fused", "auto"] = option(
+        "eager", "fused: Triton's on GPUs, C++ on CPUs and for the optimizer; auto: fused where that is installed"
+    )
     flow_mini_batch: int = option(1, "flow steps that pass the network as one batch", above=0)
     shard_muon: bool = option(True, "several processes: each orthogonalises its share of the matrices")
     overlap_gradients: bool = option(

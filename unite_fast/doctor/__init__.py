@@ -100,12 +100,13 @@ def _guarded(check: Callable[[], Finding], what: str, state: str) -> Finding:
         return Finding(state, what, f"{type(error).__name__}: {first_line(error)}; reinstall it")
 
 
-def examine(room: Finding | None = None) -> list[Finding]:
-    """What this machine can do, in the order in which it is printed. room: that on the disk, for a run of its own."""
+def examine(room: Finding | None = None, kernels: str = "auto") -> list[Finding]:
+    """What this machine can do, in the order in which it is printed. room: that on the disk, for a run of its own;
+    kernels: its ``efficiency.kernels``."""
     findings = [_python(), _torch(), _device(), machine.driver()]
     findings += [_guarded(_triton, "triton", "FAIL" if torch.cuda.is_available() else "WARN")]
     findings += [_guarded(machine.collectives, "collectives", "FAIL")]
-    findings += machine.libraries()
+    findings += machine.libraries(kernels)
     findings += [machine.shared_memory(), machine.open_files(), room or machine.disk()]
     findings += [_guarded(functools.partial(_required, package), package, "FAIL") for package in REQUIRED]
     findings += [_guarded(machine.torchvision_build, "torchvision build", "FAIL")]
@@ -166,7 +167,8 @@ def main(argv: list[str]) -> int:
         findings = examine()
     else:
         size = machine.checkpoint_bytes(config.model, config.optim)
-        findings = examine(machine.disk(config.folder, size, config.train.keep_last)) + examine_run(config)
+        room = machine.disk(config.folder, size, config.train.keep_last)
+        findings = examine(room, config.efficiency.kernels) + examine_run(config)
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:

@@ -126,12 +126,12 @@ def triton() -> Finding:
     return Finding("OK", "triton", f"{version('triton')}; {probe.triton_works()}")
 
 
-def libraries() -> list[Finding]:
-    """The compiled operations: built, loadable, and of the sources beside them."""
+def libraries(kernels: str = "auto") -> list[Finding]:
+    """The compiled operations: built, loadable, and of the sources beside them. kernels: ``efficiency.kernels``."""
     findings = []
     for kind, status in extension.status().items():
-        needed = kind == "cpu" or torch.cuda.is_available()
-        state, detail = ("OK", "loads") if status.present else ("FAIL" if needed else "WARN", status.reason)
+        used = (kind == "cpu" or torch.cuda.is_available()) and (kernels == "fused" or extension.is_built(kind))
+        state, detail = ("OK", "loads") if status.present else ("FAIL" if used else "WARN", status.reason)
         findings.append(Finding(state, f"C++ library ({kind})", detail))
     return findings
 

@@ -1,6 +1,7 @@
 """How a training step is computed: the options that change its speed and memory but not its results, in one place.
 
     check       what does not go together, from the configuration and the number of ranks alone
+    settled     what is left to the device; all that follows takes no "auto" for kernels
     resolve     what the options mean on this device and for these ranks; what cannot run there
     apply       puts it into a model: nothing else sets these attributes of its modules
     lines       says it
@@ -13,6 +14,7 @@ operations are those of ``model.use_kernels``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -99,6 +101,16 @@ def _check_strategy(e: EfficiencyConfig, t: TrainConfig, world_size: int) -> Non
             raise UserError(
                 f"train.strategy={t.strategy} does not work with {key}; set {neutral}, or train.strategy=ddp"
             )
+
+
+def settled(e: EfficiencyConfig, device: torch.device) -> tuple[EfficiencyConfig, str]:
+    """With what kernels=auto is on ``device``; and a line where that is eager, since the other is not installed."""
+    if e.kernels != "auto":
+        return e, ""
+    kernels = backend.best(device, update=True)
+    why = "" if kernels == "fused" else backend.obstacle("fused", device, update=True)
+    said = f"efficiency.kernels=auto: eager operations, which are slower, since {why}" if why else ""
+    return dataclasses.replace(e, kernels=kernels), said
 
 
 def check_device(

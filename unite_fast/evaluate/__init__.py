@@ -41,6 +41,7 @@ from unite_fast.evaluation import statistics
 from unite_fast.evaluation.atoms import runs
 from unite_fast.evaluation.results import read_result
 from unite_fast.parallel import distributed
+from unite_kernels import backend
 
 OTHERS = {"atoms": runs}  # commands that are programs of their own
 NEEDED = {
@@ -133,6 +134,8 @@ def main(argv: list[str]) -> None:
     ranks = distributed.start(arguments.device)
     try:
         precision.setup(ranks.device)
+        if arguments.kernels == "auto":
+            arguments.kernels = backend.best(ranks.device)
         context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
         ranks.decide(context.check_out)
         with torch.no_grad():

@@ -91,7 +91,7 @@ class UNITE(nn.Module):
         return mode
 
     def use_kernels(self, backend: str) -> None:
-        """The implementation of the encoder's fused operations: "eager" or "fused" (``efficiency.kernels``).
+        """The implementation of the encoder's fused operations: "eager" or "fused" (``efficiency.kernels``, settled).
 
         The model is where it will run. Raises UserError when the implementation cannot run there.
         """

@@ -1,15 +1,29 @@
-"""Options of train.py that are wrong, or that would do nothing beside others."""
+"""Options of train.py: which are wrong, which would do nothing beside others, and what the machine decides."""
 
 from __future__ import annotations
 
 import argparse
 
+import torch
+
+from unite_fast.base import launcher
 from unite_fast.base.errors import UserError, idle
+from unite_fast.config import EfficiencyConfig
+from unite_fast.efficiency import execution
 
 SET_BY_DEV_RUN = (
     "train.max_steps=", "train.log_every=", "train.image_every=", "train.checkpoint_every=", "resume=",
     "sample.solver=", "sample.steps=",
 )  # fmt: skip
+
+
+def settled(efficiency: EfficiencyConfig, device: str) -> EfficiencyConfig:
+    """With what kernels=auto is here; rank 0 says so where that is the slower one. device: ``Config.device``."""
+    here = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+    efficiency, said = execution.settled(efficiency, here)
+    if said and launcher.rank() == 0:
+        print(said)
+    return efficiency
 
 
 def check(arguments: argparse.Namespace) -> None:
