@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -15,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 from ranks import on_ranks
-from support import TINY, command
+from support import TINY, command, trained
 
 from unite_fast import config, data
 from unite_fast.base.errors import CommonError, UserError
+from unite_fast.checkpoint import find
 from unite_fast.config import Config, DataConfig, ModelConfig, yaml_text
+from unite_fast.model.unite import build
 from unite_fast.parallel import distributed
-from unite_fast.run import agreement
+from unite_fast.run import agreement, assemble
 
 
 def images(root: Path, per_class: int = 8, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -139,6 +142,20 @@ def wait_briefly(ranks: distributed.Ranks, function: Callable[[distributed.Ranks
     return function(dataclasses.replace(ranks, control=group))
 
 
+def slow_weights(path: Path, ranks: distributed.Ranks) -> str:
+    """A file of weights on a slow disk, which rank 0 alone hashes; what the run keeps of where it began."""
+    distributed.SIGN_OF_LIFE = 0.1
+
+    def hashed(file: Path) -> str:
+        assert ranks.is_main, f"hashing {file}, of which the others hear nothing"
+        time.sleep(1.5)
+        return "its sha256"
+
+    find.file_sha256 = hashed
+    begun = yaml_text.from_dict(yaml_text.parse_yaml(TINY, "tiny") | {"init_from": str(path)})
+    return assemble.fresh_state(begun, ranks).origin["sha256"]
+
+
 def refused_identity(ranks: distributed.Ranks) -> str:
     def identify() -> int:
         if ranks.rank:
@@ -150,9 +167,13 @@ def refused_identity(ranks: distributed.Ranks) -> str:
     return str(error.value)
 
 
-def test_a_choice_may_take_longer_than_ranks_wait():
+def test_a_choice_may_take_longer_than_ranks_wait(tmp_path):
     assert on_ranks(2, wait_briefly, slow_choice) == [7, 7]
     assert on_ranks(2, wait_briefly, slow_identity) == [[0, 1], [0, 1]]
+    weights = build(yaml_text.from_dict(yaml_text.parse_yaml(TINY, "tiny")).model, seed=3).state_dict()
+    torch.save({"model": weights, "ema": weights}, tmp_path / "w.pt")
+    begun = on_ranks(2, wait_briefly, functools.partial(slow_weights, tmp_path / "w.pt"))
+    assert begun == ["its sha256"] * 2
     assert on_ranks(2, refused_identity) == ["no such folder"] * 2
 
 
@@ -165,8 +186,7 @@ def begun(tmp_path_factory) -> Path:
     source = f"source: folder, path: {images(place / 'train')}, workers: 0"
     text = TINY.replace("source: digits", source).replace("num_classes: 10", "num_classes: 2")
     (place / "tiny.yaml").write_text(text.replace("epochs: 1", "epochs: 8"))
-    said = command("train.py", "--config", place / "tiny.yaml", f"run_dir={place / 'run'}", "train.max_steps=2")
-    assert said.returncode == 0, said.stderr
+    trained(place / "tiny.yaml", place / "run", "train.max_steps=2")
     return place
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
-from unite_fast.data import BadImage, WorkerError, all_images, batch_of_images, open_source, stream
+from unite_fast.data import BadImage, WorkerError, all_images, batch_of_images, listing, open_source, stream
 from unite_fast.data import encoded as encoded_module
 from unite_fast.data.folder import Folder
 from unite_fast.data.loader import skip_limit
@@ -163,6 +163,11 @@ def test_a_folder_that_the_system_refuses(root, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     one_line(config(root), "bee: Permission denied; make it readable")
+    # Nor do the files of a pattern, or of a folder of them, come without those that nobody can see.
+    for listed in (lambda: listing.matching(root / "*" / "*.JPEG"), lambda: listing.files_of(root / "bee", ".tar")):
+        with pytest.raises(UserError, match="bee: Permission denied; make it readable"):
+            listed()
+    assert len(listing.matching(root / "[a]pe" / "*.JPEG")) == len(list((root / "ape").glob("*.JPEG"))) > 0
 
 
 def test_wrong_folders(root, tmp_path_factory):

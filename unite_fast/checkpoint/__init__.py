@@ -70,9 +70,10 @@ def counters_of(state: TrainState) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def described(located: Path, weights: str, name: str) -> dict[str, Any]:
-    """What a run says of the ``weights`` of a checkpoint that it began with: no path. name: their run's, if known."""
-    return {"name": name, "step": recorded_step(located), "weights": weights, "sha256": identity(located)}
+def described(located: Path, weights: str, name: str, sha256: str) -> dict[str, Any]:
+    """What a run says of the ``weights`` of a checkpoint that it began with: no path. name: their run's, if known;
+    sha256: the checkpoint's ``identity``."""
+    return {"name": name, "step": recorded_step(located), "weights": weights, "sha256": sha256}
 
 
 def recorded_step(located: Path) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
+import fnmatch
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from unite_fast.base.errors import UserError
@@ -41,8 +41,8 @@ def files_of(root: Path, suffix: str) -> list[Path]:
         return [root] if root.name.endswith(suffix) else []
     if is_pattern(root):
         return [path for path in matching(root) if path.name.endswith(suffix)]
-    found = sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
-    return _checked(root, found)
+    names = [entry.name for entry in _entries(root)] if root.is_dir() else []
+    return _checked(root, [root / name for name in names if name.endswith(suffix) and (root / name).is_file()])
 
 
 def _checked(root: Path, found: list[Path]) -> list[Path]:
@@ -115,12 +115,33 @@ def matching(root: Path) -> list[Path]:
     found = set()
     for name in _unbraced(str(root.relative_to(folder)), root):
         if any(sign in name for sign in "*?["):
-            found |= {folder / one for one in glob.glob(name, root_dir=folder)}
+            found |= set(_matching(folder, Path(name).parts))
         elif (folder / name).is_file():
             found.add(folder / name)
         else:
             raise UserError(f"{root}: {folder / name} is not there")
     return _checked(root, sorted(path for path in found if path.is_file()))
+
+
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What is there below ``folder`` of a pattern. Raises UserError for a folder in the way that cannot be read."""
+    if not parts:
+        yield folder
+    elif not any(sign in parts[0] for sign in "*?["):
+        if os.path.lexists(folder / parts[0]):
+            yield from _matching(folder / parts[0], parts[1:])
+    elif folder.is_dir():
+        for entry in _entries(folder):
+            if fnmatch.fnmatchcase(entry.name, parts[0]):
+                yield from _matching(folder / entry.name, parts[1:])
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted, but for names that begin with a dot. Raises UserError."""
+    try:
+        return sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
 
 
 def _unbraced(pattern: str, where: Path) -> list[str]:
@@ -181,8 +202,8 @@ def _below(
     other = listed.setdefault(here, folder)
     if other != folder and os.path.realpath(other) == os.path.realpath(folder):
         raise UserError(f"{other} and {folder} are one folder, whose files would count twice; remove the link")
+    entries = _entries(folder)
     try:
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
         folders = [entry.path for entry in entries if entry.is_dir()]
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None

@@ -34,15 +34,22 @@ def resolve(config: Config, ranks: Ranks) -> Execution:
     return Execution.resolve(e, t, attentions(m), ranks, needed)
 
 
+def find(path: str) -> tuple[Path, str]:
+    """The checkpoint that ``init_from`` names, and its identity. Raises UserError."""
+    located = checkpoint.locate(path)
+    return located, checkpoint.identity(located)
+
+
 def begin_from(
-    path: str, located: Path, model: UNITE, strict: bool, class_names: Sequence[str]
+    path: str, found: tuple[Path, str], model: UNITE, strict: bool, class_names: Sequence[str]
 ) -> tuple[list[str], dict[str, Any]]:
     """Fills a new model from a checkpoint; lines on what was taken, and what to keep of where it came from.
 
-    located: what ``checkpoint.locate`` says of ``path``. strict: all or none. Raises UserError.
+    found: what ``find`` says of ``path``. strict: all or none. Raises UserError.
     """
+    located, sha256 = found
     weights, saved = checkpoint.load_weights(located, "ema", located=True)
-    kept = checkpoint.described(located, "ema", "" if saved is None else saved.name)
+    kept = checkpoint.described(located, "ema", "" if saved is None else saved.name, sha256)
     if not strict:
         origin = transfer.Origin(path, saved and saved.model, checkpoint.class_names(located))
         return transfer.take(model, weights, origin, class_names), kept
@@ -69,8 +76,8 @@ def fresh_state(
     origin = {}
     if config.init_from:
         fine_tunes = config.objective.adversarial.weight > 0  # its frozen parts have to be those of a trained model
-        located = ranks.decide(lambda: checkpoint.locate(config.init_from))  # hashed once, while the others wait
-        lines, origin = begin_from(config.init_from, located, model, config.init_strict or fine_tunes, class_names)
+        found = ranks.decide(lambda: find(config.init_from))  # hashed by rank 0, while the others wait
+        lines, origin = begin_from(config.init_from, found, model, config.init_strict or fine_tunes, class_names)
         if ranks.is_main:
             print(*lines, sep="\n")
     opponent = None
