@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import TINY, command, command_of
+from support import command_of, tiny_run
 
 import sample
 import train
-from unite_fast import analyse, evaluate, export, report
+from unite_fast import analyse, evaluate, export, report, sweep
 from unite_fast.base import outputs
 from unite_fast.base.errors import UserError
 from unite_fast.data import pack
 from unite_fast.data.atoms import __main__ as atoms
 from unite_fast.evaluation import small, statistics
 from unite_fast.evaluation.atoms import __main__ as score_atoms
+from unite_fast.report import gallery
 
 WATER = "3\n\nO 0 0 0\nH 0.76 0.59 0\nH -0.76 0.59 0\n"
 
@@ -27,10 +28,7 @@ WATER = "3\n\nO 0 0 0\nH 0.76 0.59 0\nH -0.76 0.59 0\n"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A run of two steps, a folder of images, a file of atoms, a file of somebody else's, an npz of statistics."""
-    place = tmp_path_factory.mktemp("outputs")
-    (place / "tiny.yaml").write_text(TINY)
-    said = command("train.py", "--config", place / "tiny.yaml", f"run_dir={place / 'run'}", "train.max_steps=2")
-    assert said.returncode == 0, said.stderr
+    place = tiny_run(tmp_path_factory.mktemp("outputs"), "train.max_steps=2")
     for i in range(10):
         (place / "photos" / str(i)).mkdir(parents=True)
         Image.new("L", (8, 8), 20 * i).save(place / "photos" / str(i) / "a.png")
@@ -38,6 +36,10 @@ def place(tmp_path_factory) -> Path:
     (place / "notes").write_text("mine")
     (place / "others").mkdir()
     (place / "others" / "thesis.txt").write_text("mine")
+    (place / "mine.jsonl").write_text("mine")
+    Image.new("L", (8, 8)).save(place / "mine.png")
+    (place / "sweep.yaml").write_text("config: tiny.yaml\nout: others\nruns: {a: []}\n")
+    (place / "in_itself.yaml").write_text("config: tiny.yaml\nout: in_itself.yaml\nruns: {a: []}\n")
     np.savez(place / "reference.npz", mu=np.zeros(64), sigma=np.eye(64))
     return place
 
@@ -50,7 +52,8 @@ SAMPLE = (sample.main, "--checkpoint", "run", "--seeds", "0-3", "--out")
 RECONSTRUCT = (sample.main, "--checkpoint", "run", "--reconstruct", "photos", "--out")
 RFID = (evaluate.main, "rfid", "--checkpoint", "run", "--extractor", "digits", "--out")
 FID = (evaluate.main, "fid", "--checkpoint", "run", "--extractor", "digits", "--reference", "reference.npz", "--out")
-SEARCH = (evaluate.main, "search", *FID[2:])
+SEARCH, TABLE = (evaluate.main, "search", *FID[2:]), (evaluate.main, "table", *FID[2:])
+HELDOUT = (evaluate.main, "heldout", "--checkpoint", "run", "--out")
 STATISTICS = (statistics.main, "--config", "tiny.yaml", "--extractor", "digits", "--out")
 OF_FOLDER = (statistics.main, "--config", "tiny.yaml", "data.source=folder", "data.path=photos", "--extractor",
              "inception", "--out")  # fmt: skip
@@ -60,6 +63,8 @@ PACK = (pack.main, "photos", "--size", "8", "--workers", "0")
 ATOMS = (atoms.main, "files", "atoms.xyz", "--out")
 SCORES = (score_atoms.main, "atoms.xyz", "--out")
 ANALYSE = (analyse.main, "run", "--only", "entropy", "--out")
+GALLERY = (gallery.main, "between-images", "run", "photos/0/a.png", "photos/1/a.png", "--out")
+SWEEP = (sweep.main, "--slurm", "array.sh")
 SMALL = (small.main, "run", "--classifier", "c.safetensors", "--out")
 TRAIN = (train.main, "--config", "tiny.yaml", "data.source=folder", "data.path=photos")
 
@@ -67,6 +72,8 @@ IN_SOURCE = [
     (*SAMPLE, "run/checkpoints/a.npz"), (*SAMPLE, "run/checkpoints/step-0000002/images"),
     (*RECONSTRUCT, "photos"), (*RECONSTRUCT, "photos/out"), (*RECONSTRUCT, "out/../photos/0"), (*RECONSTRUCT, "link"),
     (*RFID, "run/checkpoints/r.json"), (*FID, "run/checkpoints/f.json"),
+    *((*words, "run/checkpoints/r.json") for words in (TABLE, SEARCH, HELDOUT)),
+    (*GALLERY, "photos/0/a.png"), (*GALLERY, "run/checkpoints/g.png"), (*SWEEP, "in_itself.yaml"),
     (*OF_FOLDER, "photos/0/s.npz"),
     (*EXPORT, "run/checkpoints/step-0000002"), (*EXPORT, "run/checkpoints/e"),
     (*REPORT, "run/samples/r.html"), (*REPORT, "run/checkpoints/r.html"),
@@ -77,6 +84,8 @@ IN_SOURCE = [
 ]  # fmt: skip
 FOREIGN = [
     (*SAMPLE, "others"), (*SAMPLE, "notes"), (*RECONSTRUCT, "others"), (*RECONSTRUCT, "notes"),
+    *((*words, "tiny.json") for words in (TABLE, SEARCH, HELDOUT)), (*SEARCH, "mine.json"),
+    (*GALLERY, "mine.png"), (*SWEEP, "sweep.yaml"),
     (*RFID, "tiny.json"), (*STATISTICS, "notes"), (*STATISTICS, "reference.npz"),
     (*EXPORT, "others"), (*EXPORT, "others", "--overwrite"), (*EXPORT, "run"), (*EXPORT, "notes"),
     (*REPORT, "notes"), (*PACK, "others"), (*PACK, "notes"), (*ATOMS, "notes"), (*SCORES, "notes"),
@@ -84,7 +93,8 @@ FOREIGN = [
 ]  # fmt: skip
 WRONG_KIND = [
     (*SAMPLE, "others/folder.npz"), (*RECONSTRUCT, "rec.png"), (*RFID, "others"), (*RFID, "others/folder.json"),
-    (*SEARCH, "rows.jsonl"), (*STATISTICS, "others"), (*EXPORT, "e.safetensors"), (*REPORT, "others"),
+    (*SEARCH, "rows.jsonl"), (*GALLERY, "others"), (*GALLERY, "g.jpg"),
+    (*STATISTICS, "others"), (*EXPORT, "e.safetensors"), (*REPORT, "others"),
     (*ATOMS, "others"), (*SCORES, "others"), (*ANALYSE, "a.json"), (*SMALL, "others"),
 ]  # fmt: skip
 UNWRITABLE = [
@@ -92,7 +102,7 @@ UNWRITABLE = [
     for words, suffix in (
         (SAMPLE, ""), (SAMPLE, ".npz"), (RECONSTRUCT, ""), (RFID, ".json"), (STATISTICS, ".npz"), (EXPORT, ""),
         (REPORT, ".html"), (PACK, ""), (ATOMS, ".safetensors"), (SCORES, ".json"),
-        (ANALYSE, ""), (SMALL, ".json"),
+        (ANALYSE, ""), (SMALL, ".json"), (TABLE, ".json"), (SEARCH, ".json"), (HELDOUT, ".json"), (GALLERY, ".png"),
     )
 ]  # fmt: skip
 UNWRITABLE += [(*TRAIN, "run_dir=notes/run")]
@@ -147,7 +157,7 @@ def test_an_export_is_replaced_when_that_is_asked_for(place, monkeypatch):
 
 def test_what_a_command_made_it_makes_again(place, monkeypatch):
     monkeypatch.chdir(place)
-    for words in ((*REPORT, "page.html"), (*STATISTICS, "digits.npz"), (*ATOMS, "a.safetensors")):
+    for words in ((*REPORT, "page.html"), (*GALLERY, "g.png"), (*STATISTICS, "digits.npz"), (*ATOMS, "a.safetensors")):
         for _ in range(2):
             said = command_of(*words)
             assert said.returncode == 0, said.stderr

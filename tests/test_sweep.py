@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +83,8 @@ def test_runs_by_seeds_once_and_their_table(place, called):
     (place / "runs/other/seed_3/found.json").unlink()
     assert command_of(sweep.main, place / "sweep.yaml", "train.log_every=1").returncode == 0
     assert len(called) == 9  # only what was missing
+    settled = command_of(sweep.main, place / "sweep.yaml", "train.log_every=1", "efficiency.kernels=auto")
+    assert settled.returncode == 0, settled.stderr  # the machine chose eager
     changed = command_of(sweep.main, place / "sweep.yaml", "train.log_every=1", "optim.lr=1")
     assert changed.returncode == 2
     assert "was made with optim.lr=0.002, this sweep says 1.0" in changed.stderr
@@ -118,6 +124,30 @@ def test_a_program_that_fails_leaves_its_words(tmp_path):
     with pytest.raises(RunError, match=f"^bash -c 'echo why; exit 3' ended with code 3; its output .* end of {log}$"):
         sweep._call(words, log)
     assert log.read_text() == "why\n"
+
+
+PROGRAM = """
+import pathlib, signal, sys, time
+asked, note = [], pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+note.write_text("")
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.6)
+note.write_text(f"saved, asked {len(asked)} times")
+"""
+
+
+def test_ctrl_c_waits_for_what_the_run_saves(tmp_path):
+    def interrupt() -> None:
+        while not (tmp_path / "note").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep._call([sys.executable, "-c", PROGRAM, str(tmp_path / "note")], tmp_path / "log")
+    assert (tmp_path / "note").read_text() == "saved, asked 1 times"
 
 
 def test_the_job_array_is_bash_and_has_every_run(place):
@@ -198,6 +228,9 @@ WRONG = {
     "table:": ("tables:", "unknown key 'tables'"),
     "[model.time_shift=1.0]": ("[model.time_shaft=1.0]", "did you mean"),
     "makes: found.json": ("makes: [1]", "what it makes"),
+    "then:": ("then: 3\nthem:", "then must be a list of commands"),
+    "out: ": ("out: 7 #", "out must be a folder"),
+    "config: tiny.yaml\nout: ": ("config: tiny.yaml\nout: $NO_SUCH_VARIABLE/", "has no NO_SUCH_VARIABLE"),
     "config: tiny.yaml": ("config: none.yaml", "No such file"),
 }
 

@@ -108,6 +108,11 @@ def digest_of(path: Path, known: Known) -> str:
 
 def fetch_images(images: Images, folder: Path, offline: bool = False, schemes: tuple[str, ...] = ("https",)) -> Path:
     """``folder`` with the files of a set of images and classes.txt, their names. Raises UserError."""
+    names = folder / "classes.txt"
+    text = "".join(f"{name}\n" for name in images.classes)
+    with files.refusals(str(names), "; choose another folder with --out"):
+        if os.path.lexists(names) and files.read_text(names, "replace") != text:
+            raise UserError(f"{names} holds other names than those of this set; choose another folder with --out")
     if not all(_is_there(folder / known.file, known) for known in images.files):
         if not offline and not is_offline():
             with files.refusals(f"--out {folder}"):
@@ -117,7 +122,7 @@ def fetch_images(images: Images, folder: Path, offline: bool = False, schemes: t
         for known in images.files:
             fetch(known, folder, offline, schemes)
     with files.refusals(f"--out {folder}"):
-        files.write(folder / "classes.txt", "".join(f"{name}\n" for name in images.classes))
+        files.write(names, text)
     return folder
 
 

@@ -43,6 +43,7 @@ from unite_fast.checkpoint.compare import differences
 from unite_fast.config import yaml_text
 
 KEYS = ("config", "out", "seeds", "overrides", "runs", "then", "table")
+TABLE = "table.json"
 JOB = "scripts/slurm/train.sbatch"
 ANY = "*"  # in a column: the one entry there is, whatever its name
 FOLDER = "{run}"  # in a command: the run's
@@ -91,6 +92,10 @@ def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def read(path: Path, more: Sequence[str] = ()) -> Sweep:
     """A sweep's file; more: overrides of all runs. Raises UserError."""
     content, where = yaml_text.read(path, "sweep"), str(path)
+    if isinstance(content, dict) and not isinstance(content.get("then", []), list):
+        raise UserError(f"{where}: then must be a list of commands, got {content['then']!r}")
+    if isinstance(content, dict) and not isinstance(content.get("out") or "", str):
+        raise UserError(f"{where}: out must be a folder, got {content['out']!r}")
     if not isinstance(content, dict) or not content.get("runs"):
         raise UserError(f"{where}: no sweep; it needs runs")
     if unknown := [key for key in content if key not in KEYS]:
@@ -105,7 +110,7 @@ def read(path: Path, more: Sequence[str] = ()) -> Sweep:
         if not isinstance(config, str) or entry.keys() - {"config", "overrides"}:
             raise UserError(f"{where}: runs: {name}: give overrides as a list, or config and overrides by name")
         own = _texts(entry.get("overrides", []), f"{where}: runs: {name}: overrides")
-        runs[name] = (path.parent / config, [*own, *common])
+        runs[name] = (path.parent / files.expanded(config, f"{where}: runs: {name}: config"), [*own, *common])
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"{where}: seeds must be a list of whole numbers, got {seeds!r}")
@@ -119,7 +124,8 @@ def read(path: Path, more: Sequence[str] = ()) -> Sweep:
     table = {
         name: _texts(value, f"{where}: table: {name}") for name, value in _section(content, "table", where).items()
     }
-    return Sweep(Path(content.get("out") or f"runs/{path.stem}"), seeds, runs, then, table)
+    out = files.expanded(content.get("out") or f"runs/{path.stem}", f"{where}: out")
+    return Sweep(Path(out), seeds, runs, then, table)
 
 
 def listed(sweep: Sweep) -> list[Run]:
@@ -138,7 +144,7 @@ def check(run: Run) -> None:
     if not before.is_file():
         return
     for key, had, says in differences(yaml_text.read(before) or {}, wanted):
-        if key not in FREE and not key.endswith("path"):
+        if key not in FREE and not key.endswith("path") and says != "auto":  # which the machine has decided
             raise UserError(
                 f"{run.folder} was made with {key}={had}, this sweep says {says}; move it away, or choose another out"
             )
@@ -146,7 +152,7 @@ def check(run: Run) -> None:
 
 def finished(run: Run) -> bool:
     try:
-        return json.loads((run.folder / "status.json").read_text())["state"] == "finished"
+        return json.loads(files.read_text(run.folder / "status.json"))["state"] == "finished"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -166,13 +172,28 @@ def is_made(run: Run, path: Path) -> bool:
 
 
 def _call(words: Sequence[str], log: Path) -> None:
-    """Runs a program, its output in a file. Raises RunError with where to read what went wrong."""
+    """Runs a program, its output in a file. Raises RunError with where to read what went wrong.
+
+    Ctrl-C is passed on, and what the program then saves is waited for.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         # A run that this process leaves behind would hold its folder's lock: asked to stop, it saves.
         follow = functools.partial(end_with_parent, signal.SIGTERM)
-        run = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, preexec_fn=follow, check=False)
-        code = run.returncode
+        run = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, preexec_fn=follow,
+            start_new_session=True,  # else the terminal would ask it as well, and to be asked twice ends it at once
+        )  # fmt: skip
+        interrupted = None
+        while True:
+            try:
+                code = run.wait()
+                break
+            except KeyboardInterrupt as error:
+                interrupted = error
+                run.send_signal(signal.SIGINT)
+    if interrupted:
+        raise interrupted
     if code:
         raise RunError(f"{shlex.join(words)} ended with code {code}; its output is at the end of {log}")
 
@@ -193,7 +214,7 @@ def train(run: Run, then: Sequence[Then]) -> None:
 def number(run: Run, column: Sequence[str]) -> float | None:
     """One number of a run; None where it is not there."""
     try:
-        found: Any = json.loads((run.folder / column[0]).read_text())
+        found: Any = json.loads(files.read_text(run.folder / column[0]))
         for key in column[1:]:
             if key == ANY:
                 (found,) = found.values()
@@ -244,11 +265,11 @@ def write_table(sweep: Sweep) -> str:
         return "no run has a number for the table yet"
     text = markdown(rows, list(sweep.table))
     with files.refusals(str(sweep.out)):
-        files.write_json(sweep.out / "table.json", {"rows": rows, "columns": sweep.table})
+        files.write_json(sweep.out / TABLE, {"rows": rows, "columns": sweep.table})
         files.write(sweep.out / "table.md", text)
         if plots.available():
             plots.sweep(sweep.out / "table.png", rows, list(sweep.table))
-    return f"{text}in {sweep.out}: table.json, table.md"
+    return f"{text}in {sweep.out}: {TABLE}, table.md"
 
 
 def array(runs: Sequence[Run], then: Sequence[Then], source: str) -> str:
@@ -302,7 +323,8 @@ def main(argv: list[str]) -> None:
         if unknown := [name for name in a.only.split(",") if name not in sweep.runs]:
             raise UserError(f"--only {unknown[0]}: {a.file} has {', '.join(sweep.runs)}")
         sweep = sweep._replace(runs={name: sweep.runs[name] for name in a.only.split(",")})
-    outputs.check_folder(sweep.out, "out", [a.file], lambda path: True)
+    names = {TABLE, *sweep.runs}
+    outputs.check_folder(sweep.out, "out", [a.file], lambda path: any((path / name).exists() for name in names))
     runs = listed(sweep)
     if not a.collect:
         for run in runs:

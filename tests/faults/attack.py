@@ -2,6 +2,7 @@
 
     kill      training is killed at its n-th file operation; the next start ends with the bits of an undisturbed run
     errors    the n-th file operation of a command is refused by the system; one line or a warning, then it goes through
+    interrupt Ctrl-C at the n-th file operation of a command: one line, and the same command goes through afterwards
     damage    each file of a run folder is emptied, cut, changed or replaced; never other parameters, never a traceback
     fuzz      inputs of every format with random changes: what cannot be read is one line, within limits of memory, time
 
@@ -41,20 +42,22 @@ from PIL import Image
 
 import sample
 import train
-from unite_fast import checkpoint, evaluate, export, interop, report
+from unite_fast import analyse, checkpoint, evaluate, export, interop, report, sweep
 from unite_fast.base import command
 from unite_fast.checkpoint import dcp  # noqa: F401
 from unite_fast.data import index, pack
 from unite_fast.evaluation import statistics
 from unite_fast.evaluation.atoms import __main__ as score_atoms
+from unite_fast.report import gallery
 
 PROGRAMS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train.main, "sample": sample.main, "export": export.main, "report": report.main,
     "evaluate": evaluate.main, "statistics": statistics.main, "pack": pack.main, "index": index.main,
-    "score-atoms": score_atoms.main,
+    "score-atoms": score_atoms.main, "analyse": analyse.main, "gallery": gallery.main, "sweep": sweep.main,
 }  # fmt: skip
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "os.utime",
               "shutil.rmtree")  # fmt: skip
+INTERRUPT = -1  # in place of an errno
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.ESTALE, errno.EROFS)
 SECONDS, MEMORY = 60.0, 8 << 30  # of one trial
 EXTREMES = (b"999999999999", b"-1", b"1e400", b"\xff" * 8, b"[", b"!!int ''", b"\0")
@@ -83,9 +86,11 @@ class Strike:
             return
         number = int.from_bytes(self.count[:8], "little")
         self.count[:8] = (number + 1).to_bytes(8, "little")
-        if number == self.at and self.code:
+        if number == self.at and self.code == INTERRUPT:
+            signal.raise_signal(signal.SIGINT)
+        elif number == self.at and self.code:
             raise OSError(self.code, os.strerror(self.code), str(arguments[0]))
-        if number == self.at:
+        elif number == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def seen(self) -> int:
@@ -189,23 +194,38 @@ def kill(place: Place, most: int, rng: random.Random) -> Trials:
         yield f"operation {number} of training", partial(trial, number)
 
 
-def errors(place: Place, most: int, rng: random.Random) -> Trials:
-    out = place.root / "out"
-    commands: list[list[object]] = [
+def commands_of(place: Place, out: Path) -> list[list[object]]:
+    """What users start, short; each leaves what it makes in ``out``."""
+    reference = place.root / "reference.npz"
+    place.expect(run(["statistics", "--config", place.config, "--extractor", "digits", "--out", reference]))
+    scoring = ["--checkpoint", place.begun, "--extractor", "digits", "--reference", reference, "--count", "10",
+               "--solver", "euler", "--steps", "2"]  # fmt: skip
+    return [
         place.train(place.trial, 6),
         ["sample", "--checkpoint", place.begun, "--seeds", "0-3", "--out", out / "s"],
         ["sample", "--checkpoint", place.begun, "--seeds", "0-3", "--out", out / "s.npz"],
         ["export", place.begun, "--out", out / "e", "--overwrite"],
         ["report", place.begun, "--out", out / "r.html"],
         ["evaluate", "rfid", "--checkpoint", place.begun, "--extractor", "digits", "--out", out / "rfid.json"],
+        ["evaluate", "heldout", "--checkpoint", place.begun, "--out", out / "heldout.json"],
+        ["evaluate", "fid", *scoring, "--out", out / "fid.json"],
+        ["evaluate", "search", *scoring, "--grid", "1,2,1", "--out", out / "search.json"],
         ["statistics", "--config", place.config, "--extractor", "digits", "--out", out / "s.npz"],
+        ["analyse", place.begun, "--only", "entropy,dynamics", "--out", out / "a"],
+        ["gallery", "between-seeds", place.begun, "--seeds", "3,8", "--labels", "1", "--out", out / "g.png"],
     ]
+
+
+def errors(place: Place, most: int, rng: random.Random, codes: tuple[int, ...] = ERRNOS) -> Trials:
+    out = place.root / "out"
+    commands = commands_of(place, out)
 
     def trial(words: list[object], number: int, code: int) -> str:
         place.fresh()
         shutil.rmtree(out, ignore_errors=True)
         outcome = run(words, Strike(place.root, number, code))
-        why = "" if outcome.is_clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
+        clean = outcome.is_clean or (code == INTERRUPT and outcome.code == 130 and "Traceback" not in outcome.said)
+        why = "" if clean else f"ended with {outcome.code}: {outcome.said[-400:]}"
         if not why and words[0] == "train":
             return place.goes_on()
         if why or "skipping " in outcome.said:  # it went on with an older checkpoint, and said so
@@ -219,8 +239,16 @@ def errors(place: Place, most: int, rng: random.Random) -> Trials:
         shutil.rmtree(out, ignore_errors=True)
         place.expect(run(words, counting))
         for number in chosen(counting.seen(), max(1, most // len(commands)), rng):
-            code = rng.choice(ERRNOS)
-            yield f"{errno.errorcode[code]} at operation {number} of {words[0]}", partial(trial, words, number, code)
+            code = rng.choice(codes)
+            named = errno.errorcode.get(code, "Ctrl-C")
+            yield (
+                f"{named} at operation {number} of {' '.join(map(str, words[:2]))}",
+                partial(trial, words, number, code),
+            )
+
+
+def interrupt(place: Place, most: int, rng: random.Random) -> Trials:
+    return errors(place, most, rng, (INTERRUPT,))
 
 
 def damages(path: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
@@ -293,12 +321,14 @@ def seeds_of(place: Place) -> dict[str, tuple[bytes, Callable[[Path], list[objec
     place.expect(run(["export", place.begun, "--out", exported]))
     official = place.root / "official.pt"
     interop.save_reference(official, checkpoint.load_model(place.begun)[0])
+    swept = f"config: {place.config}\nout: {place.root / 'out'}\nseeds: [0]\nruns: {{a: [train.max_steps=1]}}\nthen: []"
     sampling: list[object] = ["--seeds", "0", "--out", place.root / "out" / "s"]
     scoring = ["evaluate", "fid", "--checkpoint", place.begun, "--extractor", "digits", "--count", "10", "--out",
                place.root / "out" / "f.json", "--reference"]  # fmt: skip
     return tables(picture.getvalue(), place.root / "out" / "p") | {
         "x.pt": (official.read_bytes(), lambda p: ["sample", "--checkpoint", p, *sampling]),
         "x.yaml": (place.config.read_bytes(), lambda p: ["train", "--print-config", "--config", p]),
+        "sweep.yaml": (swept.encode(), lambda p: ["sweep", "--collect", p]),
         "x.tar": (archive.getvalue(), lambda p: ["index", p]),
         "x.npz": (arrays.getvalue(), lambda p: [*scoring, p]),
         "x.safetensors": (
@@ -352,7 +382,7 @@ def fuzz(place: Place, most: int, rng: random.Random) -> Trials:
 
 
 ATTACKS: dict[str, Callable[[Place, int, random.Random], Trials]] = {
-    "kill": kill, "errors": errors, "damage": damage, "fuzz": fuzz,
+    "kill": kill, "errors": errors, "interrupt": interrupt, "damage": damage, "fuzz": fuzz,
 }  # fmt: skip
 
 

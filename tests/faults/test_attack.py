@@ -8,7 +8,7 @@ import attack
 import pytest
 import torch
 
-MOST = {"kill": 2, "errors": 3, "damage": 3, "fuzz": 16}
+MOST = {"kill": 2, "errors": 3, "interrupt": 2, "damage": 3, "fuzz": 16}
 
 
 @pytest.fixture(scope="module")

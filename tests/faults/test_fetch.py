@@ -190,6 +190,11 @@ def test_images(server, tmp_path, monkeypatch, there):
     assert Handler.requests == ([] if there == "installed" else ["/packed"])
     assert sorted(p.name for p in folder.iterdir()) == ["a-ubyte.gz", "classes.txt"]
     assert (folder / "classes.txt").read_text() == "cat\ndog\n"
+    (folder / "classes.txt").write_text("mine\n")
+    with pytest.raises(UserError, match=r"classes.txt holds other names .*choose another folder"):
+        fetch_images(known, folder, schemes=HTTP)
+    assert (folder / "classes.txt").read_text() == "mine\n"
+    (folder / "classes.txt").unlink()
     count = len(Handler.requests)
     assert fetch_images(known, folder, offline=True) == folder
     assert len(Handler.requests) == count

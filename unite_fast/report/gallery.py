@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unite_fast import checkpoint, data, sampling
-from unite_fast.base import outputs
+from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import DataConfig, SampleConfig
 from unite_fast.data.folder import read_image
@@ -36,6 +37,7 @@ from unite_fast.sampling.request import classes_of, parse_seeds
 from unite_kernels import backend
 
 SCALES = "1,1.5,2,3,5"
+MARK = "gallery"  # a text that the picture's file carries
 MOST_CLASSES, SEEDS, STEPS, NEIGHBOURS = 10, 8, 9, 3
 
 
@@ -128,6 +130,15 @@ KINDS: dict[str, Callable[[Shown], tuple[list[Tensor], Words]]] = {
 }
 
 
+def is_gallery(path: Path) -> bool:
+    """Whether a file is a picture that this command made."""
+    try:
+        with Image.open(files.regular(path)) as picture:
+            return MARK in picture.info
+    except Exception:  # Pillow's readers raise many kinds
+        return False
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m unite_fast gallery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,7 +160,10 @@ def main(argv: list[str]) -> int:
     located = checkpoint.locate(a.checkpoint)
     run = checkpoint.run_of(located)
     out = a.out or (run / "report" if run else Path()) / f"gallery_{a.kind.replace('-', '_')}.png"
-    outputs.check_file(out, "--out", [*checkpoint.reads(located), *map(Path, a.images)], lambda path: True)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: name a .png file")
+    read = [*checkpoint.reads(located), *map(Path, a.images)]
+    outputs.check_file(out, "--out", read, is_gallery if a.out else lambda path: True)
     model, config = checkpoint.load_model(located, a.weights)
     if "pixels" not in model.modality.analyses:
         raise UserError(f"gallery is for images; this is a model of {model.modality.thing}s")
@@ -170,6 +184,6 @@ def main(argv: list[str]) -> int:
     shown = Shown(model, how, config.data, config.objective.tokenizer_t_max, names, labels, seeds, scales, a.images)
     with torch.no_grad():
         rows, words = KINDS[a.kind](shown)
-    pictures.save_labelled(out, [row.cpu() for row in rows], words)
+    pictures.save_labelled(out, [row.cpu() for row in rows], words, {MARK: a.kind})
     print(f"gallery of {a.kind} in {out}")
     return 0

@@ -190,11 +190,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def scores_of(located: Path) -> Path:
+    """The folder of a checkpoint's results."""
+    return (checkpoint.run_of(located) or located.parent) / "scores"
+
+
 def place(located: Path, step: int | None, weights: str, protocol: dict[str, Any]) -> Path:
     """Where a result lies that no other protocol has."""
-    folder = checkpoint.run_of(located) or located.parent
     named = f"atoms_{located.stem if step is None else f'step_{step:07d}'}_{weights}_{files.digest(protocol)[:8]}.json"
-    return folder / "scores" / named
+    return scores_of(located) / named
 
 
 def main(argv: list[str]) -> None:
@@ -209,8 +213,12 @@ def main(argv: list[str]) -> None:
     how = dataclasses.replace(config.sample, **{name: value for name, value in asked.items() if value is not None})
     sampling.check(how)
     ready(scorer)
+    if a.count is not None and a.count < 1:
+        raise UserError(f"--count {a.count}: give at least 1")
     if a.out is not None:
         outputs.check_file(a.out, "--out", checkpoint.reads(located), is_result_of("atoms"))
+    else:
+        outputs.check(scores_of(located), "the scores' folder")
     if a.save is not None:
         outputs.check_folder(a.save, "--save", checkpoint.reads(located), _holds_structures)
     model, config = checkpoint.load_model(located, weights)
