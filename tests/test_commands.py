@@ -50,7 +50,7 @@ NOT_RUN = {
     "python -m unite_fast.evaluation.atoms": "the same; tests/test_atoms_scores.py",
     "python scripts/new_user.py": "tests/test_new_user.py",
     "python train.py --help": "tests/test_keys.py",
-    "python -m unite_fast pack": "named, not shown; tests/test_data_packed.py",
+    "python -m unite_fast pack": "named, not shown; tests/test_data_packing.py",
 }
 
 

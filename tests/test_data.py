@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from photographs import equal
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig, choices
-from unite_fast.data import all_images, open_source, opener, stream
+from unite_fast.data import WorkerError, all_images, open_source, opener, stream
+from unite_fast.data.ahead import ahead
 from unite_fast.data.order import Order, permutation, share
 from unite_fast.data.source import Source
 from unite_fast.modality.images import to_float
@@ -203,3 +206,25 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu():
             assert b.labels.is_cuda
             assert b.samples.is_cuda
             assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
+
+
+def test_ahead_keeps_order_passes_errors_and_ends():
+    assert list(ahead(lambda x: x * x, range(50), 2, 10, str)) == [x * x for x in range(50)]
+
+    def fail(x: int) -> int:
+        if x == 3:
+            raise ValueError("three")
+        return x
+
+    seen = []
+    with pytest.raises(ValueError, match="three"):
+        seen.extend(ahead(fail, range(9), 2, 10, str))
+    with pytest.raises(WorkerError, match=r"no images for 0.2 s \(data.timeout\) while reading that shard"):
+        next(ahead(time.sleep, [3], 2, 0.2, lambda: "that shard"))
+    before = set(threading.enumerate())
+    endless = ahead(lambda x: x, iter(int, 1), 2, 10, str)
+    assert next(endless) == 0
+    (thread,) = set(threading.enumerate()) - before
+    endless.close()
+    thread.join(20)
+    assert not thread.is_alive()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import TINY, command, command_of
+from support import TINY, command, command_of, tiny_run
 
 from unite_fast import checkpoint, evaluate, export
 from unite_fast.base.errors import UserError
@@ -23,10 +23,7 @@ CONFIG = parse_yaml(TINY, "tiny")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A run, and two exports of it: ``ema`` and ``raw``."""
-    folder = tmp_path_factory.mktemp("exported")
-    (folder / "tiny.yaml").write_text(TINY)
-    said = command("train.py", "--config", folder / "tiny.yaml", f"run_dir={folder / 'run'}", "train.max_steps=20")
-    assert said.returncode == 0, said.stderr
+    folder = tiny_run(tmp_path_factory.mktemp("exported"), "train.max_steps=20")
     for weights, out in (("ema", "ema"), ("model", "raw")):
         said = command_of(export.main, folder / "run", "--out", folder / out, "--weights", weights)
         assert said.returncode == 0, said.stderr

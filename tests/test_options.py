@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import TINY, command, command_of
+from support import command_of, tiny_run
 
 import sample
 import train
@@ -105,10 +105,7 @@ IDLE = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("options")
-    (place / "tiny.yaml").write_text(TINY)
-    said = command("train.py", "--config", place / "tiny.yaml", f"run_dir={place / 'run'}", "train.max_steps=1")
-    assert said.returncode == 0, said.stderr
+    place = tiny_run(tmp_path_factory.mktemp("options"), "train.max_steps=1")
     said = command_of(MODULES["statistics"].main, "--config", place / "tiny.yaml", "--extractor", "digits", "--out",
                       place / "r.npz")  # fmt: skip
     assert said.returncode == 0, said.stderr

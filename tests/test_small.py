@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TINY, command, command_of
+from support import command_of, tiny_run
 
 from unite_fast import data
 from unite_fast.base.errors import UserError
@@ -66,11 +66,7 @@ def test_the_classifier_is_kept_and_read(tmp_path):
 
 
 def test_a_run_is_scored_beside_real_images(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    run = tmp_path / "run"
-    assert (
-        command("train.py", "--config", tmp_path / "tiny.yaml", f"run_dir={run}", "train.max_steps=3").returncode == 0
-    )
+    run = tiny_run(tmp_path, "train.max_steps=3") / "run"
     words = (run, "--classifier", tmp_path / "c.safetensors", "--count", 60)
     assert command_of(small.main, *words).returncode == 0
     found = json.loads((run / "scores" / "small.json").read_text())
