@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         ranks.decide(lambda: maker.check_out(arguments.out, checkpoint.reads(located), arguments.reconstruct))
         precision.setup(ranks.device)
         model.to(ranks.device)
-        kernels = backend.best(ranks.device) if arguments.kernels == "auto" else arguments.kernels
+        kernels = backend.settled(arguments.kernels, ranks.device)
         model.use_kernels(kernels)
         replays = sampling.open_replays(arguments.graph, ranks.device)
         with torch.no_grad(), precision.autocast(arguments.precision, ranks.device):

@@ -106,6 +106,11 @@ def best(device: torch.device, update: bool = False) -> str:
     return "fused" if not compiled or extension.is_built(device.type) else "eager"
 
 
+def settled(backend: str, device: torch.device) -> str:
+    """``backend``, and for "auto" what is ``best``."""
+    return best(device) if backend == "auto" else backend
+
+
 def has_tiles() -> bool:
     """Whether this CPU has units for products in bfloat16 (AMX), several times as fast as those in float32."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

@@ -134,8 +134,7 @@ def main(argv: list[str]) -> None:
     ranks = distributed.start(arguments.device)
     try:
         precision.setup(ranks.device)
-        if arguments.kernels == "auto":
-            arguments.kernels = backend.best(ranks.device)
+        arguments.kernels = arguments.kernels and backend.settled(arguments.kernels, ranks.device)
         context = Context(arguments, located, model.to(ranks.device), config, ranks, earlier)
         ranks.decide(context.check_out)
         with torch.no_grad():
