@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 from zlib import crc32
 
@@ -13,8 +14,13 @@ from support import REFERENCE, TINY
 
 
 def pytest_configure() -> None:
-    """Before any fixture, whatever its scope: small matrices run fastest on one thread, and sums depend on how many."""
+    """Before any fixture, whatever its scope: small matrices run fastest on one thread, and sums depend on how many.
+
+    A shell ignores Ctrl-C for what it starts in the background, and so would everything that tests start and send it to.
+    """
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
