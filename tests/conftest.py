@@ -16,7 +16,7 @@ from support import REFERENCE, TINY
 def pytest_configure() -> None:
     """Before any fixture, whatever its scope: small matrices run fastest on one thread, and sums depend on how many.
 
-    A shell ignores Ctrl-C for what it starts in the background, and so would everything that tests start and send it to.
+    A shell ignores Ctrl-C for what it starts in the background, and so would all that tests start and send it to.
     """
     torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
