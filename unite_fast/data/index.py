@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     found = {path: files_of(path, ".tar") for path in arguments.paths}
     if empty := [path for path, tars in found.items() if not tars]:
-        raise UserError(f"{empty[0]} is no .tar file, nor a folder of them")
+        raise UserError(f"{empty[0]}: no .tar files there")
     tars = [tar for tars in found.values() for tar in tars]
     images = sum(len(write_index(tar, not arguments.unlabelled).labels) for tar in progress.bar(tars, unit="tar"))
     print(f"{images:,} images in {len(tars)} tars")
