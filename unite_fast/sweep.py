@@ -92,12 +92,12 @@ def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def read(path: Path, more: Sequence[str] = ()) -> Sweep:
     """A sweep's file; more: overrides of all runs. Raises UserError."""
     content, where = yaml_text.read(path, "sweep"), str(path)
-    if isinstance(content, dict) and not isinstance(content.get("then", []), list):
-        raise UserError(f"{where}: then must be a list of commands, got {content['then']!r}")
-    if isinstance(content, dict) and not isinstance(content.get("out") or "", str):
-        raise UserError(f"{where}: out must be a folder, got {content['out']!r}")
     if not isinstance(content, dict) or not content.get("runs"):
         raise UserError(f"{where}: no sweep; it needs runs")
+    if not isinstance(content.get("then", []), list):
+        raise UserError(f"{where}: then must be a list of commands, got {content['then']!r}")
+    if not isinstance(content.get("out") or "", str):
+        raise UserError(f"{where}: out must be a folder, got {content['out']!r}")
     if unknown := [key for key in content if key not in KEYS]:
         raise UserError(f"{where}: unknown key '{unknown[0]}'; known: {', '.join(KEYS)}")
     common = [*_texts(content.get("overrides", []), f"{where}: overrides"), *more]
