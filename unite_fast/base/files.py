@@ -61,6 +61,17 @@ def read_text(path: Path, errors: str = "strict") -> str:
     return read(path).decode(errors=errors)
 
 
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects of lines; a line that holds none, as one that was cut short, is left out."""
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [one for one in found if isinstance(one, dict)]
+
+
 def room(path: Path) -> int:
     """The most bytes that a file of numbers or images, which compression hardly shortens, may unfold to."""
     return RATIO * path.stat().st_size + MARGIN

@@ -8,9 +8,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from unite_fast.base.errors import UserError
+from unite_fast.base.files import refusals
 from unite_fast.data.encoded import EXTENSIONS
 
 OTHER = (".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".ico", ".jfif")
@@ -138,10 +140,12 @@ def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """What is in a folder, sorted, but for names that begin with a dot. Raises UserError."""
-    try:
+    with _readable(folder):
         return sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
+
+
+def _readable(folder: str | Path) -> AbstractContextManager[None]:
+    return refusals(str(folder), "; make it readable, or remove it")
 
 
 def _unbraced(pattern: str, where: Path) -> list[str]:
@@ -186,10 +190,8 @@ def files_below(
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    try:
+    with _readable(folder):
         status = os.stat(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
     return status.st_dev, status.st_ino
 
 
@@ -203,10 +205,8 @@ def _below(
     if other != folder and os.path.realpath(other) == os.path.realpath(folder):
         raise UserError(f"{other} and {folder} are one folder, whose files would count twice; remove the link")
     entries = _entries(folder)
-    try:
+    with _readable(folder):
         folders = [entry.path for entry in entries if entry.is_dir()]
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make it readable, or remove it") from None
     found = [e.path for e in entries if e.name.lower().endswith(endings) and not e.is_dir()]
     left_out.update(suffix for e in entries for suffix in OTHER if e.name.lower().endswith(suffix))
     for path in folders:

@@ -22,15 +22,7 @@ from unite_fast.parallel.distributed import Ranks
 STEP = 0.2
 MOST = 7  # further scales after the first two
 LOWS = (0.0, 0.05, 0.15, 0.2)
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """The row that a line holds; None where it holds none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and {"identity", "settings", "result"} <= row.keys() else None
+KEYS = {"identity", "settings", "result"}  # of a row
 
 
 class Scored:
@@ -56,9 +48,9 @@ class Scored:
     def _read(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         with files.refusals(str(self.path), "; choose another --out"):
-            lines = files.read_text(self.path, "replace").splitlines() if os.path.lexists(self.path) else []
-        found = [row for row in map(_parsed, lines) if row is not None]  # an interruption may have cut one short
-        if lines and not found and not self.discard:
+            text = files.read_text(self.path, "replace") if os.path.lexists(self.path) else ""
+        found = [row for row in files.json_objects(text) if row.keys() >= KEYS]
+        if text and not found and not self.discard:
             raise UserError(f"{self.path} holds something else than scores; choose another --out")
         for row in found:
             if row["identity"] != self.identity:

@@ -25,16 +25,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of lines; others are left out."""
-    found = []
     try:
-        for line in files.read_text(path, "replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
+        return files.json_objects(files.read_text(path, "replace"))
     except OSError:
         return []
-    return [one for one in found if isinstance(one, dict)]
 
 
 def readable(what: str, make: Callable[[], str]) -> str:
