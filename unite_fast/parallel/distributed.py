@@ -150,6 +150,11 @@ class Ranks:
                 dist.all_reduce(tensor)
 
 
+def device_type(device: str) -> str:
+    """What ``Config.device`` means here: "cuda" or "cpu"."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     """Joins the process group that the environment describes (none for a single process). Raises UserError.
 
@@ -158,7 +163,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Ranks:
     world, rank, local = launcher.world_size(), launcher.rank(), launcher.local_rank()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here; use device=cpu or check the driver")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    use_cuda = device_type(device) == "cuda"
     if use_cuda and local >= torch.cuda.device_count():
         raise UserError(f"local rank {local} has no GPU of its own; start at most {torch.cuda.device_count()} per node")
     chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")

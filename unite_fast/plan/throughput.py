@@ -11,6 +11,7 @@ from unite_fast import data, modality
 from unite_fast.config import Config, ModelConfig, ObjectiveConfig
 from unite_fast.data import rate
 from unite_fast.model.flops import peak_of
+from unite_fast.parallel.distributed import device_type
 from unite_fast.plan.cost import step_flops
 
 NODE = 8  # GPUs
@@ -90,7 +91,7 @@ def supply(config: Config, source: data.Source, mfu: float = MFUS[-1], seconds: 
 
     Raises as ``rate.measure``.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = torch.device(device_type(config.device))
     batch = min(128, config.train.micro_batch)
     found = rate.measure(source, batch, seconds, device, config.data.workers, config.data.timeout, config.seed)
     expected = expected_rate(source, config.data.workers, config.model.image_size)

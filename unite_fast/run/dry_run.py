@@ -14,7 +14,7 @@ from unite_fast.config import Config, DataConfig, EfficiencyConfig, ModelConfig,
 from unite_fast.efficiency import execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
-from unite_fast.parallel.distributed import Ranks
+from unite_fast.parallel.distributed import Ranks, device_type
 from unite_fast.plan import cost, throughput
 from unite_fast.run import assemble, monitor, start, summary
 
@@ -59,7 +59,7 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     split = batch_split(config.train, world)
     e, t = config.efficiency, config.train
     execution.check(e, t, world)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = torch.device(device_type(config.device))
     execution.check_device(e, t, config.objective, device, planned=True)
     source, missing = open_inputs(config.data, config.model, config.objective, e, config.init_from)
     try:

@@ -10,6 +10,7 @@ from unite_fast.base import launcher
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import EfficiencyConfig
 from unite_fast.efficiency import execution
+from unite_fast.parallel.distributed import device_type
 
 SET_BY_DEV_RUN = (
     "train.max_steps=", "train.log_every=", "train.image_every=", "train.checkpoint_every=", "resume=",
@@ -19,8 +20,7 @@ SET_BY_DEV_RUN = (
 
 def settled(efficiency: EfficiencyConfig, device: str) -> EfficiencyConfig:
     """With what kernels=auto is here; rank 0 says so where that is the slower one. device: ``Config.device``."""
-    here = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
-    efficiency, said = execution.settled(efficiency, here)
+    efficiency, said = execution.settled(efficiency, torch.device(device_type(device)))
     if said and launcher.rank() == 0:
         print(said)
     return efficiency
