@@ -176,7 +176,7 @@ def test_missing_library(trained, tmp_path, no_libraries):
     assert found == {"auto": ["WARN", "WARN"], "fused": ["FAIL", "FAIL" if torch.cuda.is_available() else "WARN"]}
 
 
-def test_library_of_other_sources(trained, tmp_path, no_libraries):
+def test_library_of_other_sources(trained, tmp_path, monkeypatch, no_libraries):
     """Nothing computes with it, whoever asks, and nobody is slowed down for it without a word."""
     shutil.copy(Path(unite_kernels.__file__).with_name("_C_cpu.so"), no_libraries)
     (no_libraries / "_C_cpu.sources").write_text("0" * 64)
@@ -196,7 +196,10 @@ def test_library_of_other_sources(trained, tmp_path, no_libraries):
     assert not (tmp_path / "run").exists()
     (no_libraries / "_C_cpu.sources").write_text(extension.sources_digest())
     extension.obstacle.cache_clear()
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)  # torch survives no second copy of its operations
     assert extension.obstacle("cpu") == ""
+    assert loaded == [str(no_libraries / "_C_cpu.so")]
 
 
 def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
