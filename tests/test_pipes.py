@@ -30,7 +30,7 @@ READ = [
     *(f"{TRAIN} {key}=pipe" for key in ("init_from", "resume")),
     *(
         f"{TRAIN} model.num_classes=2 data.source={source} data.path=pipe"
-        for source in ("folder", "tar", "parquet", "packed", "idx", "dali")
+        for source in ("folder", "tar", "parquet", "packed", "idx", "dali model.channels=3")
     ),
     *(f"{TRAIN} data.source=idx model.num_classes=2 data.path={folder}" for folder in ("idx", "idx_gz")),
     f"{TRAIN} data.source=packed model.num_classes=2 data.path=pack_index",
