@@ -153,6 +153,8 @@ def test_one_odd_value_does_not_flatten_a_curve():
     assert "loss (1 beyond)" in charts.curve("loss", list(range(100)), values)
     assert charts.limits(values[::-1])[1] == 30.0  # the last one always shows
     assert charts.limits([10.0**-k for k in range(5)])[2]
+    beginning = [14.9, 4.5, 2.7, 1.8, 1.5] + [1.0 + 0.01 * (k % 5) for k in range(25)]  # of the clothes' loss
+    assert charts.limits(beginning)[1] < 5
 
 
 def test_a_distance_is_called_after_its_network():

@@ -21,7 +21,7 @@ VERBS = {
         "check and pack molecules and crystals for data.source=structures",
     ),
     "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
-    "evaluate": ("unite_fast.evaluate", "a model: FID, its table and guidance search, rFID; evaluate atoms: molecules"),
+    "evaluate": ("unite_fast.evaluate", "a model: FID, its table and guidance search, held-out PSNR, rFID, molecules"),
     "score-atoms": ("unite_fast.evaluation.atoms.__main__", "files of molecules and crystals, whoever made them"),
     "analyse": (
         "unite_fast.analyse",
@@ -31,7 +31,7 @@ VERBS = {
     "small": ("unite_fast.evaluation.small", "scores of a model of small real images, real beside"),
     "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
     "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
-    "gallery": ("unite_fast.report.gallery", "guidance sweep, classes of one noise, between two seeds or images"),
+    "gallery": ("unite_fast.report.gallery", "guidance, classes of one noise, between two seeds or images, neighbours"),
     "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
 }
 OTHER_NAMES = {"atoms": "pack-atoms", "weights": "fetch"}

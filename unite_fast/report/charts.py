@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 52, 10, 28, 24
 MOST_POINTS = 400
-CLIPPED = 4.0  # how many times the middle 96 % of the values the rest may span before it is cut off
+CLIPPED = 3.0  # how many times the middle 96 % of the values the rest may span before it is cut off
 HALF_LABEL = 18  # pixels of half a step's number
 DECADES = 20.0  # how many times the smaller of those the larger is for a logarithmic scale
 Point = tuple[float, float]
