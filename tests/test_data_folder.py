@@ -105,13 +105,16 @@ def test_folder_stream(root, crop):
         assert torch.equal(source.load(index[p], p, 5), images[p])
 
 
-def test_workers_change_nothing(root):
+def test_workers_change_nothing(root, monkeypatch, recwarn):
+    """Nor is it remarked upon that there are more of them than cores, which the doctor says."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     source = open_source(config(root, crop="random_resized"), MODEL)
     alone = take(source, 3, start=30, global_batch=80)  # more than one chunk per batch
     state = torch.get_rng_state()
     assert equal(alone, take(source, 3, start=30, global_batch=80, workers=2))
     assert torch.equal(state, torch.get_rng_state())
     assert equal(list(all_images(source, 40)), list(all_images(source, 40, workers=2)))
+    assert not [str(w.message) for w in recwarn]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

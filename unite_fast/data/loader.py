@@ -254,7 +254,7 @@ def load_batches(
             worker_init_fn=_StartWorker(progress) if workers else None,
             prefetch_factor=2 if workers else None,
         )
-    iterator = iter(loader)
+        iterator = iter(loader)  # which warns once more
     watched = workers > 0 and _deaths.watch()
     count = 0
 
