@@ -20,6 +20,7 @@ from unite_fast.data.atoms.source import AtomSource
 from unite_fast.efficiency import execution, graph
 from unite_fast.model.unite import build
 from unite_fast.objective import Draws, Objective
+from unite_fast.parallel import overlap
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.run import assemble
 from unite_fast.training.step import TrainStep
@@ -125,23 +126,35 @@ def test_gradients_stay_where_they_are(tape):
     assert without == {"encoder.t_embedder.special_time_emb"}
 
 
-def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Tensor], list[bool]]:
+def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Tensor], list[bool], int]:
+    """As ``run``, which graphs were recorded, and how many steps had sent gradients before their backward ended."""
     graph.RECORDINGS["cpu"] = Tape
+    early = 0
+    finish = overlap.Averager.finish
+
+    def counted(averager: overlap.Averager) -> None:
+        nonlocal early
+        early += averager.sent > 0
+        finish(averager)
+
+    overlap.Averager.finish = counted
     rows, end, step = run(
         "efficiency.kernels=fused", "train.micro_batch=4", f"efficiency.cuda_graph={mode}", ranks=ranks
     )
     captured = (*step.graphs.micro.values(), step.graphs.last) if step.graphs else ()
     recorded = [one.recording is not None for one in captured]
-    return rows, end, recorded
+    return rows, end, recorded, early
 
 
 def test_several_ranks_average_and_update_outside_the_graph():
-    """Two ranks, two micro-batches each: as without graphs, to the bit."""
-    expected, replayed = (on_ranks(2, on_a_rank, mode) for mode in ("none", "step"))
-    for (rows, end, _), (rows2, end2, recorded) in zip(expected, replayed, strict=True):
-        assert rows == rows2
-        assert all(torch.equal(end[name], end2[name]) for name in end)
-        assert recorded == [True, False]
+    """Two ranks, two micro-batches each: as without graphs, to the bit; the second replayed, too, or sent meanwhile."""
+    expected, replayed, sent = (on_ranks(2, on_a_rank, mode) for mode in ("none", "step", "accumulation"))
+    for (rows, end, _, _), *others in zip(expected, replayed, sent, strict=True):
+        for rows2, end2, recorded, _ in others:
+            assert rows == rows2
+            assert all(torch.equal(end[name], end2[name]) for name in end)
+            assert recorded == [True, False]
+        assert [early for *_, early in others] == [0, STEPS - 1]  # the first step learns when a gradient is done
 
 
 def test_a_flow_pass_has_accumulation_nodes_of_its_own(monkeypatch):
@@ -212,6 +225,21 @@ def test_what_cannot_be_captured_is_refused_by_name(monkeypatch, reason):
         monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
     with pytest.raises(UserError, match=reason):
         check(*REFUSED[reason])
+
+
+@pytest.mark.parametrize(
+    ("world", "override", "reason"),
+    [
+        (1, "train.micro_batch=4", "one process"),
+        (2, "efficiency.overlap_gradients=false", "averages after the backward"),
+        (2, "train.micro_batch=8", "one micro-batch"),
+        (2, "train.strategy=fsdp2", "does not work with efficiency.cuda_graph=accumulation"),
+    ],
+)
+def test_a_graph_of_all_micro_batches_but_the_last_needs_others(world, override, reason):
+    config = load_tiny("efficiency.cuda_graph=accumulation", "train.global_batch=16", "train.micro_batch=4", override)
+    with pytest.raises(UserError, match=reason):
+        execution.check(config.efficiency, config.train, world)
 
 
 def test_launch_blocking_is_refused(tape, monkeypatch):

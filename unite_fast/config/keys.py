@@ -336,13 +336,15 @@ class EfficiencyConfig:
     flow_mini_batch: int = option(1, "flow steps that pass the network as one batch", above=0)
     shard_muon: bool = option(True, "several processes: each orthogonalises its share of the matrices")
     overlap_gradients: bool = option(
-        True, "ddp: average gradients during the last backward; not with train.on_oom=halve or cuda_graph"
+        True, "ddp: average gradients during the last backward; not with train.on_oom=halve or where it is captured"
     )
     compile: Literal["none", "decoder", "all"] = option(
         "none", "torch.compile, of LPIPS, too, where its kernels are torch's own; all: the encoder's blocks as well"
     )
-    cuda_graph: Literal["none", "flow", "step"] = option(
-        "none", "CUDA graph of a mini-batch of flow steps, or of the whole step"
+    cuda_graph: Literal["none", "flow", "step", "accumulation"] = option(
+        "none",
+        "CUDA graph of a mini-batch of flow steps, or of the whole step; accumulation: of all micro-batches of a step "
+        "but the last, during which gradients are averaged",
     )
     recompute: Literal["none", "blocks", "auto"] = option(
         "none", "compute activations again in backward; auto: where they do not fit"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from unite_fast.base.errors import UserError
-from unite_fast.config import EfficiencyConfig, ObjectiveConfig, TrainConfig
+from unite_fast.config import EfficiencyConfig, ObjectiveConfig, TrainConfig, batch_split
 from unite_fast.efficiency import compiling, graph, precision
 from unite_fast.efficiency.precision import Recipe
 from unite_fast.layers import attention
@@ -55,6 +55,21 @@ def check(efficiency: EfficiencyConfig, train: TrainConfig, world_size: int) -> 
     """Refuses what does not go together, before any rank waits for another. Raises UserError."""
     _check_precision(efficiency, train.micro_batch)
     _check_strategy(efficiency, train, world_size)
+    _check_accumulation(efficiency, train, world_size)
+
+
+def _check_accumulation(e: EfficiencyConfig, t: TrainConfig, world_size: int) -> None:
+    """``efficiency.cuda_graph=accumulation`` is for gradients that leave during a backward that is not captured."""
+    if e.cuda_graph != "accumulation":
+        return
+    problems = {
+        "one process has no gradients to average": world_size == 1,
+        "efficiency.overlap_gradients=false averages after the backward": not e.overlap_gradients,
+        "a step has one micro-batch, the last": batch_split(t, world_size)[1] == 1,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(f"efficiency.cuda_graph=accumulation: {problem}; set efficiency.cuda_graph=step")
 
 
 def _check_precision(e: EfficiencyConfig, micro_batch: int) -> None:
@@ -221,8 +236,9 @@ class Execution:
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients leave during the backward: as asked, unless a micro-step may start again or is captured."""
-        return self.efficiency.overlap_gradients and self.train.on_oom == "fail" and not self.captures
+        """Whether gradients leave during the last backward: as asked, unless it may start again or is captured."""
+        plain = self.efficiency.cuda_graph in ("none", "accumulation")
+        return self.efficiency.overlap_gradients and self.train.on_oom == "fail" and plain
 
     @property
     def captures(self) -> bool:
@@ -294,6 +310,8 @@ class Execution:
             captured += (
                 " (micro-batch, update)" if self.captures_update else " (the micro-batch; averaging and update outside)"
             )
+        elif captured == "accumulation":
+            captured += " (the micro-batches before the last)"
         return {
             "recompute": f"{recomputed} ({self.recompute.reason})",
             "device": f"{device}, precision {recipe}, attention {attention.describe(self.attention)}, "

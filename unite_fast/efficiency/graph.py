@@ -4,6 +4,8 @@ thousands.
     flow   one flow mini-batch, forward and backward, replayed for every mini-batch; the rest runs as it does without
     step   a whole micro-batch, forward and backward, replayed for every one; then the update, where one rank trains
            alone. With several ranks the averaging of gradients and the update, which talk to the others, run outside
+    accumulation   the micro-batch, replayed for all of a step but the last, whose gradients leave while its backward
+           runs. The graph keeps its memory meanwhile, so activations take twice their room
 
 What a capture demands, and how it is met:
     fixed addresses   inputs are copied into buffers; gradients are kept and zeroed (``Gradients``) instead of dropped;

@@ -10,8 +10,10 @@ on all ranks, in the first step too: whether a bucket left early or late, its su
 Gradients live in the buckets: from the second step on ``.grad`` is a view of a bucket, zero at the start of a step,
 which backward adds to and the ranks average in place. Beside the transfer that costs the zeros and the first addition,
 16 bytes per element where copies there and back took 24, and no memory. Where a CUDA graph has its own place for
-gradients (``resident`` is false) they are copied into the buckets and back, and once a backward is captured everything
-is averaged in ``finish``.
+gradients (``resident`` is false) they are copied into the buckets and back.
+
+A replay runs no hooks, so nobody knows when a gradient is done: where the last backward is captured, too, everything is
+averaged in ``finish``.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Averager:
         self.buckets: list[Bucket] = []
         self.place: dict[int, Bucket] = {}
         self.sent = 0  # buckets on their way
-        self.armed = self.touched = False
+        self.counts = self.armed = self.touched = False
         # On NCCL the mean is the sum's own business; gloo has none.
         self.mean = not self.averaged and dist.get_backend() == "nccl"
         if not self.averaged:
@@ -79,6 +81,7 @@ class Averager:
         self.number = number
         self.seen, self.order = [0] * len(self.parameters), []
         self.armed = self.overlap and last and bool(self.buckets)
+        self.counts = self.armed or (last and not self.buckets)
         if self.resident and self.buckets and self.parameters[self.buckets[0].indices[0]].grad is None:
             self.touched = False
             for bucket in self.buckets:
@@ -92,13 +95,10 @@ class Averager:
     def _added(self, index: int) -> None:
         """Some thousand calls a step: those that need nothing return at once."""
         self.touched = True
-        if self.buckets and not self.armed:
+        if not self.counts:
             return
-        if self.ranks.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if self.sent:
-                raise RuntimeError("a backward was captured in a CUDA graph after gradients had been sent")
-            self.overlap = self.armed = False  # a replay runs no hooks, so nobody knows when a gradient is done
-            return
+        if self.armed and self.ranks.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a backward that sends gradients cannot be captured in a CUDA graph")
         self.seen[index] += 1
         if not self.buckets:
             self.order.append(index)

@@ -211,7 +211,8 @@ def needed(
     """Bytes of a rank that recomputes nothing: what stays, a micro-batch's activations, and what libraries take."""
     stays = sum(persistent_parts(m, o, optim, e, train, world_size).values())
     micro_batch, _ = batch_split(train, world_size)
-    return stays + max(activation_bytes(m, o, e, micro_batch, optim.frozen).values()) + WORKSPACE
+    rooms = 2 if e.cuda_graph == "accumulation" else 1  # the graph's, and that of the micro-batch without one
+    return stays + rooms * max(activation_bytes(m, o, e, micro_batch, optim.frozen).values()) + WORKSPACE
 
 
 def amount(size: int) -> str:

@@ -71,12 +71,14 @@ class TrainStep:
     def accumulate(self, batch: Batch, number: int) -> dict[str, Tensor]:
         """Gradients of the share's mean loss, micro-batch by micro-batch; the losses."""
         parts = len(batch.labels) // self.micro_batch
-        micro_step = self.micro_step if self.graphs is None else self.graphs.micro_step
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.split(self.micro_batch)):
+            last = i == parts - 1
             for averager in self.averagers.values():
-                averager.begin(number, last=i == parts - 1)
-            self.passes.begin(last=i == parts - 1)
+                averager.begin(number, last)
+            self.passes.begin(last)
+            graphs = None if last and self.state.execution.overlaps else self.graphs  # hooks send gradients, if any does
+            micro_step = self.micro_step if graphs is None else graphs.micro_step
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
             for name, value in micro_step(part, 1 / parts).items():
