@@ -1,4 +1,5 @@
-"""Writes docs/SCALING.md: what each rank sends in a step, and what a step would take on 8 to 512 GPUs. A model.
+"""Writes docs/SCALING.md: what each rank sends in a step, and what a step would take on 8 to 512 GPUs: a model. And
+what starts and checkpoints cost a rank, as benchmarks/bench_checkpoint.py has measured it.
 
 python scripts/scaling.py
 """
@@ -6,6 +7,7 @@ python scripts/scaling.py
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +85,8 @@ def text() -> str:
     head = [
         "# Traffic of a step, and how far it would scale",
         "",
-        "Made by `python scripts/scaling.py`. **A model, not a measurement**: nothing here has run on a GPU.",
+        "Made by `python scripts/scaling.py`. **A model, not a measurement**, but for the last table: nothing here has",
+        "run on a GPU.",
         "",
         "Bytes are those that a rank sends (`unite_fast/plan/traffic.py`); `tests/test_traffic.py` holds them to the",
         "collectives that are counted on 2 and 4 ranks. Times are bytes over links, one collective after the other:",
@@ -100,7 +103,35 @@ def text() -> str:
         batch = config.train.global_batch
         head += ["", f"## {name}, {EACH} images per GPU", "", *table(config, 0)]
         head += ["", f"## {name}, {batch} images per step as published", "", *table(config, batch)]
-    return "\n".join(head) + "\n"
+    return "\n".join([*head, "", *checkpoints()]) + "\n"
+
+
+def checkpoints() -> list[str]:
+    """Of the newest rows of benchmarks/bench_checkpoint.py."""
+    rows = {}
+    for path in sorted(ROOT.glob("benchmarks/results/*/checkpoint.jsonl")):
+        for found in map(json.loads, path.read_text().splitlines()):
+            rows[found["strategy"], found["ranks"]] = found
+    last = next(reversed(rows.values()))
+    lines = [
+        "## Starts and checkpoints, measured",
+        "",
+        f"`python benchmarks/bench_checkpoint.py` on an {last['device']}, ranks over gloo: a state of",
+        f"{last['whole'] / MB:.1f} MB. CPU seconds of the slowest rank, the median of {last['repeats']}; MB of the",
+        "rank with the most. Each rank builds the whole model before it keeps its shard, and reads the index of every",
+        "file. A checkpoint is hashed by rank 0 alone, once, before a run resumes from it.",
+        "",
+        "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | rank 0 hashes s | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (strategy, ranks), r in rows.items():
+        s, written, read = r["seconds"], r["written"][1] / MB, r["read"][1] / MB
+        cells = [s["start"], s["save"], written, s["load"], read, s["verify"], r["whole"] / MB]
+        formats = (".2f", ".2f", ".1f", ".2f", ".1f", ".2f", ".1f")
+        lines.append(
+            f"| {strategy} | {ranks} | {' | '.join(f'{c:{f}}' for c, f in zip(cells, formats, strict=True))} |"
+        )
+    return lines
 
 
 def main(argv: list[str]) -> None:
