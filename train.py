@@ -102,6 +102,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
+        start.hash_together(settings.folder / "checkpoints", ranks)
         choice = ranks.decide(lambda: start.choose(settings, images))
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
         health.recall_unreadable(state, source, ranks, choice.path, images)

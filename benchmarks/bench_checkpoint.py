@@ -3,8 +3,9 @@
     python benchmarks/bench_checkpoint.py           2, 4 and 8 ranks, ddp and fsdp2
 
 start: a rank's model, optimizer and averages, sharded. save: its copy and its file, until rank 0 has renamed all.
-load: the index of all files, and what a rank reads of them. verify: the hashes of all files, by rank 0 alone before it
-resumes. CPU seconds of a rank, the largest of all ranks, the median of REPEATS; bytes of the largest and smallest rank.
+load: the index of all files, and what a rank reads of them. verify: the hashes of all files, each rank its share of
+them, before rank 0 chooses what to resume from. CPU seconds of a rank, the largest of all ranks, the median of REPEATS;
+bytes of the largest and smallest rank.
 Rows go to benchmarks/results/<device>/checkpoint.jsonl, of which scripts/scaling.py makes a table.
 """
 
@@ -28,7 +29,7 @@ from unite_fast.checkpoint import dcp, saving
 from unite_fast.config import Config, yaml_text
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.run import assemble
+from unite_fast.run import assemble, start
 
 REPEATS = 3
 WORLDS = (2, 4, 8)
@@ -68,6 +69,12 @@ def resumed(path: Path, state: Any, settings: Config) -> int:
     return sum(read)
 
 
+def verified(folder: Path, ranks: Ranks) -> None:
+    start.hash_together(folder, ranks)
+    if ranks.is_main:
+        assert checkpoint.newest(folder)[0]
+
+
 def on_a_rank(strategy: str, folder: str) -> dict[str, list[float]]:
     """Of each repeat: seconds of start, save, load and verify, and the bytes read."""
     torch.set_num_threads(1)
@@ -82,7 +89,7 @@ def on_a_rank(strategy: str, folder: str) -> dict[str, list[float]]:
         seconds, read = timed(lambda s=state, p=path: resumed(p, s, settings), ranks)
         found["load"].append(seconds)
         found["read"].append(read)
-        found["verify"].append(timed(lambda p=path: checkpoint.verify(p) if ranks.is_main else "", ranks)[0])
+        found["verify"].append(timed(lambda p=place: verified(p, ranks), ranks)[0])
     distributed.stop()
     return found
 

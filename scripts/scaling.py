@@ -40,6 +40,7 @@ class Row(NamedTuple):
     sent: dict[str, float]
     compute: float
     talk: float
+    muon: float  # of ``talk``
 
     @property
     def between(self) -> tuple[float, float]:
@@ -55,16 +56,17 @@ def row(config: Config, gpus: int, strategy: str, images: float) -> Row:
     peak = peak_of(DEVICE)
     assert peak is not None
     flops = step_flops(c.model, c.objective)["total"] * images
-    talk = sum(seconds(found, NVLINK, NETWORK, NODE).values())
-    return Row(gpus, strategy, {use: x.sent for use, x in found.items()}, 1e3 * flops / (MFU * peak), 1e3 * talk)
+    taken = {use: 1e3 * time for use, time in seconds(found, NVLINK, NETWORK, NODE).items()}
+    sent = {use: x.sent for use, x in found.items()}
+    return Row(gpus, strategy, sent, 1e3 * flops / (MFU * peak), sum(taken.values()), taken["muon"])
 
 
 def table(config: Config, batch: int) -> list[str]:
     """batch: images per step, 0: EACH per GPU."""
     lines = [
         "| GPUs | strategy | images per GPU | weights MB | gradients MB | copies MB | Muon MB | compute ms | traffic ms"
-        " | efficiency, none hidden to all hidden |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | of it Muon ms | efficiency, none hidden to all hidden |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for gpus in GPUS:
         for strategy in STRATEGIES:
@@ -76,7 +78,7 @@ def table(config: Config, batch: int) -> list[str]:
             low, high = r.between
             lines.append(
                 f"| {gpus} | {strategy} | {images:g} | {' | '.join(sent)} | {r.compute:,.1f} | {r.talk:,.1f} "
-                f"| {low:.0%} to {high:.0%} |"
+                f"| {r.muon:,.1f} | {low:.0%} to {high:.0%} |"
             )
     return lines
 
@@ -97,6 +99,10 @@ def text() -> str:
         f"{MFU:.0%} on the {DEVICE}, whatever the micro-batch, without the update. Reductions can hide behind the last",
         "backward alone and gathers behind the first forward, so the truth lies between the two efficiencies, nearer",
         "the first where a GPU has few images.",
+        "",
+        "Muon's matrices travel while others are orthogonalised and AdamW runs. Had the last of them until the next",
+        "step's first pass needs them, a step would gain at most what the column says; on one node, where a rank's",
+        "products take longer than the transfer, at most a quarter of it (one of four buffers).",
     ]
     for name in MODELS:
         config = load(str(ROOT / "configs" / f"{name}.yaml"))
@@ -119,9 +125,9 @@ def checkpoints() -> list[str]:
         f"`python benchmarks/bench_checkpoint.py` on an {last['device']}, ranks over gloo: a state of",
         f"{last['whole'] / MB:.1f} MB. CPU seconds of the slowest rank, the median of {last['repeats']}; MB of the",
         "rank with the most. Each rank builds the whole model before it keeps its shard, and reads the index of every",
-        "file. A checkpoint is hashed by rank 0 alone, once, before a run resumes from it.",
+        "file. Before a run resumes from a checkpoint, each rank hashes its share of the files.",
         "",
-        "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | rank 0 hashes s | MB |",
+        "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | hash s | all MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (strategy, ranks), r in rows.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unite_fast import checkpoint, data
 from unite_fast.base.errors import UserError
-from unite_fast.checkpoint import saving
+from unite_fast.checkpoint import find, saving
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.efficiency import execution
@@ -29,7 +29,7 @@ from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
 from unite_fast.parallel import overlap, sharding
 from unite_fast.parallel.distributed import Ranks
-from unite_fast.run import assemble, grids
+from unite_fast.run import assemble, grids, start
 from unite_fast.training.state import tensors_of
 from unite_fast.training.step import TrainStep
 
@@ -288,6 +288,40 @@ def resumed(path: Path, ranks: Ranks, *overrides: str) -> Run:
     for _ in range(again.state.step):
         next(again.stream)
     return again
+
+
+def hashed_together(ranks: Ranks, folder: str) -> tuple[list[str], list[str], str]:
+    """What this rank hashed, and then rank 0 alone; and, with a byte of the last file changed, what rank 0 says."""
+    path, names = saved(Run(ranks, "train.strategy=fsdp2").go(1), folder), []
+    hash_of = find.file_sha256
+
+    def counted(file: Path) -> str:
+        names.append(file.name)
+        return hash_of(file)
+
+    find.file_sha256 = counted
+    start.hash_together(path.parent, ranks)
+    own, names[:] = list(names), []
+    if ranks.is_main:
+        assert checkpoint.newest(path.parent)[0] == path
+        content = bytearray((last := sorted(path.glob("training*"))[-1]).read_bytes())
+        content[-1] ^= 1
+        last.write_bytes(content)
+    left = list(names)
+    ranks.barrier()
+    start.hash_together(path.parent, ranks)
+    return own, left, checkpoint.verify(path) if ranks.is_main else ""
+
+
+def test_a_checkpoint_is_hashed_by_all_ranks(tmp_path):
+    """Each file by one of them, none twice; what has changed is hashed anew."""
+    found = on_ranks(2, hashed_together, str(tmp_path))
+    every = [name for own, _, _ in found for name in own]
+    assert {n for n in every if n.startswith("training")} == {f"training-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    assert len(every) == len(set(every)) > 3
+    assert all(abs(len(own) - len(every) / 2) <= 1 for own, _, _ in found)
+    assert found[0][1] == []
+    assert "training-00002-of-00002.safetensors does not have the recorded sha256" in found[0][2]
 
 
 def interrupted(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:

@@ -32,6 +32,7 @@ from unite_fast.checkpoint.facts import class_names, facts, saved_images
 from unite_fast.checkpoint.find import (
     EXPORTED,
     TENSORS,
+    hash_part,
     identity,
     locate,
     newest,
@@ -39,6 +40,7 @@ from unite_fast.checkpoint.find import (
     reads,
     run_of,
     step_of,
+    take_hashes,
     verify,
 )
 from unite_fast.checkpoint.shards import Stored
@@ -55,8 +57,9 @@ from unite_fast.training.state import STEPS, TrainState, prefix, tensors_of
 
 __all__ = [
     "EXPORTED", "changes", "check_same_model", "class_names", "counters_of", "described", "facts", "found_scale",
-    "identity", "load_model", "load_weights", "locate", "newest", "newest_first", "official_config", "read", "reads",
-    "recorded_step", "resume", "run_of", "saved_config", "saved_images", "step_in", "step_of", "stored", "verify",
+    "hash_part", "identity", "load_model", "load_weights", "locate", "newest", "newest_first", "official_config",
+    "read", "reads", "recorded_step", "resume", "run_of", "saved_config", "saved_images", "step_in", "step_of",
+    "stored", "take_hashes", "verify",
 ]  # fmt: skip
 
 FORMAT = 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from unite_fast.base import files, launcher
@@ -16,6 +17,7 @@ from unite_fast.base.files import file_sha256
 NO_PICKLE = "this program executes nothing while it loads"
 EXPORTED = "model.safetensors"  # what ``export`` writes: one set of weights, the configuration in its metadata
 NAME = re.compile(r"step-(\d{7,})$")
+UNREADABLE = (ValueError, AttributeError, KeyError, TypeError, RecursionError)  # of a manifest that is none
 _hashes: dict[tuple[int, ...], str] = {}
 TENSORS = re.compile(r"training(-(\d{5})-of-(\d{5}))?\.safetensors$")
 
@@ -53,11 +55,16 @@ def verify(path: Path, content: bool = True) -> str:
         return f"{Path(error.filename or path).name} cannot be read: {error.strerror or error}"
 
 
+def _recorded(path: Path) -> list[tuple[str, int, str]]:
+    """Name, bytes and sha256 of each file of a checkpoint, as it says. Raises what a manifest can be wrong with."""
+    manifest = json.loads(files.read_text(path / "manifest.json"))
+    return [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+
+
 def _problem(path: Path, content: bool) -> str:
     try:
-        manifest = json.loads(files.read_text(path / "manifest.json"))
-        recorded = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
-    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        recorded = _recorded(path)
+    except (FileNotFoundError, *UNREADABLE):
         if (path / ".metadata").exists():
             return f"it is a folder of torch.distributed.checkpoint, whose metadata is a pickle; {NO_PICKLE}"
         return "it has no readable manifest.json"
@@ -69,16 +76,44 @@ def _problem(path: Path, content: bool) -> str:
             return f"{name} has {file.stat().st_size} bytes, expected {size}: it was cut short or changed"
         if content and _hashed(file) != sha256:
             return f"{name} does not have the recorded sha256: its content changed"
-    return "" if "state.json" in manifest and _is_complete(manifest) else "its manifest is incomplete"
+    names = [name for name, _, _ in recorded]
+    return "" if "state.json" in names and _is_complete(names) else "its manifest is incomplete"
 
 
 def _hashed(file: Path) -> str:
     """Its sha256. A command looks for a checkpoint more than once: what is as it was is hashed once in a process."""
-    status = file.stat()
-    known = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    known = _version(file)
     if known not in _hashes:
         _hashes[known] = file_sha256(file)
     return _hashes[known]
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """Two of one file differ where it has been written to. The first two may differ between machines, too."""
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def hash_part(path: Path, part: int, parts: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of every ``parts``-th file of a checkpoint that verifies without content, largest first: by its name, its version
+    and sha256. For ``take_hashes`` of another process."""
+    found = {}
+    with contextlib.suppress(OSError, *UNREADABLE):  # whoever verifies will meet it, and say it
+        by_size = sorted(_recorded(path), key=lambda entry: -entry[1])
+        for name, _, _ in by_size[part::parts]:
+            file = path / Path(name).name
+            version = _version(file)
+            found[name] = version, _hashed(file)
+    return found
+
+
+def take_hashes(path: Path, found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """``verify`` need not hash again what another process has: files that have its sizes and times here, too."""
+    for name, (version, sha256) in found.items():
+        with contextlib.suppress(OSError):
+            here = _version(path / Path(name).name)
+            if here[2:] == version[2:]:
+                _hashes[here] = sha256
 
 
 def _is_complete(names: Iterable[str]) -> bool:

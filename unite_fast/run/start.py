@@ -15,6 +15,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import saving
 from unite_fast.config import Config, DataConfig, TrainConfig
 from unite_fast.config.yaml_text import to_dict
+from unite_fast.parallel.distributed import Ranks
 from unite_fast.run.agreement import changed_images
 from unite_fast.training.state import TrainState
 
@@ -74,6 +75,21 @@ def _began_there(path: Path, resume: str) -> bool:
         return noted == asked or noted.resolve() == asked.resolve()  # it may be gone by now, or called otherwise
     except (OSError, ValueError, RuntimeError):
         return False
+
+
+def hash_together(folder: Path, ranks: Ranks) -> None:
+    """Each rank hashes its share of the newest checkpoint's files, which ``choose`` on rank 0 then knows: the more
+    ranks there are, the larger is what they have saved. All ranks together."""
+    if ranks.world_size == 1:
+        return
+
+    def sized() -> Path | None:
+        return checkpoint.newest(folder, content=False)[0]
+
+    newest = ranks.decide(sized)
+    if newest is not None:
+        for found in ranks.each(lambda: checkpoint.hash_part(newest, ranks.rank, ranks.world_size)):
+            checkpoint.take_hashes(newest, found)
 
 
 def choose(config: Config, images: dict[str, Any]) -> Choice:

@@ -77,7 +77,9 @@ class TrainStep:
             for averager in self.averagers.values():
                 averager.begin(number, last)
             self.passes.begin(last)
-            graphs = None if last and self.state.execution.overlaps else self.graphs  # hooks send gradients, if any does
+            graphs = (
+                None if last and self.state.execution.overlaps else self.graphs
+            )  # hooks send gradients, if any does
             micro_step = self.micro_step if graphs is None else graphs.micro_step
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
