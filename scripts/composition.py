@@ -40,6 +40,10 @@ OPTIONS = {
     "compile all": ("compile", ("efficiency.compile=all",)),
     "graph flow": ("graph", ("efficiency.cuda_graph=flow",)),
     "graph step": ("graph", ("efficiency.cuda_graph=step",)),
+    "graph accumulation": (
+        "graph",
+        ("efficiency.cuda_graph=accumulation", "train.global_batch=16", "train.micro_batch=4"),
+    ),
     "recompute": ("recompute", ("efficiency.recompute=blocks",)),
     "fused kernels": ("kernels", ("efficiency.kernels=fused",)),
     "accumulation": ("accumulation", ()),
@@ -50,7 +54,7 @@ OPTIONS = {
     "smaller micro-batches": ("oom", ("train.on_oom=halve",)),
     "replica check": ("replicas", ("train.replica_check_every=10",)),
 }
-GPU = ("fp8_te", "graph flow", "graph step")  # no CPU runs them
+GPU = ("fp8_te", "graph flow", "graph step", "graph accumulation")  # no CPU runs them
 EVERYTHING = ("recompute", "fused kernels", "accumulation", "several averages", "scores")
 APART = ("Muon whole", "no overlap", "replica check", "smaller micro-batches")
 
@@ -73,8 +77,11 @@ RUNS = {
     "J": Run("ddp", ("fp8", "compile all", *EVERYTHING)),
     "K": Run("fsdp2 pass", ("fp32", "compile all", *EVERYTHING)),
     "L": Run("hsdp", ("fp32", "compile all", *EVERYTHING)),
+    "M": Run("fsdp2", ("fp8", "compile decoder", *EVERYTHING)),
+    "N": Run("fsdp2 pass", ("fp8", "compile all", *EVERYTHING)),
+    "O": Run("hsdp", ("fp8", "compile decoder", *EVERYTHING, "replica check")),
 }
-ASKED = "HIJKL"  # with COMPOSITION=all alone
+ASKED = "BHIJKLNO"  # with COMPOSITION=all alone
 # Largest difference of a loss from that of the plain step over STEPS steps, relative to the total: fp32 adds in another
 # order; the others round in other places, with fused kernels, other micro-batches and other layouts.
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp8": 5e-2}
@@ -141,7 +148,7 @@ def text() -> str:
         "once. Its losses equal those of the plain step (one process, eager, nothing else than the precision) to the",
         "tolerance below, relative to the total. `allowed`: nothing is against it, and no run has it. `on a GPU`: no",
         "CPU can run it; see benchmarks/GPU_BACKLOG.md. `refused`: in one line, before anything runs, listed below.",
-        f"{ASKED[0]} to {ASKED[-1]} take minutes and run where they are asked for:",
+        f"{', '.join(ASKED[:-1])} and {ASKED[-1]} take minutes and run where they are asked for:",
         "`COMPOSITION=all pytest tests/test_composition.py`.",
         "",
         "| run | strategy | options | losses within |",

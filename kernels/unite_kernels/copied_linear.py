@@ -7,7 +7,8 @@
 
 Scales are taken from the values at hand ("current scaling"), so there is no history to save. One scale per tensor: x
 and W in e4m3, dy in e5m2, whose range a gradient can use. One scale per row (of x, dy, W and W^T): all in e4m3.
-dW and db reach the float32 weight in float32; on CPUs, which have no such product, dW is rounded to bfloat16 before.
+dW and db reach a float32 weight in float32; on CPUs, which have no such product, dW is rounded to bfloat16 before. A
+weight that is in bfloat16, as ranks gather it, has its dW in bfloat16.
 
 Shapes: x (..., K), W (N, K), y (..., N), b (N,). ``columns`` (start, stop) asks for these columns of y alone; b is then
 theirs. A b that wants no gradient gets none: it is a pass over dy, which whoever made dy may have taken with it. N, K
@@ -87,21 +88,27 @@ def write_scaled_(
     transposed_scale.copy_(factors)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """float32 dy^T x of (R, N) and (R, K) bfloat16."""
-    if x.is_cuda:
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T x of (R, N) and (R, K) bfloat16, in ``dtype``, bfloat16 or float32."""
+    if x.is_cuda and dtype == torch.float32:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    return torch.mm(dy.t(), x).float()
+    return torch.mm(dy.t(), x).to(dtype)
 
 
 def _layer_weight_gradient(
-    dy: Tensor, x: Tensor, columns: tuple[int, int], outputs: int, shape: Sequence[int], groups: int = 0
+    dy: Tensor,
+    x: Tensor,
+    columns: tuple[int, int],
+    outputs: int,
+    shape: Sequence[int],
+    groups: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """float32 dW of ``shape`` (N, K) from dy (R, n), its columns ``columns``, and x (..., K), both bfloat16.
+    """dW of ``shape`` (N, K) in ``dtype`` from dy (R, n), its columns ``columns``, and x (..., K), both bfloat16.
 
     outputs: N, or the rows of a padded copy.
     """
-    dweight = _weight_gradient(dy, x.flatten(0, -2))
+    dweight = _weight_gradient(dy, x.flatten(0, -2), dtype)
     before, behind = columns[0], outputs - columns[1]
     if before or behind:
         dweight = F.pad(dweight, (0, 0, before, behind))
@@ -175,7 +182,7 @@ class _Scaled(torch.autograd.Function):
         per_row = scale.ndim == 2
         values, factors = quantise(x.flatten(0, -2), copy.dtype, per_row)
         ctx.save_for_backward(x, transposed, transposed_scale)
-        ctx.columns, ctx.shape, ctx.groups = columns, weight.shape, groups
+        ctx.columns, ctx.shape, ctx.groups, ctx.dtype = columns, weight.shape, groups, weight.dtype
         ctx.biased = _wanted(bias, ctx.needs_input_grad[2])
         where = slice(*columns)
         scale = scale[where] if per_row else scale
@@ -198,7 +205,7 @@ class _Scaled(torch.autograd.Function):
             dx = _scaled_product(values, transposed, factors, transposed_scale, **options).view(x.shape)
         dweight = None  # of a frozen weight
         if ctx.needs_input_grad[1]:
-            dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups)
+            dweight = _layer_weight_gradient(dy, x, ctx.columns, outputs, ctx.shape, ctx.groups, ctx.dtype)
         return dx, dweight, _bias_gradient(dy, ctx.biased, ctx.groups), *(None,) * 7
 
 

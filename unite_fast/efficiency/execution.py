@@ -104,11 +104,11 @@ def _check_strategy(e: EfficiencyConfig, t: TrainConfig, world_size: int) -> Non
             t.strategy == "fsdp2" and t.replica_check_every > 0,
             "train.replica_check_every=0",
         ),
-        # the other recipes keep whole weights
+        # its layers keep whole weights
         (
             f"efficiency.precision={e.precision}",
-            world_size > 1 and e.precision not in ("fp32", "bf16"),
-            "efficiency.precision=bf16",
+            world_size > 1 and e.precision in precision.TE,
+            "efficiency.precision=fp8" if e.precision in precision.TE_FLOAT8 else "efficiency.precision=bf16",
         ),
     )
     for key, asked, neutral in refused:
@@ -291,8 +291,10 @@ class Execution:
     def shard(self, model: Any, timeout: float) -> None:
         """After ``apply``: the strategy's part."""
         if self.sharded:
-            half = self.efficiency.precision != "fp32"
-            sharding.apply(model, model.shard_units(), model.forwards(), self.train, half, timeout, self.ranks)
+            half, units = self.efficiency.precision != "fp32", model.shard_units()
+            sharding.apply(model, units, model.forwards(), self.train, half, timeout, self.ranks)
+            for block in (unit.modules[0] for unit in units if unit.products):
+                _quantise_gathered(block)
 
     def passes(self, modules: Sequence[nn.Module]) -> sharding.Passes:
         """For the steps of ``modules``, which have been sharded or not."""
@@ -333,6 +335,21 @@ class Execution:
         return f"{strategy}, {world // size} x {size} shards, {gathered}, Muon divided over {size} ranks"
 
 
+def _quantise_gathered(block: nn.Module) -> None:
+    """Before ``block`` runs, when its weights have been gathered: the float8 copies of a step.
+
+    Outside what is compiled, and after the hook that gathers, which was there first.
+    """
+
+    def write(*_: Any) -> None:
+        for layer in layers if block.training else ():
+            layer.products.write_gathered(layer.weight)
+
+    layers: list[Any] = [m for m in block.modules() if isinstance(getattr(m, "products", None), precision.Scaled)]
+    if layers:
+        block.register_forward_pre_hook(write)
+
+
 def decide_recompute(choice: str, device: torch.device, needed: Callable[[], int]) -> Recompute:
     """``efficiency.recompute``. It changes memory and time, never the results, so ranks may differ in it."""
     if choice != "auto":
@@ -347,15 +364,14 @@ def decide_recompute(choice: str, device: torch.device, needed: Callable[[], int
 def prepare(model: nn.Module, efficiency: EfficiencyConfig, device: torch.device, shards: bool = False) -> Recipe:
     """The recipe's products in the linear layers of ``model`` and the dtype of its residual. Raises UserError.
 
-    shards: its parameters will be replaced by shards (``parallel.sharding``), of which no copies are kept: bf16 then
-    leaves all casts to autocast.
+    shards: its parameters will be replaced by shards (``parallel.sharding``).
     """
     name = efficiency.precision
-    if shards and name not in ("fp32", "bf16"):
+    if shards and name in precision.TE:
         raise UserError(
-            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16"
+            f"efficiency.precision={name} needs whole weights on every rank; use train.strategy=ddp, or bf16 or fp8"
         )
-    recipe, products = precision.make(model, name, device, copies=not shards)
+    recipe, products = precision.make(model, name, device, shards)
     recipe.keeps_casts = not shards
     if efficiency.residual != "fp32":
         recipe.beside = f" with a {efficiency.residual} residual"

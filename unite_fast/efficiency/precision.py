@@ -15,6 +15,9 @@ float32. Parameters stay float32 under their stock names, so a checkpoint of any
 
 A recipe rules the forward and backward passes of training, within ``Recipe.step()``, which copies the weights anew. A
 model in evaluation mode computes as its caller says (float32, or ``autocast``), from its parameters.
+
+Where ranks share the weights (``parallel.sharding``) autocast casts what has been gathered, in place of bfloat16
+copies. Float8 copies are kept whole on every rank, made from what the first pass of a step has gathered.
 """
 
 from __future__ import annotations
@@ -91,9 +94,12 @@ class Half:
 
 
 class Scaled:
-    """Output and input gradient in float8, from quantised copies of the weight, padded where the layer allows it."""
+    """Output and input gradient in float8, from quantised copies of the weight, padded where the layer allows it.
 
-    def __init__(self, layer: Any, per_row: bool) -> None:
+    gathered: the weight is whole in a pass alone, which writes the copies (``write_gathered``) if none has yet.
+    """
+
+    def __init__(self, layer: Any, per_row: bool, gathered: bool = False) -> None:
         outputs, inputs = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
         self.outputs, self.groups = outputs, layer.groups
         device = layer.weight.device
@@ -107,12 +113,20 @@ class Scaled:
             torch.empty(inputs, outputs, dtype=E4M3, device=device),
             factors(inputs),
         )
-        self.bias = layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
+        self.bias = None if gathered else layer.bias.new_zeros(outputs, dtype=torch.bfloat16, requires_grad=False)
+        self.fresh = False
+
+    def write_gathered(self, weight: Tensor) -> None:
+        """The copies, from the weight (N, K) in bfloat16, once after each ``Recipe.refresh``."""
+        if not self.fresh:
+            copied_linear.write_scaled_(weight.detach(), *self.copies, self.groups)
+            self.fresh = True
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
         bias_copy = None if bias is None else self.bias
-        if bias is not None and (start, stop) != (0, self.outputs):  # not a slice: Inductor of torch 2.11 fails on it
-            bias_copy = bias.detach().to(self.bias.dtype)
+        # Not a slice: Inductor of torch 2.11 fails on it.
+        if bias is not None and (bias_copy is None or (start, stop) != (0, self.outputs)):
+            bias_copy = bias.detach().to(torch.bfloat16)
         return copied_linear.scaled_linear(x, weight, bias, self.copies, bias_copy, (start, stop), self.groups)
 
 
@@ -158,6 +172,7 @@ class Recipe:
         self.name, self.device = name, device or torch.device("cpu")
         self.halves: list[tuple[Tensor, Tensor]] = []  # (copy, parameter)
         self.scaled: list[tuple[Scaled, Tensor]] = []
+        self.gathered: list[Scaled] = []
         self.engines: list[TransformerEngine] = []
         self.left: list[str] = []  # large layers that an FP8 recipe leaves in bfloat16 because of their sizes
         self.slower: list[str] = []  # and because they are faster there
@@ -181,6 +196,8 @@ class Recipe:
             torch._foreach_copy_([copy for copy, _ in self.halves], [parameter for _, parameter in self.halves])
         for products, weight in self.scaled:
             copied_linear.write_scaled_(weight, *products.copies, products.groups)
+        for products in self.gathered:
+            products.fresh = False
         for engine in self.engines:
             engine.quantised.clear()
 
@@ -196,35 +213,37 @@ class Recipe:
 
     def __str__(self) -> str:
         text = self.name + self.beside
-        if self.scaled or self.name in TE_FLOAT8:
-            text += f" ({len(self.scaled) or len(self.engines)} layers in float8"
+        if self.name in SCALED + TE_FLOAT8:
+            text += f" ({len(self.scaled) or len(self.gathered) or len(self.engines)} layers in float8"
             text += f"; in bfloat16, where float8 is slower: {', '.join(self.slower)}" if self.slower else ""
             text += f"; in bfloat16, sizes no multiples of 16: {', '.join(self.left)})" if self.left else ")"
         return text
 
 
 def make(
-    model: nn.Module, name: str, device: torch.device, copies: bool = True
+    model: nn.Module, name: str, device: torch.device, shards: bool = False
 ) -> tuple[Recipe, dict[nn.Module, Products]]:
     """The recipe called ``name`` for ``model``, which is on ``device``, and how its linear layers compute by it.
 
     For ``execution.prepare``, once for a model: parameters may be written to afterwards, but not replaced.
-    copies: false leaves all casts to autocast. Raises UserError.
+    shards: the parameters will be replaced by shards. Raises UserError.
     """
     check(name, device)
     recipe, products = Recipe(name, device), {}
-    if name == "fp32" or not copies:
+    if name == "fp32":
         return recipe, products
     for path, layer in model.named_modules():
-        if hasattr(layer, "products"):
-            products[layer] = _products(recipe, path, layer)
-    if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.engines):
+        if hasattr(layer, "products") and (found := _products(recipe, path, layer, shards)) is not None:
+            products[layer] = found
+    if name in SCALED + TE_FLOAT8 and not (recipe.scaled or recipe.gathered or recipe.engines):
         raise UserError(f"efficiency.precision={name}: no layer of this model has sizes that are multiples of 16")
     recipe.refresh()
     return recipe, products
 
 
-def _products(recipe: Recipe, path: str, layer: Any) -> Products:
+def _products(recipe: Recipe, path: str, layer: Any, shards: bool) -> Products | None:
+    """None: autocast casts the layer's parameters."""
+
     def fits(shape: Iterable[int]) -> bool:
         return all(size % copied_linear.MULTIPLE == 0 for size in shape)
 
@@ -235,15 +254,20 @@ def _products(recipe: Recipe, path: str, layer: Any) -> Products:
         recipe.engines.append(engine := TransformerEngine(layer))
         return engine
     if layer.large and recipe.name in SCALED and fits(padded) and not slower(padded, recipe.device):
-        products = Scaled(layer, per_row=recipe.name == "fp8_rowwise")
+        products = Scaled(layer, recipe.name == "fp8_rowwise", gathered=shards)
+        if shards:
+            recipe.gathered.append(products)
+            return products
         recipe.scaled.append((products, layer.weight))
     else:
-        products = Half(layer)
-        recipe.follow(products.weight, layer.weight, layer.groups)
         pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
         reasons = recipe.slower if slower(padded, recipe.device) else recipe.left
         if layer.large and recipe.name != "bf16" and pattern not in reasons:
             reasons.append(pattern)
+        if shards:
+            return None
+        products = Half(layer)
+        recipe.follow(products.weight, layer.weight, layer.groups)
     recipe.follow(products.bias, layer.bias, layer.groups)
     return products
 

@@ -175,7 +175,8 @@ def persistent_parts(
 
     Sharded, all are a rank's part; with ``train.reshard=step`` the whole weights that a step gathers and its whole
     gradients are there beside it, with ``pass`` those of a block at a time, which are left out. The linear layers'
-    copies (``efficiency.precision``) take 2 bytes per weight, one in bfloat16 or two in float8.
+    copies (``efficiency.precision``) take 2 bytes per weight, one in bfloat16 or two in float8; sharded there are those
+    in float8 alone.
     """
     with torch.device("meta"):
         model = UNITE(m)
@@ -202,6 +203,8 @@ def persistent_parts(
         networks = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
         copied = [module for module in networks if hasattr(module, "products")]
         parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
+    elif e.precision in precision.SCALED:
+        parts["copies"] = 2 * sum(m.weight.numel() for m in model.modules() if getattr(m, "large", False))
     return parts
 
 
