@@ -15,7 +15,7 @@ from unite_fast import checkpoint, config, data
 from unite_fast.base import command, faults, launcher
 from unite_fast.base.errors import RunError
 from unite_fast.config import yaml_text
-from unite_fast.efficiency import compiling, execution, precision
+from unite_fast.efficiency import compatibility, compiling, precision
 from unite_fast.model.flops import peak_flops
 from unite_fast.objective import Objective
 from unite_fast.parallel import distributed
@@ -77,7 +77,7 @@ class Inputs(NamedTuple):
         """Raises UserError."""
         started, world_size = time.monotonic(), launcher.world_size()
         config.batch_split(settings.train, world_size)
-        execution.check(settings.efficiency, settings.train, world_size)
+        compatibility.check(settings.efficiency, settings.train, world_size)
         fine_tunes = settings.objective.adversarial.weight > 0
         start.check_paths(settings.folder, settings.resume, settings.init_from, settings.data, fine_tunes)
         stats.check_services(settings.train)
@@ -91,7 +91,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     """One run from its configuration to its last checkpoint."""
     t, o, source = settings.train, settings.objective, inputs.source
     split = config.batch_split(t, ranks.world_size)
-    execution.check_device(settings.efficiency, t, o, ranks.device)
+    compatibility.check_device(settings.efficiency, t, o, ranks.device)
     resumes = ranks.decide(lambda: start.goes_on(settings.resume, settings.folder))
     begun = dataclasses.replace(settings, init_from="") if resumes else settings
     state = assemble.fresh_state(begun, ranks, class_names=source.class_names)
@@ -102,8 +102,7 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
     with Session(settings, ranks, inputs.started, images) as session:
         # Under the lock: an earlier start that is ending may still save.
-        start.hash_together(settings.folder / "checkpoints", ranks)
-        choice = ranks.decide(lambda: start.choose(settings, images))
+        choice = start.agree(settings, images, ranks)
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
         health.recall_unreadable(state, source, ranks, choice.path, images)
         if ranks.is_main:
@@ -225,7 +224,7 @@ def check_round_trip(settings: config.Config, state: TrainState, ranks: distribu
 def main(argv: list[str]) -> int:
     arguments, settings = parse(argv)
     if arguments.print_config:
-        execution.check(settings.efficiency, settings.train, launcher.world_size())
+        compatibility.check(settings.efficiency, settings.train, launcher.world_size())
         print(yaml_text.to_yaml(settings), end="")
         return 0
     if arguments.dry_run:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unite_fast.base.errors import RunError
 from unite_fast.config import Config, ModelConfig, yaml_text
 from unite_fast.data import Batch, batch_of_images
-from unite_fast.efficiency import compiling, execution, graph
+from unite_fast.efficiency import compatibility, compiling, graph
 from unite_fast.modality.images import IMAGENET, ImageLosses
 from unite_fast.modality.lpips import Perceptual
 from unite_fast.model.unite import UNITE
@@ -104,7 +104,7 @@ class OurStep:
     def __init__(
         self, config: Config, origin: Origin, batch: Batch | None = None, compile_lpips: bool | None = None
     ) -> None:
-        execution.check_device(config.efficiency, config.train, config.objective, origin.device)
+        compatibility.check_device(config.efficiency, config.train, config.objective, origin.device)
         self.config, self.device = config, origin.device
         ranks = Ranks(0, 1, origin.device)
         self.state = assemble.fresh_state(config, ranks, origin.model(config.model))

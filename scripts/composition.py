@@ -2,8 +2,8 @@
 
     python scripts/composition.py
 
-What is refused is asked of ``efficiency.execution``; the runs are those of tests/test_composition.py, which also holds
-the file to what this makes.
+What is refused is asked of ``efficiency.compatibility``; the runs are those of tests/test_composition.py, which also
+holds the file to what this makes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "COMPOSITION.md"
 STEPS = 20
@@ -101,8 +101,8 @@ def refusal(strategy: str, options: tuple[str, ...]) -> str:
     """Why these do not go together, in one line; empty: they do."""
     try:
         config = yaml_text.load(None, ["data.source=digits", *overrides(strategy, options)])
-        execution.check(config.efficiency, config.train, RANKS[strategy])
-        execution.check_graph(config.efficiency, config.train, config.objective, torch.device("cuda"))
+        compatibility.check(config.efficiency, config.train, RANKS[strategy])
+        compatibility.check_graph(config.efficiency, config.train, config.objective, torch.device("cuda"))
     except UserError as error:
         return str(error)
     return ""

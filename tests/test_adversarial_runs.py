@@ -16,7 +16,7 @@ from test_adversarial import ALONE, STAGE
 import unite_fast.export
 from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import load_model, load_weights, read
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 from unite_fast.interop import load_reference, save_reference
 from unite_fast.run.stats import read_metrics
 
@@ -178,4 +178,4 @@ def test_weights_freed_between_passes_are_refused():
     config = load_tiny(*STAGE, "train.strategy=fsdp2", "train.reshard=pass")
     said = "objective.adversarial does not work with train.reshard=pass; set train.reshard=step"
     with pytest.raises(UserError, match=said):
-        execution.check_device(config.efficiency, config.train, config.objective, ALONE.device)
+        compatibility.check_device(config.efficiency, config.train, config.objective, ALONE.device)

@@ -23,7 +23,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.checkpoint import find, saving
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import from_dict, parse_yaml
-from unite_fast.efficiency import execution, precision
+from unite_fast.efficiency import compatibility, precision
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.optim import muon
@@ -435,11 +435,12 @@ REFUSED = {
     "smaller micro-batches": (("fsdp2", "train.on_oom=halve"), "train.on_oom=halve"),
     "captured steps": (
         ("fsdp2", "efficiency.cuda_graph=step"),
-        "does not work with efficiency.cuda_graph=step; set efficiency.cuda_graph=none, or train.strategy=ddp",
+        "does not work with efficiency.cuda_graph=step: gathered weights lie elsewhere in each step, and a graph has "
+        "fixed addresses; set efficiency.cuda_graph=none, or train.strategy=ddp",
     ),
     "copies of weights": (
         ("fsdp2", "efficiency.precision=fp8_te"),
-        "efficiency.precision=fp8_te; set efficiency.precision=fp8, or train.strategy=ddp",
+        "keep whole weights; set efficiency.precision=fp8, or train.strategy=ddp",
     ),
     "replicas of shards": (("fsdp2", "train.replica_check_every=5"), "train.replica_check_every"),
 }
@@ -451,7 +452,7 @@ def test_combinations_that_are_refused(case, monkeypatch):
     (strategy, override), says = REFUSED[case]
     config = settings(f"train.strategy={strategy}", override)
     with pytest.raises(UserError, match=re.escape(says)):
-        execution.check(config.efficiency, config.train, 4)
+        compatibility.check(config.efficiency, config.train, 4)
 
 
 def test_shards_of_one_node(monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from unite_fast.base.errors import UserError
 from unite_fast.data import stream
 from unite_fast.data.atoms.source import AtomSource
-from unite_fast.efficiency import execution, graph
+from unite_fast.efficiency import compatibility, graph
 from unite_fast.model.unite import build
 from unite_fast.objective import Draws, Objective
 from unite_fast.parallel import overlap
@@ -216,7 +216,7 @@ REFUSED = {
 
 def check(*overrides: str) -> None:
     config = load_tiny(*overrides)
-    execution.check_device(config.efficiency, config.train, config.objective, torch.device("cpu"))
+    compatibility.check_device(config.efficiency, config.train, config.objective, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("reason", REFUSED)
@@ -239,7 +239,7 @@ def test_what_cannot_be_captured_is_refused_by_name(monkeypatch, reason):
 def test_a_graph_of_all_micro_batches_but_the_last_needs_others(world, override, reason):
     config = load_tiny("efficiency.cuda_graph=accumulation", "train.global_batch=16", "train.micro_batch=4", override)
     with pytest.raises(UserError, match=reason):
-        execution.check(config.efficiency, config.train, world)
+        compatibility.check(config.efficiency, config.train, world)
 
 
 def test_launch_blocking_is_refused(tape, monkeypatch):

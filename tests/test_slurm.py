@@ -14,7 +14,7 @@ from support import ROOT
 
 from unite_fast.config import batch_split
 from unite_fast.config.yaml_text import load
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 
 # Both write down how they were called; srun ends as the test says.
 SRUN = '#!/bin/bash\necho "srun $*" >> calls\nexit "$SRUN_CODE"\n'
@@ -106,5 +106,5 @@ def test_examples_for_more_nodes(tmp_path, nodes):
     config, *given = srun.split("--config ")[1].split()
     loaded = load(str(ROOT / config), [word for word in given if not word.startswith(("resume=", "run_dir="))])
     world = nodes * int(header["ntasks-per-node"])
-    execution.check(loaded.efficiency, loaded.train, world)
+    compatibility.check(loaded.efficiency, loaded.train, world)
     assert batch_split(loaded.train, world)[0] >= 8

@@ -16,7 +16,7 @@ from unite_fast import doctor, evaluate, export, fetch, load
 from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
 from unite_fast.doctor import machine
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 from unite_kernels import backend, extension
 
 
@@ -213,7 +213,7 @@ def test_missing_library_of_a_gpu(monkeypatch, no_libraries):
     assert "needs the package triton" in backend.obstacle("fused", gpu)
     config = yaml_text.from_dict({"efficiency": {"kernels": "fused"}})
     with pytest.raises(UserError, match=r"efficiency\.kernels=fused: .* the package triton.*efficiency\.kernels=eager"):
-        execution.check_device(config.efficiency, config.train, config.objective, gpu)
+        compatibility.check_device(config.efficiency, config.train, config.objective, gpu)
 
 
 def test_checkpoint_of_another_model(trained, tmp_path):

@@ -25,7 +25,7 @@ import train
 from unite_fast import __main__ as verbs
 from unite_fast import config
 from unite_fast.base.errors import UserError
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 
 DOCUMENTS = (
     "README.md", "docs/*.md", "benchmarks/*.md", "configs/**/*.yaml", "scripts/*.py", "train.py", "sample.py",
@@ -173,7 +173,7 @@ def of_program(name: str, words: list[str], command: str, ranks: int) -> None:
     def plan(argv: list[str]) -> None:
         settings = train.parse(argv)[1]
         config.batch_split(settings.train, ranks)
-        execution.check(settings.efficiency, settings.train, ranks)
+        compatibility.check(settings.efficiency, settings.train, ranks)
 
     with contextlib.chdir(ROOT):
         refused(plan if name == "train" else sample.parse, words, command, whole=True)

@@ -24,7 +24,7 @@ from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import Config, batch_split, yaml_text
 from unite_fast.doctor import machine
 from unite_fast.doctor.machine import Finding, release
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 from unite_fast.plan import throughput
 from unite_fast.run import monitor
 
@@ -130,7 +130,7 @@ def examine_run(config: Config) -> list[Finding]:
     def options() -> str:
         world = launcher.world_size()
         batch_split(config.train, world)
-        execution.check(config.efficiency, config.train, world)
+        compatibility.check(config.efficiency, config.train, world)
         return "the batch divides, and efficiency and train.strategy go together"
 
     def source() -> str:

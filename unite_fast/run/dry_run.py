@@ -11,7 +11,7 @@ import torch
 from unite_fast import data, modality
 from unite_fast.base import launcher
 from unite_fast.config import Config, DataConfig, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
-from unite_fast.efficiency import execution
+from unite_fast.efficiency import compatibility
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks, device_type
@@ -58,9 +58,9 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_size=ranks))
     split = batch_split(config.train, world)
     e, t = config.efficiency, config.train
-    execution.check(e, t, world)
+    compatibility.check(e, t, world)
     device = torch.device(device_type(config.device))
-    execution.check_device(e, t, config.objective, device, planned=True)
+    compatibility.check_device(e, t, config.objective, device, planned=True)
     source, missing = open_inputs(config.data, config.model, config.objective, e, config.init_from)
     try:
         monitor.open_files(config)

@@ -77,6 +77,12 @@ def _began_there(path: Path, resume: str) -> bool:
         return False
 
 
+def agree(config: Config, images: dict[str, Any], ranks: Ranks) -> Choice:
+    """``choose`` for all ranks, which call this together. Raises UserError on each."""
+    hash_together(config.folder / "checkpoints", ranks)
+    return ranks.decide(lambda: choose(config, images))
+
+
 def hash_together(folder: Path, ranks: Ranks) -> None:
     """Each rank hashes its share of the newest checkpoint's files, which ``choose`` on rank 0 then knows: the more
     ranks there are, the larger is what they have saved. All ranks together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -73,14 +74,7 @@ class TrainStep:
         parts = len(batch.labels) // self.micro_batch
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.split(self.micro_batch)):
-            last = i == parts - 1
-            for averager in self.averagers.values():
-                averager.begin(number, last)
-            self.passes.begin(last)
-            graphs = (
-                None if last and self.state.execution.overlaps else self.graphs
-            )  # hooks send gradients, if any does
-            micro_step = self.micro_step if graphs is None else graphs.micro_step
+            micro_step = self.begin(number, last=i == parts - 1)
             part = part._replace(content=self.state.model.modality.content(part.content))
             faults.strike("fwd", number, [x for x in part.content.values() if x.is_floating_point()])
             for name, value in micro_step(part, 1 / parts).items():
@@ -113,6 +107,14 @@ class TrainStep:
         return metrics | {SKIPPED: skip.to(lr.dtype)}
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def begin(self, number: int, last: bool) -> Callable[[Batch, float], dict[str, Tensor]]:
+        """Before a micro-batch of step ``number``, the last one or not: what runs it, ``micro_step`` or its graph."""
+        for averager in self.averagers.values():
+            averager.begin(number, last)
+        self.passes.begin(last)
+        sends = last and self.state.execution.overlaps  # by hooks, which a replay does not run
+        return self.micro_step if self.graphs is None or sends else self.graphs.micro_step
 
     def average(self) -> None:
         """Gradients of the due parts, over ranks."""
