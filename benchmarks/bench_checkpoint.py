@@ -34,7 +34,9 @@ from unite_fast.run import assemble, start
 REPEATS = 3
 WORLDS = (2, 4, 8)
 STRATEGIES = ("ddp", "fsdp2")
-SIZES = ("model.encoder.width=192", "model.decoder.width=192", "model.decoder.in_features=192")
+SIZES = (
+    "model.encoder.width=192", "model.decoder.width=192", "model.decoder.in_features=192", "efficiency.kernels=fused",
+)  # fmt: skip
 
 
 def config(strategy: str) -> Config:

@@ -23,6 +23,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take a minute or about that, the longest first: begun last, one of them would have a process to itself while
+# the other has nothing left to do.
+LONG = (
+    "test_cuda_traced", "test_distributed", "test_composition", "test_resume", "test_monitor", "test_stops",
+    "test_efficiency", "test_gpu_check", "test_security", "test_examples",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """As at the start, whatever an earlier test set; denormals are flushed as in training."""
