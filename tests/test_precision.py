@@ -77,6 +77,23 @@ def test_the_published_large_models_mlp_is_padded():
     assert len(recipe.scaled) == 24 * 4 + 12 * 4
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_is_slower_in_float8_stays_out_unless_it_is_padded_with_a_neighbour(monkeypatch, shards):
+    """Whole weights have padded copies in bfloat16, too; of gathered ones there are none."""
+    monkeypatch.setattr(precision, "slower", lambda shape, device: True)
+    mlp, recipe = SwiGLU(32, 24).train(), precision.Recipe("fp8")
+    for name, layer in mlp.named_modules():
+        if hasattr(layer, "products"):
+            layer.products = precision._products(recipe, name, layer, shards)
+    assert len(recipe.gathered) == 2 * shards
+    assert len(recipe.halves) == 4 * (not shards)
+    for products, layer in zip(recipe.gathered, (mlp.w12, mlp.w3), strict=False):
+        products.write_gathered(layer.weight.to(torch.bfloat16))
+    recipe.refresh()
+    with precision.autocast("fp8", recipe.device):
+        assert mlp(torch.randn(2, 3, 32), "eager").product.shape == (2, 3, 32)
+
+
 @pytest.mark.parametrize(("hidden", "theirs"), [(24, 0), (40, 0), (32, 2), (12, 0)])
 def test_both_layers_of_a_swiglu_compute_in_one_place(hidden, theirs):
     """Transformer Engine takes w12 of 2 * 24 rows and not w3 of 24 columns: w3's copy is padded, so must w12's be."""

@@ -241,7 +241,7 @@ def make(
     return recipe, products
 
 
-def _products(recipe: Recipe, path: str, layer: Any, shards: bool) -> Products | None:
+def _products(recipe: Recipe, path: str, layer: Any, shards: bool = False) -> Products | None:
     """None: autocast casts the layer's parameters."""
 
     def fits(shape: Iterable[int]) -> bool:
@@ -253,7 +253,9 @@ def _products(recipe: Recipe, path: str, layer: Any, shards: bool) -> Products |
     if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape) and padded == shape)):
         recipe.engines.append(engine := TransformerEngine(layer))
         return engine
-    if layer.large and recipe.name in SCALED and fits(padded) and not slower(padded, recipe.device):
+    # Autocast pads nothing either, and a padded layer has a neighbour that is padded with it.
+    left = slower(padded, recipe.device) and not (shards and padded != shape)
+    if layer.large and recipe.name in SCALED and fits(padded) and not left:
         products = Scaled(layer, recipe.name == "fp8_rowwise", gathered=shards)
         if shards:
             recipe.gathered.append(products)
