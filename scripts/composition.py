@@ -40,10 +40,7 @@ OPTIONS = {
     "compile all": ("compile", ("efficiency.compile=all",)),
     "graph flow": ("graph", ("efficiency.cuda_graph=flow",)),
     "graph step": ("graph", ("efficiency.cuda_graph=step",)),
-    "graph accumulation": (
-        "graph",
-        ("efficiency.cuda_graph=accumulation", "train.global_batch=16", "train.micro_batch=4"),
-    ),
+    "graph accumulation": ("graph", ("efficiency.cuda_graph=accumulation", "train.micro_batch=8")),
     "recompute": ("recompute", ("efficiency.recompute=blocks",)),
     "fused kernels": ("kernels", ("efficiency.kernels=fused",)),
     "accumulation": ("accumulation", ()),
