@@ -100,9 +100,9 @@ def train(settings: config.Config, ranks: distributed.Ranks, inputs: Inputs) -> 
     if (lines := [*ranks.decide(source.remarks), about]) and ranks.is_main:
         print(*lines, sep="\n")
     images = agreement.check(yaml_text.to_dict(settings), source, ranks)
-    with Session(settings, ranks, inputs.started, images) as session:
-        # Under the lock: an earlier start that is ending may still save.
-        choice = start.agree(settings, images, ranks)
+    with Session(settings, ranks, inputs.started, images) as session:  # locks: an earlier start may still save
+        start.hash_together(settings.folder, settings.resume, ranks)
+        choice = ranks.decide(lambda: start.choose(settings, images))
         sums = checkpoint.resume(choice.path, state, t.global_batch) if choice.path else {}
         health.recall_unreadable(state, source, ranks, choice.path, images)
         if ranks.is_main:

@@ -25,7 +25,7 @@ from harness import ROOT, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from unite_fast import checkpoint
-from unite_fast.checkpoint import dcp, saving
+from unite_fast.checkpoint import dcp, find, saving
 from unite_fast.config import Config, yaml_text
 from unite_fast.parallel import distributed
 from unite_fast.parallel.distributed import Ranks
@@ -35,7 +35,7 @@ REPEATS = 3
 WORLDS = (2, 4, 8)
 STRATEGIES = ("ddp", "fsdp2")
 SIZES = (
-    "model.encoder.width=192", "model.decoder.width=192", "model.decoder.in_features=192", "efficiency.kernels=fused",
+    "model.encoder.width=384", "model.decoder.width=384", "model.decoder.in_features=384", "efficiency.kernels=fused",
 )  # fmt: skip
 
 
@@ -71,27 +71,39 @@ def resumed(path: Path, state: Any, settings: Config) -> int:
     return sum(read)
 
 
-def verified(folder: Path, ranks: Ranks) -> None:
-    start.hash_together(folder, ranks)
-    if ranks.is_main:
-        assert checkpoint.newest(folder)[0]
+def verified(folder: Path, ranks: Ranks) -> int:
+    """Bytes that this rank hashed."""
+    sizes, hash_of = [], find.file_sha256
+
+    def counted(file: Path) -> str:
+        sizes.append(file.stat().st_size)
+        return hash_of(file)
+
+    with mock.patch.object(find, "file_sha256", counted):
+        start.hash_together(folder, "auto", ranks)
+        if ranks.is_main:
+            assert checkpoint.newest(folder / "checkpoints")[0]
+    return sum(sizes)
 
 
 def on_a_rank(strategy: str, folder: str) -> dict[str, list[float]]:
     """Of each repeat: seconds of start, save, load and verify, and the bytes read."""
     torch.set_num_threads(1)
     ranks, settings = distributed.start("cpu"), config(strategy)
-    found: dict[str, list[float]] = {name: [] for name in ("start", "save", "load", "verify", "read")}
+    found: dict[str, list[float]] = {name: [] for name in ("start", "save", "load", "verify", "read", "hashed")}
     for number in range(REPEATS):
         place = Path(folder) / str(number)
         seconds, state = timed(lambda: assemble.fresh_state(settings, ranks), ranks)
         found["start"].append(seconds)
-        found["save"].append(timed(lambda s=state, p=place: saved(s, settings, ranks, p), ranks)[0])
-        path = place / "step-0000000"
+        saves = place / "checkpoints"
+        found["save"].append(timed(lambda s=state, p=saves: saved(s, settings, ranks, p), ranks)[0])
+        path = saves / "step-0000000"
         seconds, read = timed(lambda s=state, p=path: resumed(p, s, settings), ranks)
         found["load"].append(seconds)
         found["read"].append(read)
-        found["verify"].append(timed(lambda p=place: verified(p, ranks), ranks)[0])
+        seconds, hashed = timed(lambda p=place: verified(p, ranks), ranks)
+        found["verify"].append(seconds)
+        found["hashed"].append(hashed)
     distributed.stop()
     return found
 
@@ -103,7 +115,9 @@ def row(strategy: str, world: int) -> dict[str, Any]:
             rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="fork",
         )  # fmt: skip
         ranks = elastic_launch(launch, on_a_rank)(strategy, folder)
-        written = [path.stat().st_size for path in Path(folder, "0", "step-0000000").glob("*.safetensors")]
+        written = [
+            path.stat().st_size for path in Path(folder, "0", "checkpoints", "step-0000000").glob("*.safetensors")
+        ]
     seconds = {
         name: statistics.median(max(found[name][n] for found in ranks.values()) for n in range(REPEATS))
         for name in ("start", "save", "load", "verify")
@@ -112,7 +126,7 @@ def row(strategy: str, world: int) -> dict[str, Any]:
     return {
         "strategy": strategy, "ranks": world, "repeats": REPEATS, "seconds": seconds,
         "files": len(written), "written": [min(written), max(written)], "read": [min(read), max(read)],
-        "whole": sum(written),
+        "hashed": max(found["hashed"][0] for found in ranks.values()), "whole": sum(written),
     }  # fmt: skip
 
 

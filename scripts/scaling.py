@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unite_fast.config import Config
 from unite_fast.config.yaml_text import load
@@ -102,7 +102,7 @@ def text() -> str:
         "",
         "Muon's matrices travel while others are orthogonalised and AdamW runs. Had the last of them until the next",
         "step's first pass needs them, a step would gain at most what the column says; on one node, where a rank's",
-        "products take longer than the transfer, at most a quarter of it (one of four buffers).",
+        "products take longer than the transfer, at most a quarter of it (the last of these models' four buffers).",
     ]
     for name in MODELS:
         config = load(str(ROOT / "configs" / f"{name}.yaml"))
@@ -113,31 +113,32 @@ def text() -> str:
 
 
 def checkpoints() -> list[str]:
-    """Of the newest rows of benchmarks/bench_checkpoint.py."""
-    rows = {}
+    """Of the newest rows of benchmarks/bench_checkpoint.py, a table for each device."""
+    lines = ["## Starts and checkpoints, measured"]
     for path in sorted(ROOT.glob("benchmarks/results/*/checkpoint.jsonl")):
-        for found in map(json.loads, path.read_text().splitlines()):
-            rows[found["strategy"], found["ranks"]] = found
-    last = next(reversed(rows.values()))
-    lines = [
-        "## Starts and checkpoints, measured",
-        "",
-        f"`python benchmarks/bench_checkpoint.py` on an {last['device']}, ranks over gloo: a state of",
-        f"{last['whole'] / MB:.1f} MB. CPU seconds of the slowest rank, the median of {last['repeats']}; MB of the",
-        "rank with the most. Each rank builds the whole model before it keeps its shard, and reads the index of every",
-        "file. Before a run resumes from a checkpoint, each rank hashes its share of the files.",
-        "",
-        "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | hash s | all MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (strategy, ranks), r in rows.items():
-        s, written, read = r["seconds"], r["written"][1] / MB, r["read"][1] / MB
-        cells = [s["start"], s["save"], written, s["load"], read, s["verify"], r["whole"] / MB]
-        formats = (".2f", ".2f", ".1f", ".2f", ".1f", ".2f", ".1f")
-        lines.append(
-            f"| {strategy} | {ranks} | {' | '.join(f'{c:{f}}' for c, f in zip(cells, formats, strict=True))} |"
-        )
+        rows = {(r["strategy"], r["ranks"]): r for r in map(json.loads, path.read_text().splitlines())}
+        first = next(iter(rows.values()))
+        lines += [
+            "",
+            f"`python benchmarks/bench_checkpoint.py` on an {first['device']}, ranks over gloo: a state of",
+            f"{first['whole'] / MB:.0f} MB. CPU seconds of the slowest rank, the median of {first['repeats']}; MB of the rank",
+            "with the most. Each rank builds the whole model before it keeps its shard, and reads the index of",
+            "every file, which is what grows with the ranks. Before a run resumes from a checkpoint, its own or",
+            "a named one, each rank hashes its share of the files.",
+            "",
+            "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | hash s "
+            "| a rank hashes MB |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(checkpoint_line(*key, r) for key, r in rows.items()),
+        ]
     return lines
+
+
+def checkpoint_line(strategy: str, ranks: int, r: dict[str, Any]) -> str:
+    s, (_, written), (_, read), hashed = r["seconds"], r["written"], r["read"], r["hashed"]
+    cells = [s["start"], s["save"], written / MB, s["load"], read / MB, s["verify"], hashed / MB]
+    formats = (".2f", ".2f", ".1f", ".2f", ".1f", ".3f", ".1f")
+    return f"| {strategy} | {ranks} | {' | '.join(f'{c:{f}}' for c, f in zip(cells, formats, strict=True))} |"
 
 
 def main(argv: list[str]) -> None:

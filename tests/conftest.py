@@ -32,6 +32,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    assert not set(LONG) - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}, "renamed?"
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

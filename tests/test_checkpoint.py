@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from unite_fast import checkpoint
 from unite_fast.base.errors import UserError
-from unite_fast.checkpoint import saving, shards
+from unite_fast.checkpoint import find, saving, shards
 from unite_fast.config.yaml_text import from_dict, parse_yaml
 from unite_fast.model.unite import build
 from unite_fast.optim.optimizer import Optimizer
@@ -304,6 +304,25 @@ def test_a_file_of_another_rank_is_missing(saved, tmp_path):
     del manifest[lost.name]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.verify(path) == "its manifest is incomplete"
+
+
+def test_what_another_process_has_hashed_counts_while_the_file_is_as_it_was(single, monkeypatch, tmp_path):
+    """A file that has been written to since is hashed here; of a folder that is not there nothing is known."""
+    found = checkpoint.hash_part(single, 0, 2) | checkpoint.hash_part(single, 1, 2)
+    assert set(found) == {path.name for path in single.iterdir()} - {"manifest.json"}
+    monkeypatch.setattr(find, "_hashes", {})
+    monkeypatch.setattr(find, "file_sha256", lambda path: pytest.fail(f"{path} was hashed again"))
+    checkpoint.take_hashes(single, found)
+    assert not checkpoint.verify(single)
+    monkeypatch.undo()
+    monkeypatch.setattr(find, "_hashes", {})
+    file = single / "training.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    checkpoint.take_hashes(single, found)
+    assert "training.safetensors does not have the recorded sha256" in checkpoint.verify(single)
+    assert checkpoint.hash_part(tmp_path / "absent", 0, 1) == {}
 
 
 def test_text_instead_of_tensors(single):

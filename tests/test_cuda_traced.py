@@ -16,7 +16,7 @@ from support import process
 SHARED = 227 * 1024  # bytes that a block may use on sm_90
 STEPS = (
     "tiny, fp32, eager", "tiny, fp32, fused, one image", "B, bf16, fused", "B, bf16, fused, residual bf16", "B, fp8",
-    "B, bf16, fused, against a discriminator",
+    "B, fp8_rowwise", "B, bf16, fused, against a discriminator",
 )  # fmt: skip
 SAMPLES = ("samples, bf16",)
 COMPILED = ("tiny, fp8, compiled",)

@@ -323,7 +323,7 @@ def test_float8_copies_are_made_once_a_step_of_what_is_gathered(reshard):
 
 def hashed_together(ranks: Ranks, folder: str) -> tuple[list[str], list[str], str]:
     """What this rank hashed, and then rank 0 alone; and, with a byte of the last file changed, what rank 0 says."""
-    path, names = saved(Run(ranks, "train.strategy=fsdp2").go(1), folder), []
+    path, names = saved(Run(ranks, "train.strategy=fsdp2").go(1), f"{folder}/checkpoints"), []
     hash_of = find.file_sha256
 
     def counted(file: Path) -> str:
@@ -331,7 +331,7 @@ def hashed_together(ranks: Ranks, folder: str) -> tuple[list[str], list[str], st
         return hash_of(file)
 
     find.file_sha256 = counted
-    start.hash_together(path.parent, ranks)
+    start.hash_together(path.parent.parent, "auto", ranks)
     own, names[:] = list(names), []
     if ranks.is_main:
         assert checkpoint.newest(path.parent)[0] == path
@@ -340,7 +340,7 @@ def hashed_together(ranks: Ranks, folder: str) -> tuple[list[str], list[str], st
         last.write_bytes(content)
     left = list(names)
     ranks.barrier()
-    start.hash_together(path.parent, ranks)
+    start.hash_together(path.parent.parent, "auto", ranks)
     return own, left, checkpoint.verify(path) if ranks.is_main else ""
 
 

@@ -126,7 +126,9 @@ def test_gradients_stay_where_they_are(tape):
     assert without == {"encoder.t_embedder.special_time_emb"}
 
 
-def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Tensor], list[bool], int]:
+def on_a_rank(
+    ranks: Ranks, mode: str, overrides: tuple[str, ...]
+) -> tuple[list[list[float]], dict[str, Tensor], list[bool], int]:
     """As ``run``, which graphs were recorded, and how many steps had sent gradients before their backward ended."""
     graph.RECORDINGS["cpu"] = Tape
     early = 0
@@ -138,23 +140,35 @@ def on_a_rank(ranks: Ranks, mode: str) -> tuple[list[list[float]], dict[str, Ten
         finish(averager)
 
     overlap.Averager.finish = counted
-    rows, end, step = run(
-        "efficiency.kernels=fused", "train.micro_batch=4", f"efficiency.cuda_graph={mode}", ranks=ranks
-    )
+    rows, end, step = run("efficiency.kernels=fused", f"efficiency.cuda_graph={mode}", *overrides, ranks=ranks)
     captured = (*step.graphs.micro.values(), step.graphs.last) if step.graphs else ()
     recorded = [one.recording is not None for one in captured]
     return rows, end, recorded, early
 
 
-def test_several_ranks_average_and_update_outside_the_graph():
-    """Two ranks, two micro-batches each: as without graphs, to the bit; the second replayed, too, or sent meanwhile."""
-    expected, replayed, sent = (on_ranks(2, on_a_rank, mode) for mode in ("none", "step", "accumulation"))
-    for (rows, end, _, _), *others in zip(expected, replayed, sent, strict=True):
-        for rows2, end2, recorded, _ in others:
+# Steps that send gradients before their backward has ended; the first learns when a gradient is done.
+EARLY = {"step": 0, "accumulation": STEPS - 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "modes"),
+    [
+        (("train.micro_batch=4",), ("step", "accumulation")),  # two micro-batches
+        (("train.micro_batch=1", "efficiency.precision=bf16"), ("accumulation",)),  # captured in the first of the steps
+    ],
+    ids=["two", "eight"],
+)
+def test_several_ranks_average_and_update_outside_the_graph(overrides, modes):
+    """As without graphs, to the bit; the last micro-batch is replayed, too, or its gradients are sent meanwhile."""
+    expected = on_ranks(2, on_a_rank, "none", overrides)
+    for mode in modes:
+        for (rows, end, _, _), (rows2, end2, recorded, early) in zip(
+            expected, on_ranks(2, on_a_rank, mode, overrides), strict=True
+        ):
             assert rows == rows2
             assert all(torch.equal(end[name], end2[name]) for name in end)
             assert recorded == [True, False]
-        assert [early for *_, early in others] == [0, STEPS - 1]  # the first step learns when a gradient is done
+            assert early == EARLY[mode]
 
 
 def test_a_flow_pass_has_accumulation_nodes_of_its_own(monkeypatch):

@@ -14,11 +14,14 @@ from test_distributed import Run, settings
 from torch import Tensor
 
 from unite_fast.checkpoint import saving
-from unite_fast.model.unite import UNITE
+from unite_fast.config import EfficiencyConfig, TrainConfig, batch_split
+from unite_fast.efficiency import precision
+from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
 from unite_fast.parallel.traffic import Traffic, wire
 from unite_fast.plan import cost
 from unite_fast.plan.traffic import Collective, Link, seconds, step_traffic
+from unite_fast.run.dry_run import activations_line
 
 # N = 14 flow steps in mini-batches of 3, two micro-batches: twelve backward passes through the encoder in a step.
 PASSES = ("objective.flow_steps=14", "efficiency.flow_mini_batch=3")
@@ -155,6 +158,36 @@ def test_ten_gigabytes_of_weights():
         held = cost.persistent_parts(c.model, c.objective, c.optim, c.efficiency, train, ranks)
         assert held["optimizer"] < 2 * total / ranks
         assert held["whole weights"] == plan["weights"].payload
+
+
+def test_a_plan_counts_what_float8_and_graphs_keep():
+    """Of weights that ranks share, float8 copies alone; beside a graph of several ranks, gradients once more."""
+    c = settings("efficiency.precision=fp8")
+    graph = dataclasses.replace(c.efficiency, cuda_graph="step")
+    sharded = dataclasses.replace(c.train, strategy="fsdp2")
+
+    def parts(e: EfficiencyConfig, train: TrainConfig, ranks: int) -> dict[str, int]:
+        return cost.persistent_parts(c.model, c.objective, c.optim, e, train, ranks)
+
+    model = build(c.model)
+    recipe, _ = precision.make(model, "fp8", torch.device("cpu"), shards=True)
+    kept = sum(copy.nbytes for products in recipe.gathered for copy in (products.copies[0], products.copies[2]))
+    assert kept > 0
+    assert parts(c.efficiency, sharded, 2)["copies"] == kept
+    assert parts(c.efficiency, c.train, 2)["copies"] > kept
+    assert parts(graph, c.train, 2)["gradients on their way"] == parts(graph, c.train, 2)["gradients"]
+    assert "gradients on their way" not in {**parts(graph, c.train, 1), **parts(c.efficiency, c.train, 2)}
+
+
+def test_activations_are_there_twice_where_a_micro_batch_runs_beside_a_graph():
+    c = settings()
+    needed = [
+        cost.needed(c.model, c.objective, c.optim, dataclasses.replace(c.efficiency, cuda_graph=mode), c.train, 2)
+        for mode in ("step", "accumulation")
+    ]
+    kept = cost.activation_bytes(c.model, c.objective, c.efficiency, batch_split(c.train, 2)[0])
+    assert needed[1] - needed[0] == max(kept.values())
+    assert "(twice: a graph keeps its own)" in activations_line(kept, {}, 4, rooms=2)
 
 
 def test_the_scaling_tables_are_what_is_made(monkeypatch):

@@ -25,13 +25,15 @@ def _check_accumulation(e: EfficiencyConfig, t: TrainConfig, world_size: int) ->
     if e.cuda_graph != "accumulation":
         return
     problems = {
-        "one process has no gradients to average": world_size == 1,
-        "efficiency.overlap_gradients=false averages after the backward": not e.overlap_gradients,
-        "a step has one micro-batch, the last": batch_split(t, world_size)[1] == 1,
+        "one process has no gradients to average; start several": world_size == 1,
+        "efficiency.overlap_gradients=false averages after the backward; set efficiency.overlap_gradients=true": (
+            not e.overlap_gradients
+        ),
+        "a step has one micro-batch, the last; set a smaller train.micro_batch": batch_split(t, world_size)[1] == 1,
     }
     for problem, there in problems.items():
         if there:
-            raise UserError(f"efficiency.cuda_graph=accumulation: {problem}; set efficiency.cuda_graph=step")
+            raise UserError(f"efficiency.cuda_graph=accumulation: {problem}, or efficiency.cuda_graph=step")
 
 
 def _check_precision(e: EfficiencyConfig, micro_batch: int) -> None:

@@ -63,9 +63,23 @@ def sharded(train: TrainConfig, world_size: int) -> bool:
     return train.strategy != "ddp" and world_size > 1
 
 
-def keeps_copies(efficiency: EfficiencyConfig, train: TrainConfig, world_size: int) -> bool:
-    """Whether the linear layers compute with low-precision copies of their weights, which are kept."""
-    return efficiency.precision != "fp32" and not sharded(train, world_size)
+def keeps_copy(layer: nn.Module, efficiency: EfficiencyConfig, shards: bool) -> bool:
+    """Whether ``layer`` computes with a low-precision copy of its weight, which is kept: a linear one of whole weights,
+    and of gathered ones (``shards``) what is in float8. As planned: no layer is known to be slower in it."""
+    if not hasattr(layer, "products") or efficiency.precision == "fp32":
+        return False
+    return not shards or (efficiency.precision in precision.SCALED and precision.fits_float8(layer))
+
+
+def rooms(efficiency: EfficiencyConfig) -> int:
+    """How often a micro-batch's activations have memory of their own: a graph keeps its, and the last micro-batch of
+    ``efficiency.cuda_graph=accumulation`` runs beside it."""
+    return 2 if efficiency.cuda_graph == "accumulation" else 1
+
+
+def sends_copies(efficiency: EfficiencyConfig, train: TrainConfig, world_size: int) -> bool:
+    """Whether gradients are copied to where they are averaged, since a graph has another place for them."""
+    return efficiency.cuda_graph != "none" and world_size > 1 and not sharded(train, world_size)
 
 
 def gathered_bytes(efficiency: EfficiencyConfig) -> int:

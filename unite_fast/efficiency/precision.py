@@ -213,8 +213,8 @@ class Recipe:
 
     def __str__(self) -> str:
         text = self.name + self.beside
-        if self.name in SCALED + TE_FLOAT8:
-            text += f" ({len(self.scaled) or len(self.gathered) or len(self.engines)} layers in float8"
+        if (scaled := len(self.scaled) + len(self.gathered)) or self.name in TE_FLOAT8:
+            text += f" ({scaled or len(self.engines)} layers in float8"
             text += f"; in bfloat16, where float8 is slower: {', '.join(self.slower)}" if self.slower else ""
             text += f"; in bfloat16, sizes no multiples of 16: {', '.join(self.left)})" if self.left else ")"
         return text
@@ -241,21 +241,27 @@ def make(
     return recipe, products
 
 
+def fits_float8(layer: Any) -> bool:
+    """Whether a layer of this kind and these sizes has float8 products."""
+    padded = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+    return layer.large and _fits(padded)
+
+
+def _fits(shape: Iterable[int]) -> bool:
+    return all(size % copied_linear.MULTIPLE == 0 for size in shape)
+
+
 def _products(recipe: Recipe, path: str, layer: Any, shards: bool = False) -> Products | None:
     """None: autocast casts the layer's parameters."""
-
-    def fits(shape: Iterable[int]) -> bool:
-        return all(size % copied_linear.MULTIPLE == 0 for size in shape)
-
     shape = layer.weight.shape
     padded = copied_linear.padded_shape(shape, layer.groups, layer.wide_inputs)
     # Transformer Engine pads nothing: what is padded here, and the layer behind it, are both ours.
-    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and fits(shape) and padded == shape)):
+    if layer.large and (recipe.name == "bf16_te" or (recipe.name in TE_FLOAT8 and _fits(shape) and padded == shape)):
         recipe.engines.append(engine := TransformerEngine(layer))
         return engine
     # Autocast pads nothing either, and a padded layer has a neighbour that is padded with it.
     left = slower(padded, recipe.device) and not (shards and padded != shape)
-    if layer.large and recipe.name in SCALED and fits(padded) and not left:
+    if recipe.name in SCALED and fits_float8(layer) and not left:
         products = Scaled(layer, recipe.name == "fp8_rowwise", gathered=shards)
         if shards:
             recipe.gathered.append(products)

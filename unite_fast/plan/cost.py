@@ -176,7 +176,7 @@ def persistent_parts(
     Sharded, all are a rank's part; with ``train.reshard=step`` the whole weights that a step gathers and its whole
     gradients are there beside it, with ``pass`` those of a block at a time, which are left out. The linear layers'
     copies (``efficiency.precision``) take 2 bytes per weight, one in bfloat16 or two in float8; sharded there are those
-    in float8 alone.
+    in float8 alone. Beside a CUDA graph, gradients have a second place, from which they are sent.
     """
     with torch.device("meta"):
         model = UNITE(m)
@@ -199,12 +199,14 @@ def persistent_parts(
         others = sum(p.numel() for network in networks for p in network.parameters()) - products
         parts["whole weights"] = execution.gathered_bytes(e) * products + 4 * others
         parts["whole gradients"] = each
-    if execution.keeps_copies(e, train, world_size):
-        networks = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
-        copied = [module for module in networks if hasattr(module, "products")]
-        parts["copies"] = 2 * sum(p.numel() for layer in copied for p in layer.parameters())
-    elif e.precision in precision.SCALED:
-        parts["copies"] = 2 * sum(m.weight.numel() for m in model.modules() if getattr(m, "large", False))
+    if execution.sends_copies(e, train, world_size):
+        parts["gradients on their way"] = each
+    shards = execution.sharded(train, world_size)
+    layers = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
+    copied = [layer for layer in layers if execution.keeps_copy(layer, e, shards)]
+    if copied:
+        biases = 0 if shards else sum(layer.bias.numel() for layer in copied)
+        parts["copies"] = 2 * (biases + sum(layer.weight.numel() for layer in copied))
     return parts
 
 
@@ -214,8 +216,8 @@ def needed(
     """Bytes of a rank that recomputes nothing: what stays, a micro-batch's activations, and what libraries take."""
     stays = sum(persistent_parts(m, o, optim, e, train, world_size).values())
     micro_batch, _ = batch_split(train, world_size)
-    rooms = 2 if e.cuda_graph == "accumulation" else 1  # the graph's, and that of the micro-batch without one
-    return stays + rooms * max(activation_bytes(m, o, e, micro_batch, optim.frozen).values()) + WORKSPACE
+    kept = max(activation_bytes(m, o, e, micro_batch, optim.frozen).values())
+    return stays + execution.rooms(e) * kept + WORKSPACE
 
 
 def amount(size: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from unite_fast import data, modality
 from unite_fast.base import launcher
 from unite_fast.config import Config, DataConfig, EfficiencyConfig, ModelConfig, ObjectiveConfig, batch_split
-from unite_fast.efficiency import compatibility
+from unite_fast.efficiency import compatibility, execution
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Objective
 from unite_fast.parallel.distributed import Ranks, device_type
@@ -19,14 +19,17 @@ from unite_fast.plan import cost, throughput
 from unite_fast.run import assemble, monitor, start, summary
 
 
-def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int) -> str:
-    """What the passes keep for their backward, and the sum with what stays on a rank; bytes by name."""
+def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int, rooms: int = 1) -> str:
+    """What the passes keep for their backward, and the sum with what stays on a rank; bytes by name.
+
+    rooms: of ``execution.rooms``."""
     peak = max(kept.values())
     by_pass = ", ".join(f"{name} {cost.amount(size)}" for name, size in kept.items())
-    total = cost.amount(peak + sum(stays.values()))
+    total = cost.amount(rooms * peak + sum(stays.values()))
+    beside = " (twice: a graph keeps its own)" if rooms > 1 else ""
     return (
-        f"activations    {cost.amount(peak)} of a micro-batch of {micro_batch}, without recomputation: {by_pass}; "
-        f"{total} with what stays (counted from sizes)"
+        f"activations    {cost.amount(peak)}{beside} of a micro-batch of {micro_batch}, without recomputation: "
+        f"{by_pass}; {total} with what stays (counted from sizes)"
     )
 
 
@@ -82,7 +85,8 @@ def dry_run(config: Config, mfu: float | None = None, ranks: int = 0) -> str:
     flops = cost.step_flops(m, o, config.optim.frozen, lengths)
     lines = [summary.describe(o, config.optim, t, state, planned, split, samples, flops, lengths)]
     kept = cost.activation_bytes(m, o, e, split[0], config.optim.frozen)
-    lines.append(activations_line(kept, cost.persistent_parts(m, o, config.optim, e, t, world), split[0]))
+    stays = cost.persistent_parts(m, o, config.optim, e, t, world)
+    lines.append(activations_line(kept, stays, split[0], execution.rooms(e)))
     lines += [
         f"projection     {throughput.device_name()}, {p.line()}"
         for p in throughput.project(config.model, config.objective, mfu, samples, config.optim.frozen, lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -77,25 +78,25 @@ def _began_there(path: Path, resume: str) -> bool:
         return False
 
 
-def agree(config: Config, images: dict[str, Any], ranks: Ranks) -> Choice:
-    """``choose`` for all ranks, which call this together. Raises UserError on each."""
-    hash_together(config.folder / "checkpoints", ranks)
-    return ranks.decide(lambda: choose(config, images))
-
-
-def hash_together(folder: Path, ranks: Ranks) -> None:
-    """Each rank hashes its share of the newest checkpoint's files, which ``choose`` on rank 0 then knows: the more
-    ranks there are, the larger is what they have saved. All ranks together."""
-    if ranks.world_size == 1:
+def hash_together(path: Path, resume: str, ranks: Ranks) -> None:
+    """Each rank hashes its share of the newest checkpoint's files of the run folder ``path``, or of the one that
+    ``resume`` names, which ``choose`` on rank 0 then knows: the more ranks there are, the larger is what they have
+    saved. An older one, should the newest be damaged, is left to rank 0. All ranks together."""
+    if ranks.world_size == 1 or resume == "never":
         return
 
-    def sized() -> Path | None:
-        return checkpoint.newest(folder, content=False)[0]
+    def candidate() -> Path | None:
+        own = checkpoint.newest(path / "checkpoints", content=False)[0]
+        if own is None and _is_named(resume):
+            with contextlib.suppress(UserError):  # ``choose`` will say it
+                named = checkpoint.locate(resume, quiet=True, content=False)
+                return named if named.is_dir() else None
+        return own
 
-    newest = ranks.decide(sized)
-    if newest is not None:
-        for found in ranks.each(lambda: checkpoint.hash_part(newest, ranks.rank, ranks.world_size)):
-            checkpoint.take_hashes(newest, found)
+    chosen = ranks.decide(candidate)
+    if chosen is not None:
+        for found in ranks.each(lambda: checkpoint.hash_part(chosen, ranks.rank, ranks.world_size)):
+            checkpoint.take_hashes(chosen, found)
 
 
 def choose(config: Config, images: dict[str, Any]) -> Choice:

@@ -181,6 +181,8 @@ class TrainStep:
         execution, mends = self.state.execution, []
         if not execution.recompute.blocks:
             mends.append("efficiency.recompute=blocks")
+        if execution.captures and execution.overlaps:  # with twice the activations
+            mends.append("efficiency.cuda_graph=step")
         if execution.efficiency.flow_mini_batch > 1:
             mends.append("efficiency.flow_mini_batch=1")
         mend = f"set train.micro_batch={half}" if half else "the model needs a larger GPU"
