@@ -121,9 +121,9 @@ def checkpoints() -> list[str]:
         lines += [
             "",
             f"`python benchmarks/bench_checkpoint.py` on an {first['device']}, ranks over gloo: a state of",
-            f"{first['whole'] / MB:.0f} MB. CPU seconds of the slowest rank, the median of {first['repeats']}; MB of the rank",
-            "with the most. Each rank builds the whole model before it keeps its shard, and reads the index of",
-            "every file, which is what grows with the ranks. Before a run resumes from a checkpoint, its own or",
+            f"{first['whole'] / MB:.0f} MB. CPU seconds of the slowest rank, the median of {first['repeats']}; MB of",
+            "the rank with the most. Each rank builds the whole model before it keeps its shard, and reads the index",
+            "of every file, which is what grows with the ranks. Before a run resumes from a checkpoint, its own or",
             "a named one, each rank hashes its share of the files.",
             "",
             "| strategy | ranks | start s | save s | a rank writes MB | load s | a rank reads MB | hash s "
