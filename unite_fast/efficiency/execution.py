@@ -32,7 +32,7 @@ from unite_fast.efficiency.precision import Recipe
 from unite_fast.layers import attention
 from unite_fast.parallel import sharding
 from unite_fast.parallel.distributed import Ranks
-from unite_kernels import backend
+from unite_kernels import backend, copied_linear
 
 FILL = 0.92  # share of the device that may be planned for: the allocator leaves gaps
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -63,12 +63,14 @@ def sharded(train: TrainConfig, world_size: int) -> bool:
     return train.strategy != "ddp" and world_size > 1
 
 
-def keeps_copy(layer: nn.Module, efficiency: EfficiencyConfig, shards: bool) -> bool:
-    """Whether ``layer`` computes with a low-precision copy of its weight, which is kept: a linear one of whole weights,
-    and of gathered ones (``shards``) what is in float8. As planned: no layer is known to be slower in it."""
-    if not hasattr(layer, "products") or efficiency.precision == "fp32":
-        return False
-    return not shards or (efficiency.precision in precision.SCALED and precision.fits_float8(layer))
+def copy_bytes(layer: Any, efficiency: EfficiencyConfig, shards: bool) -> int:
+    """Of the low-precision copy that ``layer`` computes with, 0 for none: a linear layer of whole weights has one, and
+    of gathered ones (``shards``) what is in float8. As planned: no layer is known to be slower in it."""
+    scaled = hasattr(layer, "products") and efficiency.precision in precision.SCALED and precision.fits_float8(layer)
+    if efficiency.precision == "fp32" or not hasattr(layer, "products") or (shards and not scaled):
+        return 0
+    rows, columns = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
+    return 2 * rows * (columns if shards else columns + 1)  # gathered biases are cast where they are used
 
 
 def rooms(efficiency: EfficiencyConfig) -> int:

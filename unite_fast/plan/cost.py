@@ -203,10 +203,8 @@ def persistent_parts(
         parts["gradients on their way"] = each
     shards = execution.sharded(train, world_size)
     layers = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
-    copied = [layer for layer in layers if execution.keeps_copy(layer, e, shards)]
-    if copied:
-        biases = 0 if shards else sum(layer.bias.numel() for layer in copied)
-        parts["copies"] = 2 * (biases + sum(layer.weight.numel() for layer in copied))
+    if copies := sum(execution.copy_bytes(layer, e, shards) for layer in layers):
+        parts["copies"] = copies
     return parts
 
 
