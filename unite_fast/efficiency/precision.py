@@ -265,8 +265,8 @@ def _products(recipe: Recipe, path: str, layer: Any, shards: bool = False) -> Pr
         products = Scaled(layer, recipe.name == "fp8_rowwise", gathered=shards)
         if shards:
             recipe.gathered.append(products)
-            return products
-        recipe.scaled.append((products, layer.weight))
+        else:
+            recipe.scaled.append((products, layer.weight))
     else:
         pattern = f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} {layer.in_features} -> {layer.out_features}"
         reasons = recipe.slower if slower(padded, recipe.device) else recipe.left
@@ -276,7 +276,8 @@ def _products(recipe: Recipe, path: str, layer: Any, shards: bool = False) -> Pr
             return None
         products = Half(layer)
         recipe.follow(products.weight, layer.weight, layer.groups)
-    recipe.follow(products.bias, layer.bias, layer.groups)
+    if products.bias is not None:
+        recipe.follow(products.bias, layer.bias, layer.groups)
     return products
 
 
