@@ -88,7 +88,7 @@ def write_scaled_(
     transposed_scale.copy_(factors)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """dy^T x of (R, N) and (R, K) bfloat16, in ``dtype``, bfloat16 or float32."""
     if x.is_cuda and dtype == torch.float32:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
