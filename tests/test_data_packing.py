@@ -54,6 +54,13 @@ def test_stats_list_names_every_image_and_its_pixels(folder, tmp_path, packs):
     assert len(lines) == COUNT
 
 
+def test_a_plan_that_cannot_be_read_is_another_one(folder, tmp_path):
+    (tmp_path / pack_module.PARTS).mkdir()
+    (tmp_path / pack_module.PARTS / "plan.json").write_bytes(b"\x9b\xff")
+    with pytest.raises(UserError, match="unfinished pack of other images or options"):
+        pack(folder, tmp_path, SIZE)
+
+
 def test_killed_pack_continues_and_ends_the_same(folder, packs, tmp_path):
     dest = tmp_path / "p"
     words = [str(folder), str(dest), "--size", str(SIZE), "--per-shard", "28", "--workers", "1"]

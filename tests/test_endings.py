@@ -24,6 +24,11 @@ def test_a_run_that_is_done(tiny, tmp_path):
         assert first.endswith(f"saved in {tmp_path / 'run' / 'checkpoints' / 'step-0000003'}")
         assert [line.split(":")[0] for line in more] == ["to see it", "to sample", "to go on"]
         assert more[1].endswith(f"--checkpoint {tmp_path / 'run'} --out samples.png")
+        with (tmp_path / "run" / "starts.jsonl").open("ab") as starts:  # of a disk that lies: kept, and no obstacle
+            starts.write(b"\x9b\xff")
+    said = (tmp_path / "run" / "starts.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in said[::2]] == [0, 3]
+    assert said[1::2] == [b"\x9b\xff"] * 2
 
 
 def test_the_time_is_over(tiny, tmp_path):

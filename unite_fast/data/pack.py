@@ -193,7 +193,7 @@ def prepare(dest: Path, source_path: Path, source: EncodedSource, plan: Plan) ->
     outputs.check(dest, "DEST", [source_path])
     text = json.dumps(vars(plan), indent=1)
     if parts.is_dir() and not parts.is_symlink() and (parts / "plan.json").is_file():
-        if (parts / "plan.json").read_text() != text:
+        if files.read(parts / "plan.json") != text.encode():
             raise UserError(f"{dest} holds an unfinished pack of other images or options; remove it, or choose another")
     elif dest.exists() and (not dest.is_dir() or set(dest.iterdir()) - {parts} or parts.is_symlink()):
         raise UserError(f"{dest} exists and is not an unfinished pack; choose a new or empty folder")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unite_fast.base import files
 from unite_fast.base.errors import UserError, first_line
 from unite_fast.config import DECODER_SIZES, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.config.checks import validate_model
@@ -290,7 +291,7 @@ def sidecar(path: Path) -> dict[str, Any]:
     if not beside.is_file():
         return {}
     try:
-        content = json.loads(beside.read_text())
+        content = json.loads(files.read(beside))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

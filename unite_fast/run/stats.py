@@ -69,7 +69,7 @@ class WeightsAndBiases:
         import wandb
 
         file = folder / "wandb_id.txt"
-        known = file.read_text().strip() if file.is_file() else None
+        known = files.read_text(file, "replace").strip() if file.is_file() else None
         self.run = wandb.init(
             project=t.wandb_project, name=t.wandb_name or values["name"], dir=str(folder), config=values, id=known,
             mode="offline" if t.wandb_offline else "online", resume="allow",

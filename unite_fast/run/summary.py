@@ -54,8 +54,8 @@ def write_description(path: Path, keys: dict[str, Any], ranks: Ranks, source: da
     with files.refusals(f"run folder {path}", "; choose another with run_dir=PATH"):
         starts = path / "starts.jsonl"
         start = {"step": state.step} | described | {"config": keys}
-        before = starts.read_text() if starts.is_file() else ""
-        files.write(starts, before + "\n" * (before[-1:] not in ("", "\n")) + json.dumps(start) + "\n")
+        before = files.read(starts) if starts.is_file() else b""  # whatever it holds
+        files.write(starts, before + b"\n" * (before[-1:] not in (b"", b"\n")) + json.dumps(start).encode() + b"\n")
         files.write(path / "config.resolved.yaml", yaml_text.dump(keys))
         files.write_json(path / "provenance.json", described | {"class_names": source.class_names})
 
