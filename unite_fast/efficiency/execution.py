@@ -66,8 +66,9 @@ def sharded(train: TrainConfig, world_size: int) -> bool:
 def copy_bytes(layer: Any, efficiency: EfficiencyConfig, shards: bool) -> int:
     """Of the low-precision copy that ``layer`` computes with, 0 for none: a linear layer of whole weights has one, and
     of gathered ones (``shards``) what is in float8. As planned: no layer is known to be slower in it."""
-    scaled = hasattr(layer, "products") and efficiency.precision in precision.SCALED and precision.fits_float8(layer)
-    if efficiency.precision == "fp32" or not hasattr(layer, "products") or (shards and not scaled):
+    if efficiency.precision == "fp32" or not hasattr(layer, "products"):
+        return 0
+    if shards and not (efficiency.precision in precision.SCALED and precision.fits_float8(layer)):
         return 0
     rows, columns = copied_linear.padded_shape(layer.weight.shape, layer.groups, layer.wide_inputs)
     return 2 * rows * (columns if shards else columns + 1)  # gathered biases are cast where they are used

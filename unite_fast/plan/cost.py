@@ -193,17 +193,15 @@ def persistent_parts(
     parts = {name: size // shards for name, size in (parts | {"EMA": averages * each}).items()}
     if optim.frozen:
         parts["frozen"] = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad) // shards
-    if execution.sharded(train, world_size) and train.reshard == "step":
-        networks = [model, *([] if opponent is None else [opponent])]
+    sharded, networks = execution.sharded(train, world_size), [model] if opponent is None else [model, opponent]
+    if sharded and train.reshard == "step":
         products = sum(p.numel() for unit in model.shard_units() if unit.products for p in unit.parameters)
         others = sum(p.numel() for network in networks for p in network.parameters()) - products
         parts["whole weights"] = execution.gathered_bytes(e) * products + 4 * others
         parts["whole gradients"] = each
     if execution.sends_copies(e, train, world_size):
         parts["gradients on their way"] = each
-    shards = execution.sharded(train, world_size)
-    layers = model.modules() if opponent is None else [*model.modules(), *opponent.modules()]
-    if copies := sum(execution.copy_bytes(layer, e, shards) for layer in layers):
+    if copies := sum(execution.copy_bytes(layer, e, sharded) for network in networks for layer in network.modules()):
         parts["copies"] = copies
     return parts
 

@@ -22,7 +22,8 @@ from unite_fast.run import assemble, monitor, start, summary
 def activations_line(kept: Mapping[Any, int], stays: Mapping[str, int], micro_batch: int, rooms: int = 1) -> str:
     """What the passes keep for their backward, and the sum with what stays on a rank; bytes by name.
 
-    rooms: of ``execution.rooms``."""
+    rooms: of ``execution.rooms``.
+    """
     peak = max(kept.values())
     by_pass = ", ".join(f"{name} {cost.amount(size)}" for name, size in kept.items())
     total = cost.amount(rooms * peak + sum(stays.values()))

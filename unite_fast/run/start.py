@@ -95,7 +95,8 @@ def hash_together(path: Path, resume: str, ranks: Ranks) -> None:
 
     chosen = ranks.decide(candidate)
     if chosen is not None:
-        for found in ranks.each(lambda: checkpoint.hash_part(chosen, ranks.rank, ranks.world_size)):
+        parts = ranks.each(lambda: checkpoint.hash_part(chosen, ranks.rank, ranks.world_size))
+        for found in parts if ranks.is_main else ():  # it alone chooses: others need not look at every file
             checkpoint.take_hashes(chosen, found)
 
 
