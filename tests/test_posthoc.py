@@ -89,6 +89,20 @@ def test_a_run_gives_the_average_that_another_kept(tmp_path, monkeypatch):
         of("ema")
 
 
+def test_a_main_average_that_warms_up_is_none_of_a_fixed_decay(tmp_path):
+    """Its decays differ, so it takes no part: alone it makes nothing, beside others it changes nothing."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = ("--config", tmp_path / "tiny.yaml", "train.max_steps=3", "optim.ema_decay=0.9", "optim.ema_warmup=true",
+             "optim.ema_extra=[std0.15]", "model.num_latents=4")  # fmt: skip
+    said = command("train.py", *words, f"run_dir={tmp_path / 'run'}")
+    assert said.returncode == 0, said.stderr
+    with pytest.raises(UserError, match=r"posthoc_0\.9: 1 averages in 1 checkpoints .* come no nearer"):
+        checkpoint.load_weights(tmp_path / "run", "posthoc_0.9")
+    found, _ = checkpoint.load_weights(tmp_path / "run", "posthoc_std0.15")
+    direct, _ = checkpoint.load_weights(tmp_path / "run", "ema_std0.15")
+    assert all(torch.allclose(tensor, direct[n], atol=1e-6) for n, tensor in found.items())
+
+
 def test_names():
     assert posthoc.entry_of("ema_std0.05") is None
     assert posthoc.entry_of("posthoc_std0.07") == "std0.07"

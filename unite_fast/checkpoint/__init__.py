@@ -302,6 +302,8 @@ def _kept_until(path: Path) -> list[posthoc.Kept]:
             continue
         o, counts = saved_config(folder).optim, _counters(_read_counters(folder), folder, (STEPS,))[0]
         averages = dict(zip(ema.names(o), (o.ema_decay, *o.ema_extra), strict=True))
+        if o.ema_warmup:  # its decays are not those of a profile that ``ema`` knows
+            del averages["ema"]
         found.append(posthoc.Kept(folder.name, counts[STEPS], averages, stored(folder)))
     return found
 
