@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from support import REFERENCE, TINY
+
+from unite_fast.run import garbage
 
 
 def pytest_configure() -> None:
@@ -34,6 +37,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     assert not set(LONG) - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}, "renamed?"
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def frozen():
+    """What is there before a test stays: to look through all of torch again would be a fifth of a tiny run's time."""
+    gc.collect()
+    garbage.keep()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from support import Outcome
 
 import unite_fast.base.command
 from unite_fast.parallel import distributed
+from unite_fast.run import garbage
 
 SERVER = multiprocessing.get_context("forkserver")
 # What ranks import late, too: torch loads its compiler in the first step of anything.
@@ -43,6 +44,7 @@ def _fork(count: int, target: Callable[..., None], arguments: tuple[Any, ...], s
 
 
 def _enter(environment: dict[str, str]) -> None:
+    garbage.keep()  # a rank that looked through all that is imported would copy it
     os.environ.update(environment)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

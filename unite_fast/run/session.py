@@ -74,7 +74,7 @@ class Session:
         self.step = step
         if self.log is not None:
             self.log.alive()
-        if not self.collector.frozen or step % self.config.train.log_every == 0:
+        if not self.collector.begun or step % self.config.train.log_every == 0:
             self.collector.collect()
         state, reason = self.stop.agreed()
         if state == "running":
