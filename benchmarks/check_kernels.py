@@ -79,17 +79,28 @@ def compiled_kernels(call) -> list:
     return found
 
 
-def read_cubin(cubin: bytes) -> dict[str, dict[str, Any]]:
-    """By function: registers, spill instructions, stack and shared bytes, and its loop (``machine_code.Loop``)."""
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of the CUDA toolkit's readers of binaries prints."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tools = (["cuobjdump", "-res-usage"], ["nvdisasm", "-c"])
-        usage, code = (
-            subprocess.run([DISASSEMBLER / tool, option, file.name], check=True, capture_output=True, text=True).stdout
-            for tool, option in tools
-        )
-    return machine_code.read(usage, code)
+        words = [DISASSEMBLER / name, option, file.name]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def read_cubin(cubin: bytes) -> dict[str, dict[str, Any]]:
+    """By function: registers, spill instructions, stack and shared bytes, and its loop (``machine_code.Loop``)."""
+    return machine_code.read(tool("cuobjdump", "-res-usage", cubin), tool("nvdisasm", "-c", cubin))
+
+
+def memory_of(kernel: Any) -> dict[str, int]:
+    """Spills, stack and shared bytes of a compiled Triton kernel. Disassembling takes a hundred times as long as
+    reading sizes, and without a stack or local memory nothing is spilled."""
+    ((_, _, stack, _, local),) = machine_code.USAGE.findall(tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
+    if int(stack) or int(local):
+        ((_, row),) = read_cubin(kernel.asm["cubin"]).items()
+        return {key: row[key] for key in ("spills", "stack")} | {"shared": kernel.metadata.shared}
+    return {"spills": 0, "stack": 0, "shared": kernel.metadata.shared}
 
 
 def read_kernel(kernel: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ python tests/cuda_trace.py [NAME ...]        one JSON object: what each scenario
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -31,7 +32,7 @@ from unite_fast.config import (  # noqa: E402
 from unite_fast.data import Batch, batch_of_images  # noqa: E402
 from unite_fast.efficiency import precision  # noqa: E402
 from unite_fast.modality.images import ImageLosses  # noqa: E402
-from unite_fast.modality.lpips import Perceptual  # noqa: E402
+from unite_fast.modality.lpips import Perceptual, Undrawn  # noqa: E402
 from unite_fast.model.unite import UNITE  # noqa: E402
 from unite_fast.objective import Objective  # noqa: E402
 from unite_fast.parallel.distributed import Ranks  # noqa: E402
@@ -56,7 +57,7 @@ def train(*overrides: str, tiny: bool = False, steps: int = 1) -> Callable[[OnTh
         state = assemble.fresh_state(config, Ranks(0, 1, DEVICE), moved(UNITE(config.model)).train())
         perceptual = None
         if config.objective.perceptual_weight:
-            with unset_fake_temporarily():
+            with unset_fake_temporarily(), Undrawn():
                 perceptual = Perceptual(None, backend=config.efficiency.kernels)
             moved(perceptual)
         e = config.efficiency
@@ -170,6 +171,7 @@ SCENARIOS: dict[str, Callable[[OnTheGpu], None]] = {
 
 
 def main(names: list[str]) -> int:
+    gc.disable()  # of objects without data there is room for all
     launches = Launches()
     report: dict[str, Any] = {}
     for name in names or list(SCENARIOS):

@@ -96,11 +96,11 @@ class Launches:
         self.kernels.setdefault(id(compiled), (compiled, {"name": name, "scenario": self.scenario}))
 
     def read(self) -> list[dict[str, Any]]:
-        """Every compiled kernel: its name and sizes, which scenario wanted it first, what its machine code needs."""
+        """Every compiled kernel: its name and sizes, which scenario wanted it first, what memory its code needs."""
         found = []
         for compiled, named in self.kernels.values():
             constants = [v for v in compiled.src.constants.values() if isinstance(v, int)]
-            found.append(named | check_kernels.read_kernel(compiled) | {"constants": constants})
+            found.append(named | check_kernels.memory_of(compiled) | {"constants": constants})
         return found
 
 

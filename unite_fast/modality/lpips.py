@@ -6,12 +6,13 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unite_fast.base.errors import UserError
 from unite_fast.base.files import file_sha256
@@ -49,6 +50,15 @@ def pixel_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
     return difference.abs().mean() if kind == "l1" else difference.square().mean()
 
 
+class Undrawn(TorchFunctionMode):
+    """Weights that are loaded afterwards, or never read, are not drawn first: VGG16's 138 million take seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al., CVPR 2018): VGG16, v0.1 linear heads; a frozen module returning the batch mean."""
 
@@ -64,7 +74,7 @@ class Perceptual(nn.Module):
         check_heads()
         import lpips  # here: it imports torchvision, which takes seconds
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), Undrawn() if trunk is not None else nullcontext():
             warnings.simplefilter("ignore")  # torchvision's deprecated "pretrained" argument
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         if trunk is not None:
