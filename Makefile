@@ -42,8 +42,8 @@ demo-molecules: install  ## train on real molecules on two cores, generate and r
 	OMP_NUM_THREADS=1 $(RUN) -m unite_fast evaluate atoms --checkpoint runs/molecules
 	$(RUN) -m unite_fast.report runs/molecules
 
-test: install  ## every test that needs no GPU
-	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+test: install  ## every test that needs no GPU; EXCEPT: a file that has just been run
+	$(RUN) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(EXCEPT:%=--ignore=%)
 
 test-faults: install  ## what a cluster does to a run: two ranks on this CPU, a table of faults and outcomes at the end
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/faults

@@ -104,22 +104,26 @@ def test_qm9_is_what_a_direct_reading_of_its_package_gives():
     assert torch.bincount(structures.heavy_atoms())[1:].tolist() == [3, 5, 9, 31, 127, 608, 3138, 17879, 109031]
     histogram = structures.histogram()
     assert (int(histogram.argmax()), len(histogram) - 1, int(histogram[28]), int(histogram[:3].sum())) == (19, 29, 0, 0)
+    offsets, coordinates = structures.offsets.numpy(), structures.coordinates.numpy()
     worst, row = 0.0, 0
     for part in (1, 2, 3):
         with open(root / f"qm9_part{part}.csv", newline="") as file:
-            for record in csv.DictReader(file):
-                low, high = structures.offsets[row : row + 2].tolist()
-                numbers = [float(x) for x in record["XYZ_Ang"].replace("[", "").replace("]", "").split(",")]
-                positions = np.array(numbers).reshape(-1, 3)
-                assert high - low == int(record["N_atoms"]) == len(positions)
-                if row % 50 == 0:
-                    symbols = record["Elements"].strip("[]").replace("'", "").split(",")
-                    found = structures[row]
-                    assert [Chem.Atom(s).GetAtomicNum() for s in symbols] == found.species.tolist()
-                    assert (found.name, found.smiles) == (f"gdb_{record['Index']}", record["SMILES"])
-                here = structures.coordinates[low:high].numpy()
-                worst = max(worst, float(np.abs(here - (positions - positions.mean(0))).max()))
-                row += 1
+            records = list(csv.DictReader(file))
+        for k, record in enumerate(records[::50]):
+            symbols = record["Elements"].strip("[]").replace("'", "").split(",")
+            found = structures[row + 50 * k]
+            assert [Chem.Atom(s).GetAtomicNum() for s in symbols] == found.species.tolist()
+            assert (found.name, found.smiles) == (f"gdb_{record['Index']}", record["SMILES"])
+        sizes = np.array([int(record["N_atoms"]) for record in records])
+        assert [record["XYZ_Ang"].count(",") + 1 for record in records] == (3 * sizes).tolist()
+        here = offsets[row : row + len(records) + 1]
+        assert np.diff(here).tolist() == sizes.tolist()
+        numbers = ",".join(record["XYZ_Ang"] for record in records).replace("[", "").replace("]", "").split(",")
+        positions = np.array(list(map(float, numbers))).reshape(-1, 3)
+        centers = np.add.reduceat(positions, here[:-1] - here[0]) / sizes[:, None]
+        apart = coordinates[here[0] : here[-1]] - (positions - centers.repeat(sizes, 0))
+        worst = max(worst, float(np.abs(apart).max()))
+        row += len(records)
     assert row == 130_831
     assert worst < 1e-6
     assert not faults(structures, 29)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -40,32 +41,75 @@ def test_every_example_is_run():
     assert DIFFS.keys() == RUNS.keys()
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
-def test_an_example_applies_and_runs(name, tmp_path):
-    for part in ("unite_fast", "train.py", "kernels", "tests/ops", "conftest.py", "pyproject.toml"):
-        (tmp_path / part).parent.mkdir(exist_ok=True)
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, tmp_path / part)
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "apply", "-"], input=DIFFS[name], text=True, cwd=tmp_path, check=True)
-    before, options, term = RUNS[name]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'kernels'}"}
-    if before.endswith(".py"):
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", before]
-        tested = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert tested.returncode == 0, tested.stdout
-        assert tested.stdout.startswith("." * 7)  # all of them
-        return
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    if before:
-        subprocess.run([sys.executable, "-c", before], cwd=tmp_path, check=True)
-    words = ["--config", "tiny.yaml", "train.max_steps=2", "device=cpu", *options.split()]
-    said = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert said.returncode == 0, said.stderr
-    header = (tmp_path / "runs" / "tiny" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert term in header
+# Forked for each folder, with all but the project imported. Of each a line: the exit status, and what it said.
+TRAININGS = """
+import json, os, sys
+import sklearn.datasets, torch, torch._dynamo
+for folder, words in json.loads(sys.argv[1]):
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        for stream in (1, 2):
+            os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.path[:0] = [folder, f"{folder}/kernels"]
+        code = 99
+        try:
+            import train, unite_fast.base.command
+            assert train.__file__.startswith(folder) and unite_fast.__file__.startswith(folder)
+            code = unite_fast.base.command.run(train.main, words)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory) -> dict[str, Path]:
+    """By example: a copy of the tree with it."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")).resolve() for name in RUNS}
+    for name, folder in folders.items():
+        for part in ("unite_fast", "train.py", "kernels", "tests/ops", "conftest.py", "pyproject.toml"):
+            (folder / part).parent.mkdir(exist_ok=True)
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+        subprocess.run(["git", "apply", "-"], input=DIFFS[name], text=True, cwd=folder, check=True)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def trained(applied) -> dict[str, int]:
+    """Exit statuses of two steps of each example that is no kernel."""
+    names, asked = [name for name in sorted(RUNS) if RUNS[name][1]], []
+    for name in names:
+        before, options, _ = RUNS[name]
+        (applied[name] / "tiny.yaml").write_text(TINY)
+        if before:
+            subprocess.run([sys.executable, "-c", before], cwd=applied[name], check=True)
+        words = ["--config", "tiny.yaml", "train.max_steps=2", "device=cpu", *options.split()]
+        asked.append([str(applied[name]), words])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", TRAININGS, json.dumps(asked)]
+    done = subprocess.run(command, cwd=applied[names[0]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(names, map(int, done.stdout.split()), strict=True))
+
+
+def test_an_operation_applies_and_is_tested(applied):
+    folder, (tests, _, _) = applied["A kernel"], RUNS["A kernel"]
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{folder / 'kernels'}"}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    tested = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stdout
+    assert tested.stdout.startswith("." * 7)  # all of them
+
+
+@pytest.mark.parametrize("name", sorted(name for name in RUNS if RUNS[name][1]))
+def test_an_example_applies_and_runs(name, applied, trained):
+    assert trained[name] == 0, (applied[name] / "said.txt").read_text()
+    header = (applied[name] / "runs" / "tiny" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert RUNS[name][2] in header
 
 
 def names_in(path: Path) -> set[str]:

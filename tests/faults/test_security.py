@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from jobs import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import Outcome
 
 from unite_fast.run.rank_log import redact
 
@@ -31,34 +33,46 @@ BILLION = "x0: &x0 [y]\n" + "".join(f"x{i}: &x{i} [" + ", ".join([f"*x{i - 1}"] 
 OPTIONAL = ("flash_attn", "transformer_engine", "nvidia", "wandb", "tensorboard", "triton")
 
 
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+RUNS = """
+import contextlib, io, json
+from unite_fast.base.command import run
+for words in json.loads(sys.argv[1]):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = run(program.main, words)
+    print(json.dumps([code, out.getvalue(), error.getvalue()]))
+"""
+
+
+def python(code: str, *runs: Sequence[object]) -> list[Outcome]:
+    """What becomes of ``program.main`` with the words of each run, in one process that begins with ``code``."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    words = [sys.executable, "-c", code, *(str(a) for a in arguments)]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    words = [sys.executable, "-c", f"import sys\n{code}\n{RUNS}", json.dumps([[*map(str, run)] for run in runs])]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @fault("F38", "optional packages that are missing", "the run works; doctor lists them with the remedy")
 def test_without_optional_packages(job):
-    code = BLOCK.format(names=OPTIONAL) + "import train, unite_fast.base.command as c; sys.exit(c.run(train.main))"
-    words = ("--config", job.config, f"run_dir={job.run}", "train.max_steps=2")
-    result = python(code, *words)
-    assert result.returncode == 0, result.stderr
-    result = python(code, *words, "train.tensorboard=true", "train.max_steps=3")
-    assert result.returncode == 2
-    assert result.stderr == "error: train.tensorboard=true needs tensorboard; pip install tensorboard\n"
-    result = python(code, *words, "train.wandb=true", "train.max_steps=3")
-    assert result.returncode == 2
-    assert result.stderr == "error: train.wandb=true needs wandb; pip install wandb\n"
+    words = ("--config", job.config, f"run_dir={job.run}")
+    runs = [
+        ("train.max_steps=2",),
+        ("train.tensorboard=true", "train.max_steps=3"),
+        ("train.wandb=true", "train.max_steps=3"),
+    ]
+    plain, *others = python(BLOCK.format(names=OPTIONAL) + "import train as program", *((*words, *run) for run in runs))
+    assert plain.returncode == 0, plain.stderr
+    for result, name in zip(others, ("tensorboard", "wandb"), strict=True):
+        assert result.returncode == 2
+        assert result.stderr == f"error: train.{name}=true needs {name}; pip install {name}\n"
 
 
 @pytest.mark.parametrize("blocked", [(), OPTIONAL, ("lpips",)])
 @fault("F38", "optional packages that are missing", "doctor, as a table and as JSON; what is required is a FAIL")
 def test_doctor(blocked):
-    code = (
-        BLOCK.format(names=blocked)
-        + "from unite_fast import doctor; from unite_fast.base.command import run; sys.exit(run(doctor.main))"
-    )
-    result = python(code, "--json")
+    runs = [("--json",)] if blocked else [("--json",), ()]
+    result, *table = python(BLOCK.format(names=blocked) + "from unite_fast import doctor as program", *runs)
     found = {f["what"]: f for f in json.loads(result.stdout)}
     assert {"python", "torch", "device", "shared memory", "lpips", "tensorboard", "wandb"} <= set(found)
     if "wandb" in blocked:
@@ -69,25 +83,25 @@ def test_doctor(blocked):
         assert found["lpips"]["state"] == "FAIL"
         assert result.returncode == 1
     if not blocked:
-        lines = python(code).stdout.splitlines()
-        assert [line[5:27].strip() for line in lines] == list(found)
+        assert [line[5:27].strip() for line in table[0].stdout.splitlines()] == list(found)
 
 
 @fault("F39", "no network, no weights", "a line that says what is missing; no connection is tried; no file is left")
 def test_offline(job):
     code = (
-        "import socket, sys\n"
+        "import socket\n"
         "def refuse(*a, **k): raise AssertionError('a connection was tried')\n"
         "socket.socket.connect = refuse; socket.create_connection = refuse\n"
-        "import train, unite_fast.base.command as c; sys.exit(c.run(train.main))"
+        "import train as program"
     )
     words = ("--config", job.config, f"run_dir={job.run}", "train.max_steps=1")
-    result = python(code, *words, "objective.perceptual_weight=1", "model.channels=3")
+    (result,) = python(code, (*words, "objective.perceptual_weight=1", "model.channels=3"))
     assert result.returncode == 2
     assert "no VGG16 weights are named" in result.stderr
     assert "objective.perceptual_trunk" in result.stderr
     assert not job.run.exists()
-    assert python(code, *words).returncode == 0
+    (result,) = python(code, words)
+    assert result.returncode == 0, result.stderr
 
 
 @fault("F40", "weights with another hash", "refused with both hashes; the file is neither loaded nor changed")
