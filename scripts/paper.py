@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ PAGE = ROOT / "docs" / "PAPER.md"
 CONFIGS = ROOT / "configs" / "paper"
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
 MFU = 0.4
+AT = f" at an MFU of {MFU:.0%}"
 PATHS = "data.path=imagenet/train objective.perceptual_trunk=vgg16-397923af.pth"
 
 
@@ -51,8 +53,9 @@ def values_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def plan(config: Config) -> tuple[float, float, float]:
     """(GFLOP per sample, FLOPs of the run, hours of one H200), by the planner; the hours are a prediction."""
-    flops = step_flops(config.model, config.objective)["total"]
-    (projection,) = throughput.project(config.model, config.objective, MFU)
+    frozen = config.optim.frozen
+    flops = step_flops(config.model, config.objective, frozen)["total"]
+    (projection,) = throughput.project(config.model, config.objective, MFU, frozen=frozen)
     samples = projection.samples * config.train.epochs
     return flops / 1e9, flops * samples, projection.minutes(1) * config.train.epochs / 60
 
@@ -60,7 +63,7 @@ def plan(config: Config) -> tuple[float, float, float]:
 def command(name: str, row: dict[str, Any]) -> str:
     program = "torchrun --standalone --nproc_per_node=8 train.py"
     paths = "data.path=mp_20" if row["base"] == "mp20" else PATHS
-    return f"{program} --config configs/paper/{name}.yaml {paths}"
+    return f"{program} --config configs/paper/{name}.yaml {paths} {row.get('more', '')}".rstrip()
 
 
 def config_text(name: str, row: dict[str, Any]) -> str:
@@ -69,20 +72,29 @@ def config_text(name: str, row: dict[str, Any]) -> str:
     body = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
     per_sample, total, hours = plan(config_of(name, row))
     thing = "crystal" if row["base"] == "mp20" else "image"
-    first, *words = command(name, row).split(" --config ")[0], *command(name, row).split(" --config ")[1:]
+    program, _, words = command(name, row).partition(" --config ")
     return "\n".join(
         [
             f"# {row['where']} of the paper (arXiv 2603.22283): {row['published']}; not reproduced here.",
             "#",
-            f"#   {first} \\",
-            f"#       --config {words[0]}",
+            f"#   {program} \\",
+            f"#       --config {words}",
             "#",
             f"# {per_sample:,.0f} GFLOP per {thing}, {total:.2g} FLOPs in all.",
-            f"# PREDICTION, not measured: {hours:,.0f} H200 hours at an MFU of {MFU:.0%}.",
+            f"# PREDICTION, not measured: {row.get('hours', hours):,.3g} H200 hours{'' if 'hours' in row else AT}.",
             "# Written by scripts/paper.py from docs/paper_rows.yaml.",
             body,
         ]
     )
+
+
+def first_of(content: dict[str, Any]) -> dict[str, str]:
+    """{row: the first row that is the same training}."""
+    seen: dict[str, str] = {}
+    return {
+        name: seen.setdefault(repr(dataclasses.replace(config_of(name, row), name="")), name)
+        for name, row in content["configs"].items()
+    }
 
 
 def config_of(name: str, row: dict[str, Any]) -> Config:
@@ -94,9 +106,25 @@ def config_of(name: str, row: dict[str, Any]) -> Config:
 
 # --- what the small runs say ---
 
+SCORES = ("KID", "PSNR")  # of the full-scale table's rows
+
 
 HELD, FAILED, OPEN, FEW, ABSENT = "held", "did not hold", "not decidable", ", fewer than 3 seeds", "not run"
-ORDER = [HELD, HELD + FEW, "in part", FAILED, FAILED + FEW, OPEN, ABSENT]
+REAL = {"feature distance": "feature_distance", "recognised": "recognised", "KID": "kid", "KID lite0": "kid_lite0"}
+LONG = "_long"  # behind the name of a variant: the same, four times as long
+SETS = {  # scores that decide together
+    "generation": {"recognised": "above", "KID": "below", "KID lite0": "below"},
+    "reconstruction": {"PSNR": "above", "feature distance": "below"},
+}
+
+
+def tests_of(claim: dict[str, Any]) -> list[list[Any]]:
+    """[column, run, above, below or like, run or number], those of a set one by one."""
+    found: list[list[Any]] = []
+    for what, run, relation, other in claim["tests"]:
+        scores = SETS.get(what, {what: relation})
+        found += [[column, run, side if relation == "better" else relation, other] for column, side in scores.items()]
+    return found
 
 
 def seeds_of(found: dict[str, Any], column: str, run: Any, beside: str) -> list[float]:
@@ -108,65 +136,118 @@ def seeds_of(found: dict[str, Any], column: str, run: Any, beside: str) -> list[
 
 
 def decide(found: dict[str, Any], test: list[Any]) -> tuple[str, str]:
-    """(held, did not hold, not decidable or not run; the numbers) of [column, run, below or above, run].
+    """(held, did not hold, not decidable or not run; the numbers) of a test of ``tests_of``.
 
-    Held: all seeds of the one lie below (above) all of the other. Did not hold: the reverse. Else not decidable.
+    Held: all seeds of the one lie below (above) all of the other. Did not hold: the reverse, or, of what is claimed to
+    be alike, either of the two. Else not decidable.
     """
     column, run, relation, other = test
     mine, theirs = seeds_of(found, column, run, run), seeds_of(found, column, other, run)
     if not mine or not theirs:
-        return ABSENT, f"{column}: {run} {relation} {other}"
-    said = f"{column}: {run} {spread(mine)}, {other} {spread(theirs) if isinstance(other, str) else ''}".rstrip(", ")
+        return ABSENT, ""
+    said = f"{spread(mine)}; {spread(theirs)}" if isinstance(other, str) else spread(mine)
     few = len(mine) < 3 or (len(theirs) < 3 and isinstance(other, str))
-    if relation == "above":
-        mine, theirs = theirs, mine
-    if max(mine) < min(theirs):
-        verdict = HELD
-    elif min(mine) > max(theirs):
-        verdict = FAILED
+    below, above = max(mine) < min(theirs), min(mine) > max(theirs)
+    if relation == "like":
+        verdict = FAILED if below or above else OPEN
     else:
-        verdict = OPEN
+        held, failed = (below, above) if relation == "below" else (above, below)
+        verdict = HELD if held else FAILED if failed else OPEN
     return verdict + FEW * (few and verdict != OPEN), said  # more seeds do not part what overlaps
 
 
+def longer(found: dict[str, Any], test: list[Any]) -> list[Any]:
+    """The same test of the long runs; of the others where a variant has none."""
+    column, run, relation, other = test
+    names = [name for name in (run, other) if name in found]
+    if any(name + LONG not in found for name in names):
+        return test
+    return [column, run + LONG, relation, other + LONG if other in names else other]
+
+
 def spread(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    return (
-        f"{mean:.3g} ({min(values):.3g} to {max(values):.3g}, n = {len(values)})" if len(values) > 1 else f"{mean:.3g}"
-    )
+    """Mean and range; how many, where they are not three."""
+    mean, few = sum(values) / len(values), f", n = {len(values)}" * (len(values) != 3)
+    return f"{mean:.3g} ({min(values):.3g} to {max(values):.3g}{few})" if len(values) > 1 else f"{mean:.3g}"
 
 
 def summed(verdicts: list[str]) -> str:
     """Of a claim with several tests."""
-    run = [v for v in verdicts if v != ABSENT]
-    if not run:
-        return ABSENT
-    if all(v == run[0] for v in run):
-        return run[0]
-    if len({v.removesuffix(FEW) for v in run}) == 1:
-        return max(run, key=len)
-    return "in part: " + ", ".join(f"{v} {run.count(v)}" for v in dict.fromkeys(run))
+    kinds = {v.removesuffix(FEW) for v in verdicts}
+    if len(kinds) == 1:
+        return max(verdicts, key=len)
+    if {HELD, FAILED} <= kinds:
+        return "mixed"
+    return next((f"{kind} in part" for kind in (HELD, FAILED) if kind in kinds), OPEN)
+
+
+def claims(content: list[dict[str, Any]], found: dict[str, Any]) -> list[str]:
+    """The table of claims, a row for each and for each of its tests, and how many came out how."""
+    table, verdicts, pairs, last = [], [], [], []
+    for claim in content:
+        rows, outcomes = [], []
+        for test in tests_of(claim):
+            column, run, relation, other = test
+            longest = longer(found, test)
+            short, long = decide(found, test), decide(found, longest)
+            outcomes.append((short[0], long[0]))
+            if longest != test:
+                pairs.append(outcomes[-1])
+            said = ["", ""] if longest == test else [long[1], long[0]]
+            beside = f"`{other}`" if other in found else other
+            rows.append([f"{column}: `{run}` {relation} {beside}", short[1], short[0], *said])
+        verdict = summed([long for _, long in outcomes])
+        verdicts.append(verdict)
+        last += [long for _, long in outcomes]
+        table += [[f"**{claim['says']}**", "", "", "", f"**{verdict}**"], *rows]
+    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+    same, turned = sum(a == b for a, b in pairs), sum({a, b} == {HELD, FAILED} for a, b in pairs)
+    apart = sum(v in (HELD, FAILED) for v in last)
+    return [
+        f"Of {len(verdicts)} claims, each by its longest training: {counted}. Of {len(pairs)} comparisons made at both "
+        f"lengths {same} came out the same, {turned} turned to the opposite, {len(pairs) - same - turned} were "
+        f"undecided at one of them. Of all {len(last)} comparisons some {len(last) / 10:.0f} would fall to one side by "
+        f"chance alone; {apart} did. They are not independent: the same runs stand in many.",
+        "",
+        "| the paper says; what was compared | 375 steps | | 1,500 steps | |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in table),
+        "",
+    ]
+
+
+def small_scale(found: dict[str, Any], run: str) -> str:
+    """What a row's small run reached, the longest that there is."""
+    name = run + LONG if run + LONG in found else run
+    cells = found.get(name, {})
+    scores = [f"{column} {spread(list(cells[column]['values'].values()))}" for column in SCORES if column in cells]
+    return f"`{name}`: {'; '.join(scores)}" if scores else ABSENT
+
+
+def every_run(columns: dict[str, dict[str, str]], found: dict[str, Any], real: dict[str, float]) -> list[str]:
+    """Means and ranges of all runs in two tables, the first beside real images; what their columns are."""
+    lines = []
+    for part, about in columns.items():
+        rows = {"real images": [f"{real[key]:.3g}" if (key := REAL.get(name)) in real else "" for name in about]}
+        for run, cells in found.items():
+            rows[f"`{run}`"] = [spread(list(cells[c]["values"].values())) if c in cells else "-" for c in about]
+        if part != "quality":
+            del rows["real images"]
+        lines += [f"| {part} | {' | '.join(about)} |", f"|---|{'---|' * len(about)}"]
+        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+        lines += ["", *(f"- {name}: {says}." for name, says in about.items()), ""]
+    return [*lines, "![Every run, its seeds as dots](../benchmarks/results/claims/table.png)", ""]
 
 
 def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     """docs/PAPER.md."""
-    found, lines = results.get("rows", {}), [PROLOGUE]
-    decided = []
-    for claim in content["claims"]:
-        outcomes = [decide(found, test) for test in claim["tests"]]
-        verdict, numbers = summed([v for v, _ in outcomes]), "; ".join(f"{said}: {v}" for v, said in outcomes)
-        decided.append((verdict, f"| {claim['says']} | **{verdict}** | {numbers} |"))
-    about = results.get("about", {})
-    lines += ["## Claims, at small scale", "", SMALL.format(machine=about.get("machine", "none"), commit=about.get(
-        "commit", "none"), seeds=about.get("seeds", "none"))]  # fmt: skip
-    verdicts = [verdict.partition(":")[0] for verdict, _ in decided]
-    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts), key=ORDER.index))
-    lines += [*(f"- {note}" for note in content["notes"]), "", f"Of {len(decided)} claims: {counted}.", ""]
-    lines += ["| the paper says | at this scale | by |", "|---|---|---|", *(line for _, line in decided), ""]
+    texts = content["texts"]
+    found, about, lines = results.get("rows", {}), results.get("about", {}), [texts["prologue"]]
+    said = {key: about.get(key, "none") for key in ("machine", "commit", "seeds")}
+    lines += ["## Claims, at small scale", "", texts["small"].format(**said)]
+    lines += [*(f"- {note}" for note in content["notes"]), "", *claims(content["claims"], found)]
     if found:
-        lines += ["Real images: " + "; ".join(f"{k} {v:.4g}" for k, v in results.get("real", {}).items()) + ".", ""]
-        lines += ["![Every run, its seeds as dots](../benchmarks/results/claims/table.png)", ""]
-        lines += [results["markdown"], ""]
+        lines += every_run(content["columns"], found, results.get("real", {}))
         for name in FIGURES:
             if (RESULTS / f"{name}.png").is_file():
                 lines += [f"![{FIGURES[name]}](../benchmarks/results/claims/{name}.png)", "", f"*{FIGURES[name]}*", ""]
@@ -177,16 +258,27 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     lines += [
         "## Full scale",
         "",
-        FULL,
-        "| where | published | FLOPs, H200 hours (predicted) | command |",
-        "|---|---|---|---|",
+        texts["full"],
+        "| where | published | at small scale | FLOPs, H200 hours (predicted) | command |",
+        "|---|---|---|---|---|",
     ]
+    same = first_of(content)
     for name, row in content["configs"].items():
         _, total, hours = plan(config_of(name, row))
+        takes = f"{total:.2g}, {row.get('hours', hours):,.3g}"
+        if same[name] != name:
+            takes = f"the training of {content['configs'][same[name]]['where']}"
         how = f"`--config configs/paper/{name}.yaml`"
-        lines.append(f"| {row['where']} | {row['published']} | {total:.2g}, {hours:,.0f} | {how} |")
-    lines += ["", "Without a training of its own:", "", "| where | published | how |", "|---|---|---|"]
-    lines += [f"| {row['where']} | {row['published']} | {row['how']} |" for row in content["others"]]
+        small = row.get("small") or small_scale(found, row.get("run", ""))
+        lines.append(f"| {row['where']} | {row['published']} | {small} | {takes} | {how} |")
+    lines += [
+        "",
+        "Without a training of its own:",
+        "",
+        "| where | published | at small scale | how |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {row['where']} | {row['published']} | {row['small']} | {row['how']} |" for row in content["others"]]
     lines += [
         "",
         "## Where the paper and the code contradict themselves",
@@ -197,32 +289,6 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PROLOGUE = """# The paper, claim by claim
-
-Written by `scripts/paper.py` from `docs/paper_rows.yaml` and `benchmarks/results/claims`; do not edit.
-What the paper is: arXiv 2603.22283. **None of its ImageNet numbers is reproduced here**: that takes
-GPUs, which have not been at hand. What a small model on real images can say of its claims is the first
-table, what each row would take the second.
-"""
-SMALL = """Fashion-MNIST (60,000 real images of 28x28, Debian's `dataset-fashion-mnist`), 375 steps of 32 images, a
-model of 0.5 million parameters: `configs/claims/fashion.yaml`. Seeds {seeds}; trained
-at commit {commit}; {machine}. Everything again, in one command:
-
-```
-python -m unite_fast sweep configs/claims/claims.yaml && python scripts/paper.py --results runs/claims/table.json
-```
-
-**held**: every seed of the one lies on the claimed side of every seed of the other; **did not hold**:
-on the other side; **not decidable**: they overlap. With three seeds a side, chance alone gives one of
-the two first verdicts once in ten, with two once in three. The model and its training are far smaller
-than the paper's, and without LPIPS; this confirms or refutes nothing at its scale.
-"""
-FULL = """`torchrun --standalone --nproc_per_node=8 train.py --config ...` with `data.path=imagenet/train
-objective.perceptual_trunk=vgg16-397923af.pth`, then `python -m unite_fast evaluate fid` and `rfid`; all
-of them: `python -m unite_fast sweep configs/paper/paper.yaml data.path=... --slurm array.sh`. Hours are
-a PREDICTION at an MFU of 40 %. The learning rates are those of `configs/imagenet_b.yaml`, the published
-code's.
-"""
 PICTURES = (
     "Figure 7 at small scale, seed 0 of the four variants: held-out images, their reconstructions, and what is decoded "
     "of the predictions from latents noised to t; mean PSNR of the eight on the left"
@@ -237,14 +303,38 @@ FIGURES = {
 }
 
 
+SWEEP = """# Every training of configs/paper that is on images, each once, scored and looked into, for
+# python -m unite_fast sweep; scripts/paper.py wrote it. The decoder's fine-tuning needs table2_base finished.
+#
+#   python -m unite_fast sweep configs/paper/paper.yaml data.path=imagenet/train data.heldout_path=imagenet/val \\
+#       objective.perceptual_trunk=vgg16-397923af.pth evaluation.reference=imagenet256.npz \\
+#       evaluation.inception=weights-inception-2015-12-05-6726825d.pth
+out: runs/paper
+then:
+  - {command: [evaluate, fid, --checkpoint, "{run}", --out, "{run}/scores/fid.json"], makes: scores/fid.json}
+  - {command: [evaluate, rfid, --checkpoint, "{run}", --out, "{run}/scores/rfid.json"], makes: scores/rfid.json}
+  - {command: [analyse, "{run}", --count, "50000"], makes: analysis/dynamics.json}
+table:
+  FID: [scores/fid.json, result, fid]
+  IS: [scores/fid.json, result, is]
+  rFID: [scores/rfid.json, result, rfid]
+  PSNR: [scores/rfid.json, result, psnr]
+  "CKA last, t 0.5": [analysis/alignment.json, models, "*", debiased_registers, "1", "-1"]
+  "cosine, t 0.1": [analysis/trajectory.json, models, "*", cosine, "1"]
+  "norms, MB": [analysis/entropy.json, models, "*", trained, encoder, normalisation, mb, "1"]
+  linear probe: [analysis/probes.json, models, "*", linear, flat]
+runs:
+"""
+
+
 def sweep_text(content: dict[str, Any]) -> str:
-    """configs/paper/paper.yaml: every row as one sweep."""
+    """configs/paper/paper.yaml: every training on images as one sweep."""
     lines = [
-        "# Every row of configs/paper that trains on images, for python -m unite_fast sweep; scripts/paper.py wrote it."
+        f"  {name}: {{config: {name}.yaml}}"
+        for name, first in first_of(content).items()
+        if name == first and content["configs"][name]["base"] != "mp20" and "more" not in content["configs"][name]
     ]
-    lines += ["out: runs/paper", "runs:"]
-    lines += [f"  {name}: {{config: {name}.yaml}}" for name, row in content["configs"].items() if row["base"] != "mp20"]
-    return "\n".join([*lines, ""])
+    return SWEEP + "\n".join([*lines, ""])
 
 
 def made() -> dict[Path, str]:
@@ -269,7 +359,7 @@ def take(table: Path) -> None:
             sorted({seed for row in content["rows"].values() for c in row.values() for seed in c["values"]})
         ),
     }
-    found = {"about": about, "real": real, "rows": content["rows"], "markdown": (out / "table.md").read_text()}
+    found = {"about": about, "real": real, "rows": content["rows"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     files.write_json(RESULTS / "claims.json", found)
     if (out / "table.png").is_file():
@@ -277,16 +367,22 @@ def take(table: Path) -> None:
     for name in FIGURES:
         side_by_side(out, name)
     for variant in VARIANTS:
-        picture = out / variant / "seed_0" / "analysis" / "trajectory_1.png"
+        picture = analysed(out, variant) / "trajectory_1.png"
         if picture.is_file():
             files.write(RESULTS / f"denoised_{variant}.png", picture.read_bytes())
+
+
+def analysed(out: Path, variant: str) -> Path:
+    """Where the analyses of seed 0 lie, of the long run where there is one."""
+    long = out / f"{variant}{LONG}"
+    return (long if long.is_dir() else out / variant) / "seed_0" / "analysis"
 
 
 def side_by_side(out: Path, name: str) -> None:
     """One analysis of seed 0 of the four variants in a picture, from what the sweep measured."""
     models: dict[str, Any] = {}
     for variant in VARIANTS:
-        path = out / variant / "seed_0" / "analysis" / f"{name}.json"
+        path = analysed(out, variant) / f"{name}.json"
         if path.is_file():
             models |= json.loads(path.read_text())["models"]
     if models and plots.available():

@@ -197,7 +197,8 @@ def test_trajectory_is_the_direct_formula(opened):
     clean = psnr(batch.images.float(), model.decode(z).clamp(0, 1)).mean()
     assert result["psnr_clean"] == pytest.approx(float(clean), rel=1e-5)
     assert result["latent_std"] == pytest.approx(float(z.std(0, correction=0).mean()), rel=1e-5)
-    used = [np.linalg.eigvalsh(np.cov(z[:, k].double().numpy(), rowvar=False)) for k in range(8)]
+    used = [np.linalg.eigvalsh(np.cov(z[:, k].double().numpy(), rowvar=False, bias=True)) for k in range(8)]
+    assert result["latent_spectrum"] == pytest.approx(np.mean(used, axis=0)[::-1], rel=1e-4, abs=1e-6)
     assert result["latent_dimensions"] == np.mean([(values > 0.01 * values.max()).sum() for values in used])
     assert 0 < result["latent_dimensions"] < 4  # of 4: the LayerNorm takes one
 
@@ -328,7 +329,14 @@ def test_curves_leave_out_what_is_not_finite():
     rows = [{"step": s, "flow": v} for s, v in ((1, 4.0), (2, 1.0), (3, math.nan), (4, 2.0))]
     found = dynamics.of_run(rows, ["flow", "lpips"])
     assert found["curves"] == {"flow": [[1.0, 2.0, 4.0], [4.0, 1.0, 2.0]]}
-    assert found["summary"]["flow"] == {"end": 2.0, "lowest": 1.0, "at": 2.0, "rise": 2.0}
+    assert found["summary"]["flow"] == {"end": 2.0, "lowest": 1.0, "at": 2.0, "change": 0.5}
+
+
+def test_a_curve_ends_higher_or_lower_than_it_was_early():
+    falls = [math.exp(-s / 30) for s in range(100)]
+    for values, says in ((falls, math.exp(-70 / 30)), (falls[::-1], math.exp(70 / 30))):
+        (found,) = dynamics.summary({"flow": [list(range(100)), values]}).values()
+        assert found["change"] == pytest.approx(says)  # rows 90 to 99 over rows 20 to 29
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

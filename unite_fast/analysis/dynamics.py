@@ -13,7 +13,7 @@ DEFINITION = {
     "curves": "columns of metrics.jsonl over optimizer steps: losses as logged, means between log lines",
     "end": "mean over the last tenth of the rows",
     "lowest": "lowest value behind the first fifth of the rows, and the step of it",
-    "rise": "end divided by lowest: above 1 where a curve rises after its lowest point",
+    "change": "end divided by the mean over the tenth of the rows behind the first fifth: above 1 where it rose",
 }
 
 
@@ -28,14 +28,15 @@ def curves(rows: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, 
 
 
 def summary(found: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """{name: {"end", "lowest", "at", "rise"}} of ``curves``."""
+    """{name: {"end", "lowest", "at", "change"}} of ``curves``."""
     said = {}
     for name, (steps, values) in found.items():
-        last, first = values[-max(1, round(LAST * len(values))) :], int(START * len(values))
-        end, lowest = sum(last) / len(last), min(values[first:])
+        tenth, first = max(1, round(LAST * len(values))), int(START * len(values))
+        end, early = (sum(part) / len(part) for part in (values[-tenth:], values[first : first + tenth]))
+        lowest = min(values[first:])
         said[name] = {"end": end, "lowest": lowest, "at": steps[values.index(lowest, first)]}
-        if lowest > 0:
-            said[name]["rise"] = end / lowest
+        if early > 0:
+            said[name]["change"] = end / early
     return said
 
 

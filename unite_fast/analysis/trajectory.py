@@ -28,8 +28,9 @@ DEFINITION = {
     "x0_loss": "mean of (prediction - z)^2",
     "latent_std": "standard deviation over samples of each latent coordinate, mean over coordinates; absent registers "
     "count as 0",
-    "latent_dimensions": "eigenvalues above 1 % of the largest of each register's covariance over samples, mean over "
-    "registers: how many numbers of a latent are in use; the LayerNorm holds its norm, which takes one of them",
+    "latent_spectrum": "eigenvalues of each register's covariance over samples, largest first, mean over registers",
+    "latent_dimensions": "eigenvalues above 1 % of the largest, mean over registers: how many numbers of a latent are "
+    "in use; the LayerNorm holds its norm, which takes one of them",
     "gains": "absolute gains of the latent LayerNorm, sorted; live: how many are at least 0.5, half of the first",
     "psnr": "dB, mean over images: the decoder's image of the prediction at t, clamped to [0, 1], against the input; "
     "psnr_clean: of the clean latents",
@@ -98,6 +99,7 @@ class Trajectory:
             "velocity_loss": (velocity / samples).tolist(),
             "x0_loss": (x0 / samples).tolist(),
             "latent_std": float(variance.sqrt().mean()),
+            "latent_spectrum": eigenvalues.flip(1).mean(0).tolist(),
             "latent_dimensions": float((eigenvalues > SMALL * eigenvalues[:, -1:]).sum(1).double().mean()),
         }
         if self.images:
