@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import atoms_support
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from unite_fast import analyse, checkpoint, data, report
 from unite_fast.analysis import alignment, dynamics, entropy, probe, trajectory
-from unite_fast.analysis.walk import chosen, denoised, recorded, significant, tokenized, walk
+from unite_fast.analysis.walk import Denoised, chosen, denoised, recorded, significant, tokenized, walk
 from unite_fast.config import yaml_text
 from unite_fast.data.atoms.source import AtomSource
 from unite_fast.evaluation import reconstruction
@@ -190,17 +191,36 @@ def test_trajectory_is_the_direct_formula(opened):
             "cosine": torch.nn.functional.cosine_similarity(z, x0, dim=-1).mean(),
             "velocity_loss": ((x0 - z) / (1 - t)).square().mean(),
             "x0_loss": (x0 - z).square().mean(),
+            "explained": 1 - np.square((x0 - z).numpy()).sum() / np.square((z - z.mean(0)).numpy()).sum(),
             "psnr": psnr(batch.images.float(), model.decode(x0).clamp(0, 1)).mean(),
         }
         for name, value in expected.items():
             assert result[name][i] == pytest.approx(float(value), rel=1e-4), (name, t)
     clean = psnr(batch.images.float(), model.decode(z).clamp(0, 1)).mean()
     assert result["psnr_clean"] == pytest.approx(float(clean), rel=1e-5)
+    constant = torch.nn.functional.cosine_similarity(z, z.mean(0), dim=-1).mean()
+    assert result["cosine_mean"] == pytest.approx(float(constant), rel=1e-5)
     assert result["latent_std"] == pytest.approx(float(z.std(0, correction=0).mean()), rel=1e-5)
     used = [np.linalg.eigvalsh(np.cov(z[:, k].double().numpy(), rowvar=False, bias=True)) for k in range(8)]
     assert result["latent_spectrum"] == pytest.approx(np.mean(used, axis=0)[::-1], rel=1e-4, abs=1e-6)
     assert result["latent_dimensions"] == np.mean([(values > 0.01 * values.max()).sum() for values in used])
     assert 0 < result["latent_dimensions"] < 4  # of 4: the LayerNorm takes one
+
+
+@torch.no_grad()
+def test_a_constant_explains_nothing(opened):
+    """Its cosine may be near 1 all the same; of latents that are constant themselves there is nothing to explain."""
+    model, source = opened
+    tile = tokenized(model, source.few(chosen(source, 50)), 0.01)
+    far = replace(tile, latents=tile.latents + 20)
+    for seen, says in ((far, 0.0), (replace(tile, latents=torch.ones_like(tile.latents)), math.nan)):
+        found = trajectory.Trajectory(ONE.device, model.latent_shape, False, (0.5,))
+        found.begin(seen)
+        found.add(seen, Denoised(0.5, seen.latents.mean(0).expand_as(seen.latents), []))
+        result = found.result()
+        assert result["cosine"][0] == pytest.approx(result["cosine_mean"], rel=1e-6)
+        assert result["cosine_mean"] > 0.99
+        assert result["explained"][0] == pytest.approx(says, abs=1e-5, nan_ok=True)
 
 
 def test_probes_are_scikit_learns(opened):
@@ -298,6 +318,16 @@ def test_of_molecules_and_crystals_what_is_there_counts():
         assert result["cknna"][0][i] == pytest.approx(alignment.cknna(*means, 3), rel=1e-4)
     cosine = torch.nn.functional.cosine_similarity(tile.latents[there], seen.prediction[there], dim=-1).mean()
     assert back.result()["cosine"][0] == pytest.approx(float(cosine), rel=1e-5)
+    z, x0, rows = tile.latents.double().numpy(), seen.prediction.double().numpy(), there.numpy()
+    errors = deviations = cosines = 0.0
+    for k in range(z.shape[1]):
+        own, made = z[rows[:, k], k], x0[rows[:, k], k]
+        if len(own):
+            mean = own.mean(0)
+            errors, deviations = errors + np.square(made - own).sum(), deviations + np.square(own - mean).sum()
+            cosines += (own @ mean / np.linalg.norm(own, axis=1) / np.linalg.norm(mean)).sum()
+    assert back.result()["explained"][0] == pytest.approx(1 - errors / deviations, rel=1e-6)
+    assert back.result()["cosine_mean"] == pytest.approx(cosines / rows.sum(), rel=1e-6)
     assert "psnr" not in back.result()
 
 
@@ -323,20 +353,6 @@ def test_every_weight_has_a_group(opened):
     assert entropy.group_of("encoder.blocks.0.attn.q_norm.weight") == "normalisation"
     assert entropy.group_of("encoder.blocks.0.attn.qkv.weight") == "functional"
     assert entropy.group_of("decoder.decoder_layers.0.ffn_up.weight") == "functional"
-
-
-def test_curves_leave_out_what_is_not_finite():
-    rows = [{"step": s, "flow": v} for s, v in ((1, 4.0), (2, 1.0), (3, math.nan), (4, 2.0))]
-    found = dynamics.of_run(rows, ["flow", "lpips"])
-    assert found["curves"] == {"flow": [[1.0, 2.0, 4.0], [4.0, 1.0, 2.0]]}
-    assert found["summary"]["flow"] == {"end": 2.0, "lowest": 1.0, "at": 2.0, "change": 0.5}
-
-
-def test_a_curve_ends_higher_or_lower_than_it_was_early():
-    falls = [math.exp(-s / 30) for s in range(100)]
-    for values, says in ((falls, math.exp(-70 / 30)), (falls[::-1], math.exp(70 / 30))):
-        (found,) = dynamics.summary({"flow": [list(range(100)), values]}).values()
-        assert found["change"] == pytest.approx(says)  # rows 90 to 99 over rows 20 to 29
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -384,6 +400,16 @@ def test_losses_of_held_out_samples_while_training(run):
     settings = reconstruction.of_run(config.objective, config.evaluation, config.efficiency)
     again = reconstruction.score(model, settings, source, config.data, None, ONE)
     assert found["result"]["psnr"] == pytest.approx(again["psnr"], rel=1e-6)
+    assert command_of(analyse.main, run.parent / "seen", "--only", "dynamics").returncode == 0
+    of = json.loads((run.parent / "seen" / "analysis" / "dynamics.json").read_text())["models"]["seen"]
+    for name, value in found["result"].items():
+        if name not in dynamics.WORK:
+            steps, values = of["curves"][f"heldout {name}"]
+            assert (steps, values[-1]) == ([4, 8, 12], pytest.approx(value, rel=1e-5)), name
+            assert of["summary"][f"heldout {name}"]["end"] == values[-1]
+    assert of["curves"]["flow"][0] == [4, 8, 12]
+    assert set(of["scored"].values()) == {"ema"}
+    assert set(of["scored"]) == {name for name in of["curves"] if " " in name}
     without, _ = checkpoint.load_weights(run, "model")
     assert all(torch.equal(v, without[k]) for k, v in checkpoint.load_weights(run.parent / "seen", "model")[0].items())
 

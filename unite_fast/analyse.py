@@ -3,10 +3,12 @@
     python -m unite_fast analyse runs/shared --against runs/separate runs/no_stop_gradient --data imagenet/val
 
     alignment   CKA, CKNNA and cosine of tokenizing and denoising activations, by layer
-    trajectory  predicted against clean latents over t; of images also the PSNR of the decoded predictions
+    trajectory  predicted against clean latents over t: cosine, and the share of their variance that is explained; of
+                images also the PSNR of the decoded predictions
     entropy     bits that the weights need, by group, trained and at the start
     probes      a linear and a nearest-neighbour probe of the classes on latents (fitted to training samples)
-    dynamics    the runs' curves over each other
+    dynamics    the runs' losses over each other, and the scores that they took while training (evaluation.fid_epoch,
+                rfid_epoch, heldout_epoch, atoms_epoch)
 
 Every model sees the same samples, noise and times. Under torchrun the samples are shared out; the numbers are the same.
 Results lie in RUN/analysis of the first model unless --out says otherwise; the report shows them.
@@ -31,6 +33,7 @@ from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from unite_fast.data.source import Source
 from unite_fast.efficiency import precision
 from unite_fast.evaluation import statistics
+from unite_fast.evaluation.results import while_training
 from unite_fast.modality.pictures import Words
 from unite_fast.model.unite import TOKENIZE_SEED, UNITE, build
 from unite_fast.objective import FLOW
@@ -145,10 +148,11 @@ def of_weights(context: Context) -> Found:
 def of_metrics(context: Context) -> Found:
     found: Found = {}
     for s in context.subjects:
-        rows = read_metrics(s.run / "metrics.jsonl") if s.run is not None else []
+        if s.run is None:
+            continue
         kind = s.config.objective.pixel_loss
         names = [kind, "lpips", "features", *vars(s.config.objective.atoms), FLOW]
-        if of := dynamics.of_run(rows, names):
+        if of := dynamics.of_run(read_metrics(s.run / "metrics.jsonl"), names, while_training(s.run)):
             found[s.name] = of
     return found
 
@@ -201,7 +205,8 @@ def said(name: str, found: Found) -> str:
             middle = len(of["times"]) // 2
             return f"CKA by block {' '.join(f'{v:.2f}' for v in of['debiased_registers'][middle])}"
         if name == "trajectory":
-            return f"cosine {' '.join(f'{v:.2f}' for v in of['cosine'])}"
+            explained = " ".join(f"{v:.2f}" for v in of["explained"])
+            return f"explained {explained}, cosine of the mean {of['cosine_mean']:.2f}"
         if name == "entropy":
             total = {
                 state: sum(g["mb"][1] for part in of[state].values() for g in part.values())
@@ -211,7 +216,7 @@ def said(name: str, found: Found) -> str:
             return ", ".join(f"{state} {mb:.3g} MB" for state, mb in total.items())
         if name == "probes":
             return f"linear {of['linear']['flat']:.1%}, neighbours {of['knn']['flat']:.1%}, chance {of['chance']:.1%}"
-        return ", ".join(f"{curve} {v['end']:.3g}" for curve, v in of["summary"].items())
+        return ", ".join(f"{curve} {v['end']:.3g}" for curve, v in of["summary"].items() if "flow_t" not in curve)
 
     return "; ".join(f"{model}: {words(of)}" for model, of in found.items())
 

@@ -13,6 +13,8 @@ from typing import Any
 from unite_fast.base import files
 
 Results = Mapping[str, dict[str, Any]]
+FEW = 30  # points of a curve that are shown as such
+LEAST_EXPLAINED = -0.5  # where the picture of it ends; an untrained network's is far below
 
 
 def available() -> bool:
@@ -62,21 +64,23 @@ def alignment(path: Path, models: Results) -> None:
 
 def trajectory(path: Path, models: Results) -> None:
     measures = {
-        "cosine": "cosine of predicted and clean latents",
-        "psnr": "PSNR of the decoded prediction, dB",
-        "velocity_loss": "loss on velocities",
+        "cosine": ("cosine of predicted and clean latents", "cosine_mean", "; dotted: their mean as the prediction"),
+        "explained": ("variance of the latents that the prediction explains", "", ""),
+        "psnr": ("PSNR of the decoded prediction, dB", "psnr_clean", "; dotted: the clean latents"),
     }
-    present = {m: title for m, title in measures.items() if any(m in found for found in models.values())}
+    present = {m: words for m, words in measures.items() if any(m in found for found in models.values())}
     figure, grid = _figure(len(present))
-    for axes, (measure, title) in zip(grid[0], present.items(), strict=True):
+    for axes, (measure, (title, level, words)) in zip(grid[0], present.items(), strict=True):
         for name, found in models.items():
             if measure not in found:
                 continue
             (line,) = axes.plot(found["times"], found[measure], marker=".", label=name)
-            if measure == "psnr":
-                axes.axhline(found["psnr_clean"], color=line.get_color(), linestyle=":", linewidth=1)
+            if found.get(level) is not None:
+                axes.axhline(found[level], color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_title(title, fontsize="small")
-        axes.set_xlabel("t (0: noise, 1: clean; dotted: the clean latents)", fontsize="small")
+        axes.set_xlabel(f"t (0: noise, 1: clean{words})", fontsize="small")
+        if measure == "explained":
+            axes.set_ylim(max(axes.get_ylim()[0], LEAST_EXPLAINED), 1.02)
     _legend(grid[0][0])
     _save(figure, path)
 
@@ -129,15 +133,19 @@ def probes(path: Path, models: Results) -> None:
 
 
 def dynamics(path: Path, models: Results) -> None:
-    names = list(dict.fromkeys(name for found in models.values() for name in found["curves"]))
+    """A panel for each curve, those of scores behind those of losses."""
+    each = list(dict.fromkeys(name for found in models.values() for name in found["curves"]))
+    names = sorted(each, key=lambda name: any(name in found.get("scored", {}) for found in models.values()))
     columns = min(3, len(names))
     figure, grid = _figure(columns, -(-len(names) // columns))
     flat = list(grid.flat)
     for axes, curve in zip(flat, names, strict=False):
         for name, found in models.items():
             if curve in found["curves"]:
-                axes.plot(*found["curves"][curve], label=name, linewidth=1)
-        axes.set_title(curve, fontsize="small")
+                points = found["curves"][curve]
+                axes.plot(*points, label=name, linewidth=1, marker="." if len(points[0]) < FEW else "")
+        scored = {found["scored"][curve]: None for found in models.values() if curve in found.get("scored", {})}
+        axes.set_title(f"{curve}, of {' and '.join(scored)}" if scored else curve, fontsize="small")
         axes.set_xlabel("step", fontsize="small")
         values = [v for found in models.values() for v in found["curves"].get(curve, [[], []])[1]]
         if min(values) > 0 and max(values) > 30 * min(values):

@@ -1,7 +1,7 @@
 """What denoising gives back: predicted against clean latents over t (arXiv 2603.22283, Figure 6 right), and, of images,
 what the decoder makes of the prediction (Figure 7).
 
-Shape letters: B samples of a tile, T times.
+Shape letters: B samples of a tile, K registers, C latent dim, T times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from unite_fast.analysis.walk import Denoised, Tile
 from unite_fast.flow import EPS
@@ -21,14 +21,21 @@ from unite_fast.model.unite import UNITE
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LIVE = 0.5
 SMALL = 0.01  # of the largest eigenvalue: what is below is not in use
+ROUNDING = 1e-12  # of the latents' squares: less than that they vary by the rounding of float32 alone
 DEFINITION = {
     "cosine": "mean over samples and registers of the cosine between clean latents z and their prediction from "
     "z_t = t z + (1 - t) eps, without a class",
+    "cosine_mean": "the same of clean latents and their mean over samples: what a prediction that knows nothing of z "
+    "reaches; a cosine says something of the prediction by what it has above this",
+    "explained": "1 - (sum of (prediction - z)^2) / (sum of (z - mean over samples of z)^2), each coordinate of each "
+    "register by its own mean, over registers that are there: the share of the latents' variance that the prediction "
+    "explains; 0 for their mean, negative for what is farther from them",
     "velocity_loss": "mean over samples and latents that are there of ((prediction - z) / max(1 - t, 0.05))^2",
     "x0_loss": "mean of (prediction - z)^2",
     "latent_std": "standard deviation over samples of each latent coordinate, mean over coordinates; absent registers "
     "count as 0",
-    "latent_spectrum": "eigenvalues of each register's covariance over samples, largest first, mean over registers",
+    "latent_spectrum": "eigenvalues of each register's covariance over samples, largest first, mean over registers; 0 "
+    "at the level of rounding",
     "latent_dimensions": "eigenvalues above 1 % of the largest, mean over registers: how many numbers of a latent are "
     "in use; the LayerNorm holds its norm, which takes one of them",
     "gains": "absolute gains of the latent LayerNorm, sorted; live: how many are at least 0.5, half of the first",
@@ -57,9 +64,12 @@ class Trajectory:
         """shape: (K, C)."""
         self.times, self.images = tuple(times), images
         zeros = {"dtype": torch.float64, "device": device}
-        self.sums = torch.zeros(len(self.times), 6, **zeros)  # cosine, registers, velocity, x0, samples, PSNR
+        # cosine, registers, velocity, x0, samples, PSNR, squared errors
+        self.sums = torch.zeros(len(self.times), 7, **zeros)
         self.clean = torch.zeros(2, **zeros)  # PSNR, samples
         self.moments = torch.zeros(2, *shape, **zeros)
+        self.there = torch.zeros(shape[0], **zeros)  # samples that have a register
+        self.directions = torch.zeros(*shape, **zeros)  # sums of z / |z|
         self.products = torch.zeros(*shape, shape[1], **zeros)  # of each register's latents with themselves
 
     def _psnr(self, tile: Tile, latents: Tensor) -> Tensor:
@@ -72,30 +82,45 @@ class Trajectory:
         self.clean += torch.stack([self._psnr(tile, tile.latents).double(), z.new_tensor(len(z))])
         self.moments += torch.stack([z.sum(0), z.square().sum(0)])
         self.products += torch.einsum("bkc,bkd->kcd", z, z)
+        self.there += tile.taken.sum(0)
+        self.directions += normalize(z, dim=2).sum(0)  # absent latents are 0
 
     def add(self, tile: Tile, denoised: Denoised) -> None:
         taken, z, x0 = tile.taken, tile.latents.double(), denoised.prediction.double()
         cosine = cosine_similarity(z, x0, dim=2)[taken].sum()
-        squares = ((x0 - z).square().mean(2) * taken).sum(1) / taken.sum(1).clamp_min(1)
+        errors = (x0 - z).square().sum(2) * taken
+        squares = errors.sum(1) / taken.sum(1).clamp_min(1) / z.shape[2]
         velocity = squares.sum() / max(1 - denoised.t, EPS) ** 2
         counts = [z.new_tensor(float(taken.sum())), velocity, squares.sum(), z.new_tensor(float(len(z)))]
         decibels = self._psnr(tile, denoised.prediction).double()
-        self.sums[self.times.index(denoised.t)] += torch.stack([cosine, *counts, decibels])
+        self.sums[self.times.index(denoised.t)] += torch.stack([cosine, *counts, decibels, errors.sum()])
 
     def tensors(self) -> list[Tensor]:
-        return [self.sums, self.clean, self.moments, self.products]
+        return [self.sums, self.clean, self.moments, self.products, self.there, self.directions]
+
+    def _constant(self) -> tuple[Tensor, float]:
+        """Of the mean over samples as a prediction: its squared errors, nan where there are none, and its cosine."""
+        sums, squares = self.moments
+        mean = sums / self.there.clamp_min(1)[:, None]
+        errors = (squares - sums * mean).sum()
+        cosine = (self.directions * normalize(mean, dim=1)).sum() / self.there.sum()
+        return torch.where(errors > ROUNDING * squares.sum(), errors, torch.nan), float(cosine)
 
     def result(self) -> dict[str, Any]:
         """{"times", "samples", and by measure a number per time}."""
-        cosine, registers, velocity, x0, samples, decibels = self.sums.unbind(1)
-        n = float(self.clean[1])
+        cosine, registers, velocity, x0, samples, decibels, errors = self.sums.unbind(1)
+        n, (least, cosine_mean) = float(self.clean[1]), self._constant()
         mean = self.moments[0] / n
         variance = (self.moments[1] / n - mean.square()).clamp_min(0)
         eigenvalues = torch.linalg.eigvalsh(self.products / n - mean[:, :, None] * mean[:, None, :])
+        rounding = ROUNDING * self.moments[1].sum(1, keepdim=True) / n
+        eigenvalues = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
         found: dict[str, Any] = {
             "times": list(self.times),
             "samples": int(n),
             "cosine": (cosine / registers).tolist(),
+            "cosine_mean": cosine_mean,
+            "explained": (1 - errors / least).tolist(),
             "velocity_loss": (velocity / samples).tolist(),
             "x0_loss": (x0 / samples).tolist(),
             "latent_std": float(variance.sqrt().mean()),

@@ -14,6 +14,8 @@ from torch import Tensor
 from unite_fast.base import files, outputs
 from unite_fast.base.errors import UserError
 
+WHILE_TRAINING = Path("scores", "training")  # in a run's folder
+
 is_result = outputs.holds_json("result", "rows")
 
 
@@ -39,6 +41,17 @@ def _command_of(content: dict[str, Any]) -> str:
         if part in protocol:
             return command
     return ("rfid" if protocol.get("extractor") else "heldout") if "data" in protocol else ""
+
+
+def while_training(run: Path) -> list[dict[str, Any]]:
+    """The scores that a run took while it trained, in the order of steps; files that hold none are left out."""
+    found = []
+    for path in sorted((run / WHILE_TRAINING).glob("step_*.json")):
+        try:
+            found.append(json.loads(files.read_text(path)))
+        except (OSError, ValueError, RecursionError):
+            continue
+    return [content for content in found if isinstance(content, dict) and isinstance(content.get("result"), dict)]
 
 
 def timeless(protocol: dict[str, Any]) -> dict[str, Any]:

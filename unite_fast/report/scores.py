@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unite_fast.evaluation.features import INCEPTION
+from unite_fast.evaluation.results import while_training
 from unite_fast.report.charts import curve
 from unite_fast.report.parts import folded, read_json, readable
 
@@ -120,15 +121,9 @@ def guidance_plot(content: dict[str, Any]) -> str:
     return f"<div class='grid'>{curve(title, [p[0] for p in points], [p[1] for p in points])}</div>"
 
 
-def monitored(folder: Path) -> list[dict[str, Any]]:
-    """What a run wrote into RUN/scores/training, by step."""
-    found = [read_json(path) for path in sorted((folder / "scores" / "training").glob("step_*.json"))]
-    return [content for content in found if isinstance(content.get("result"), dict)]
-
-
 def training_scores(folder: Path) -> str:
     """Curves over the run, the newest search, its protocol."""
-    found = monitored(folder)
+    found = while_training(folder)
     if not found:
         return ""
     searches = [c for c in found if c.get("rows")]
@@ -189,7 +184,7 @@ def scores(folder: Path) -> str:
 def held_out_psnr(folder: Path) -> str:
     """The newest one, in words; empty where none was measured."""
     newest = sorted((folder / "scores").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for content in [*map(read_json, reversed(newest)), *reversed(monitored(folder))]:
+    for content in [*map(read_json, reversed(newest)), *reversed(while_training(folder))]:
         result = content.get("result")
         if isinstance(result, dict) and isinstance(result.get("psnr"), float):
             step = f" at step {content['step']:,}" if "step" in content else ""

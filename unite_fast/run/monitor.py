@@ -23,7 +23,7 @@ from unite_fast import modality
 from unite_fast.base import faults, files, provenance
 from unite_fast.base.errors import Stopped, UserError
 from unite_fast.config import Config, EvaluationConfig
-from unite_fast.evaluation.results import weights_sha256
+from unite_fast.evaluation.results import WHILE_TRAINING, weights_sha256
 from unite_fast.evaluation.scores import SCORES, Moment
 from unite_fast.modality import Losses
 from unite_fast.optim import ema
@@ -100,7 +100,7 @@ class Monitor:
         self.losses = losses
         self.ranks: Ranks = session.ranks
         self.images_per_epoch, self.last_step = images_per_epoch, last_step
-        self.folder = session.path / "scores" / "training"
+        self.folder = session.path / WHILE_TRAINING
         self.ranks.decide(functools.partial(self._tidy, state.step))
 
     def _tidy(self, step: int) -> None:
