@@ -58,6 +58,30 @@ def test_a_combination_is_near_the_average_that_is_kept_directly(target):
     assert np.abs(found - direct).max() < 0.01 * np.abs(weights - direct).max()
 
 
+@pytest.mark.parametrize("target", ["std0.2", "std0.07", "std0.25", 0.98])
+def test_weights_that_never_change_stay_what_they_are(target):
+    """The factors' sum is 1, and the profile hardly farther than that of the best factors of any sum."""
+    kept = [(entry, t) for entry in ("std0.05", "std0.1") for t in range(50, 601, 50)]
+    factors, error = ema.combination(kept, target, 600)
+    assert factors.sum() == pytest.approx(1, abs=1e-12)
+    basis = np.stack([ema.profile(entry, t, 600) for entry, t in kept], axis=1)
+    wanted = ema.profile(target, 600, 600)
+    free = np.linalg.lstsq(basis, wanted, rcond=1e-12)[0]
+    least = np.linalg.norm(basis @ free - wanted) / np.linalg.norm(wanted)
+    assert least <= error * (1 + 1e-9)
+    assert error < 1.1 * least
+    system = np.block([[basis.T @ basis, np.ones((24, 1))], [np.ones((1, 24)), np.zeros((1, 1))]])  # by a multiplier
+    direct = np.linalg.solve(system, np.append(basis.T @ wanted, 1))[:24]
+    assert np.allclose(basis @ factors, basis @ direct, atol=1e-6 * wanted.max())
+
+
+def test_an_average_that_was_kept_is_taken_as_it_is():
+    factors, error = ema.combination([("std0.1", 100), ("std0.05", 200), (0.9, 200), ("std0.1", 200)], "std0.1", 200)
+    assert np.allclose(factors, [0, 0, 0, 1], atol=1e-9)
+    assert error < 1e-9
+    assert ema.combination([("std0.1", 100)], 0.9, 100)[0].tolist() == [1.0]
+
+
 def test_a_run_gives_the_average_that_another_kept(tmp_path, monkeypatch):
     """Of one run, which has kept all three: as if it had kept two of them, or the wanted one alone."""
     (tmp_path / "tiny.yaml").write_text(TINY)

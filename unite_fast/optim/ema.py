@@ -82,9 +82,15 @@ def combination(kept: Sequence[tuple[float | str, int]], entry: float | str, upd
     """(factors of the ``kept`` averages, relative error) whose sum is nearest to ``entry`` after ``updates``.
 
     kept: entries and after how many updates each was. Least squares on profiles, where arXiv 2312.02696 has their
-    integrals; the error is that of the profile, relative to its norm.
+    integrals, among factors whose sum is 1, so that what never changes stays what it is. The error is that of the
+    profile, relative to its norm.
     """
     wanted = profile(entry, updates, updates)
     basis = np.stack([profile(of, at, updates) for of, at in kept], axis=1)
-    factors = np.linalg.lstsq(basis, wanted, rcond=1e-12)[0]
+    n = len(kept)
+    even = np.full(n, 1 / n)
+    # Steps that leave the sum alone: an orthonormal basis of what is orthogonal to a vector of ones.
+    steps = np.linalg.qr(np.eye(n)[:, : n - 1] - 1 / n)[0]
+    factors = even + steps @ np.linalg.lstsq(basis @ steps, wanted - basis @ even, rcond=1e-12)[0]
+    factors += (1 - factors.sum()) / n
     return factors, float(np.linalg.norm(basis @ factors - wanted) / np.linalg.norm(wanted))
