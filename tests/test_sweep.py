@@ -27,7 +27,7 @@ runs:
   plain:
   other: [model.time_shift=1.0]
 then:
-  - {{command: [measure, "{{run}}"], makes: found.json}}
+  - {{command: [small, "{{run}}"], makes: found.json}}
 table:
   score: [found.json, result, "0"]
 """
@@ -110,8 +110,24 @@ def test_a_result_of_an_earlier_checkpoint_is_made_again(tmp_path):
     assert sweep.is_made(run, path)
 
 
+def test_a_column_that_leads_nowhere_is_said_once(place, called):
+    """Its file is there and its keys are not; of a file that is not there nothing is said."""
+    text = (place / "sweep.yaml").read_text()
+    more = '  lost: [found.json, results, "0"]\n  none: [other.json, a]\n  nan: [nan.json, a]\n'
+    (place / "sweep.yaml").write_text(text + more)
+    assert command_of(sweep.main, place / "sweep.yaml").returncode == 0
+    for seed in (0, 3):
+        (place / f"runs/plain/seed_{seed}/nan.json").write_text('{"a": NaN}')
+    said = command_of(sweep.main, place / "sweep.yaml", "--collect").stdout
+    where = place / "runs" / "plain" / "seed_0"
+    line = f"no number in: lost (results 0 in {where / 'found.json'}), nan (a in {where / 'nan.json'}); look at the"
+    assert said.count("no number in") == said.count(line) == 1
+    rows = json.loads((place / "runs" / "table.json").read_text())["rows"]
+    assert rows["plain"].keys() == {"score"}
+
+
 def test_a_failure_stops_the_sweep_and_says_where(place, called):
-    text = (place / "sweep.yaml").read_text().replace("measure", "fails")
+    text = (place / "sweep.yaml").read_text().replace("small", "small, fails")
     (place / "sweep.yaml").write_text(text)
     said = command_of(sweep.main, place / "sweep.yaml")
     assert said.returncode == 1
@@ -170,7 +186,7 @@ def test_the_job_array_is_bash_and_has_every_run(place):
 PYTHON = """\
 #!/bin/bash
 printf '%s\\0' "$@" >> calls; printf '\\n' >> calls
-[[ " $* " != *" measure "* ]] || echo '{{"result": [5]}}' > {run}/found.json
+[[ " $* " != *" small "* ]] || echo '{{"result": [5]}}' > {run}/found.json
 """
 SRUN = """\
 #!/bin/bash
@@ -211,7 +227,7 @@ def test_a_task_of_the_array_trains_and_measures_its_member(place):
     said = command(program, *words)
     assert said.returncode == 0, said.stderr
     assert "finished: 1 of 1 steps" in said.stdout
-    assert started() == [["train.py", *words], ["-m", "unite_fast", "measure", str(run)]]
+    assert started() == [["train.py", *words], ["-m", "unite_fast", "small", str(run)]]
     assert started() == [["train.py", *words]]  # what is measured is not measured again
     assert "| other | 1 | 5 |" in command_of(sweep.main, place / "sweep.yaml", "--collect").stdout
     (place / ".venv" / "bin").mkdir(parents=True)
@@ -228,6 +244,8 @@ WRONG = {
     "table:": ("tables:", "unknown key 'tables'"),
     "[model.time_shift=1.0]": ("[model.time_shaft=1.0]", "did you mean"),
     "makes: found.json": ("makes: [1]", "what it makes"),
+    "[small, ": ("[smal, ", "then: no command 'smal'; choose one of train, "),
+    '[small, "{run}"]': ("[]", "then: no command ''"),
     "then:": ("then: 3\nthem:", "then must be a list of commands"),
     "out: ": ("out: 7 #", "out must be a folder"),
     "config: tiny.yaml\nout: ": ("config: tiny.yaml\nout: $NO_SUCH_VARIABLE/", "has no NO_SUCH_VARIABLE"),

@@ -9,32 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from unite_fast.base import command
-from unite_fast.base.errors import UserError
-
-VERBS = {
-    "doctor": ("unite_fast.doctor", "what of a configuration this machine can run, and how to mend the rest"),
-    "fetch": ("unite_fast.fetch", "pretrained weights and images of others, checked by hash"),
-    "pack": ("unite_fast.data.pack", "write images as shards for data.source=packed"),
-    "index": ("unite_fast.data.index", "index tars for data.source=tar"),
-    "pack-atoms": (
-        "unite_fast.data.atoms.__main__",
-        "check and pack molecules and crystals for data.source=structures",
-    ),
-    "statistics": ("unite_fast.evaluation.statistics", "the real images' statistics, for FID"),
-    "evaluate": ("unite_fast.evaluate", "a model: FID, its table and guidance search, held-out PSNR, rFID, molecules"),
-    "score-atoms": ("unite_fast.evaluation.atoms.__main__", "files of molecules and crystals, whoever made them"),
-    "analyse": (
-        "unite_fast.analyse",
-        "what a model has become: alignment of its passes, trajectories, entropy, probes",
-    ),
-    "sweep": ("unite_fast.sweep", "a list of configurations by seeds: train, measure, one table"),
-    "small": ("unite_fast.evaluation.small", "scores of a model of small real images, real beside"),
-    "digits": ("unite_fast.evaluation.digits", "what a run of the digits has learned"),
-    "report": ("unite_fast.report", "a run's curves, pictures and scores as one page"),
-    "gallery": ("unite_fast.report.gallery", "guidance, classes of one noise, between two seeds or images, neighbours"),
-    "export": ("unite_fast.export", "one set of weights as a safetensors file with its card"),
-}
-OTHER_NAMES = {"atoms": "pack-atoms", "weights": "fetch"}
+from unite_fast.base.verbs import OTHER_NAMES, VERBS, check
 
 
 def program(name: str) -> ModuleType:
@@ -74,12 +49,10 @@ def main(argv: list[str]) -> int | None:
         print("\n".join(f"  {verb:12} {words}" for verb, words in said.items()))
         print(f"\nEach explains itself: {command.called('VERB')} --help.")
         return 0
+    check(argv[0])
     if argv[0] in command.PROGRAMS:
         return program(argv[0]).main(argv[1:])
-    verb = OTHER_NAMES.get(argv[0], argv[0])
-    if verb not in VERBS:
-        raise UserError(f"no command '{verb}'; choose one of {', '.join([*command.PROGRAMS, *VERBS])}")
-    return importlib.import_module(VERBS[verb][0]).main(argv[1:])
+    return importlib.import_module(VERBS[OTHER_NAMES.get(argv[0], argv[0])][0]).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import re
 import shlex
 import signal
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 from unite_fast import checkpoint
 from unite_fast.analysis import plots
-from unite_fast.base import command, files, outputs
+from unite_fast.base import command, files, outputs, verbs
 from unite_fast.base.errors import RunError, UserError
 from unite_fast.base.parent import end_with_parent
 from unite_fast.base.provenance import ROOT
@@ -120,7 +121,12 @@ def read(path: Path, more: Sequence[str] = ()) -> Sweep:
             raise UserError(
                 f"{where}: then: each entry has a command (a list) and what it makes (a file), got {entry!r}"
             )
-        then.append(Then(_texts(entry["command"], f"{where}: then: command"), entry["makes"]))
+        words = _texts(entry["command"], f"{where}: then: command")
+        try:
+            verbs.check(words[0] if words else "")
+        except UserError as error:
+            raise UserError(f"{where}: then: {error}") from None
+        then.append(Then(words, entry["makes"]))
     table = {
         name: _texts(value, f"{where}: table: {name}") for name, value in _section(content, "table", where).items()
     }
@@ -212,7 +218,7 @@ def train(run: Run, then: Sequence[Then]) -> None:
 
 
 def number(run: Run, column: Sequence[str]) -> float | None:
-    """One number of a run; None where it is not there."""
+    """One number of a run; None where it is not there, or not finite."""
     try:
         found: Any = json.loads(files.read_text(run.folder / column[0]))
         for key in column[1:]:
@@ -220,9 +226,20 @@ def number(run: Run, column: Sequence[str]) -> float | None:
                 (found,) = found.values()
             else:
                 found = found[int(key)] if isinstance(found, list) else found[key]
-        return float(found)
-    except (OSError, ValueError, LookupError, TypeError):
+        found = float(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    return found if math.isfinite(found) else None
+
+
+def astray(sweep: Sweep) -> list[str]:
+    """Columns that have no number in a run that has finished, though their file is there: where each should lead."""
+    found: dict[str, str] = {}
+    for run in listed(sweep):
+        for column, where in sweep.table.items() if finished(run) else ():
+            if where and column not in found and (run.folder / where[0]).is_file() and number(run, where) is None:
+                found[column] = f"{column} ({' '.join(where[1:])} in {run.folder / where[0]})"
+    return list(found.values())
 
 
 def collect(sweep: Sweep) -> dict[str, Any]:
@@ -260,16 +277,18 @@ def markdown(rows: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def write_table(sweep: Sweep) -> str:
-    rows = collect(sweep)
+    """Where it lies, and its text."""
+    rows, lost = collect(sweep), astray(sweep)
+    warning = f"no number in: {', '.join(lost)}; look at the keys of table\n" if lost else ""
     if not rows:
-        return "no run has a number for the table yet"
+        return f"{warning}no run has a number for the table yet"
     text = markdown(rows, list(sweep.table))
     with files.refusals(str(sweep.out)):
         files.write_json(sweep.out / TABLE, {"rows": rows, "columns": sweep.table})
         files.write(sweep.out / "table.md", text)
         if plots.available():
             plots.sweep(sweep.out / "table.png", rows, list(sweep.table))
-    return f"{text}in {sweep.out}: {TABLE}, table.md"
+    return f"{text}{warning}in {sweep.out}: {TABLE}, table.md"
 
 
 def array(runs: Sequence[Run], then: Sequence[Then], source: str) -> str:
