@@ -334,6 +334,46 @@ def test_search_goes_on_after_an_interruption(trained, tmp_path, monkeypatch):
     assert "another checkpoint" in refused.stderr
 
 
+def test_sfid_is_called_so_by_every_command(trained, tmp_path, monkeypatch):
+    """The layers of the features alone decide; here the digits network stands in for Inception."""
+    config = checkpoint.load_model(trained / "run")[1]
+    spatial = dataclasses.replace(digits_network(config.data, config.model), layers=("spatial", "logits"))
+    monkeypatch.setattr(statistics, "check_extractor", lambda *a: None)
+    plain = run(trained, "fid", tmp_path / "a.json", "--count", 20)["result"]["fid"]
+    short = (("exp3 2", {"solver": "exp3", "steps": 2, "labels": "equal"}),)
+    monkeypatch.setattr(commands, "TABLE", short)
+    monkeypatch.setattr(statistics, "open_extractor", lambda *a: spatial)
+    for name, more in (("fid", ()), ("search", ("--grid", "1,1.5,0.5")), ("table", ())):
+        out = tmp_path / f"{name}.json"
+        said = command_of(evaluate.main, name, *options(trained, out, "--count", 20, *more))
+        assert said.returncode == 0, said.stderr
+        shown = said.stdout.replace(str(tmp_path), "")
+        assert re.search(r"\bsFID\b|\bsfid\b", shown), name
+        assert not re.search(r"\bFID\b|\bfid\b", shown.replace("/fid.json", "")), name
+        content = json.loads(out.read_text())
+        results = [row["result"] for row in content.get("rows", [content])]
+        assert all("sfid" in result and "fid" not in result for result in results), name
+        if name == "fid":
+            assert results[0]["sfid"] == pytest.approx(plain)
+    common = ("--checkpoint", trained / "run", "--extractor", "digits", "--out", tmp_path / "r.json")
+    said = command_of(evaluate.main, "rfid", *common)
+    assert "rsfid" in said.stdout
+    assert "rfid" not in json.loads((tmp_path / "r.json").read_text())["result"]
+
+
+def test_a_grid_does_not_replace_another(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    words = ("--checkpoint", tmp_path / "run", "--extractor", "digits", "--reference", trained / "real.npz",
+             "--count", 20)  # fmt: skip
+    for grid in ("1,1.5,0.5", "1,2,1", "1,1.5,0.5"):
+        said = command_of(evaluate.main, "search", *words, "--grid", grid)
+        assert said.returncode == 0, said.stderr
+    found = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "scores").glob("*.json"))]
+    assert [[row["settings"]["cfg_scale"] for row in content["rows"]] for content in found] == [[1, 1.5], [1, 2]]
+    assert [content["grid"] for content in found] == [[1, 1.5, 0.5], [1, 2, 1]]
+
+
 def test_rfid(trained, tmp_path):
     out = tmp_path / "r.json"
     common = ("--checkpoint", trained / "run", "--extractor", "digits", "--out", out)

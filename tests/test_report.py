@@ -159,6 +159,8 @@ def test_one_odd_value_does_not_flatten_a_curve():
 
 def test_a_distance_is_called_after_its_network():
     assert scores.distance({"extractor": OFFICIAL}) == "FID"
+    spatial = {"extractor": OFFICIAL | {"layers": ["spatial", "logits_unbiased"]}}
+    assert [scores.heading(column, spatial) for column in ("sfid", "rsfid", "is")] == ["sFID", "rsFID", "IS"]
     assert scores.distance({"extractor": DIGITS}) == "Fréchet distance (digits 64)"
     assert "other weights" in scores.distance({"extractor": OFFICIAL | {"sha256": "1" * 64}})
     assert scores.distance({}) == "Fréchet distance"

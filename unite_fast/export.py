@@ -32,7 +32,7 @@ from unite_fast.config import Config, SampleConfig
 from unite_fast.config.yaml_text import to_dict
 
 ABSOLUTE = re.compile(r"^(~|[A-Za-z]:\\|/)|[\\/]")
-SCORES = ("fid", "is", "kid", "rfid", "psnr", "l1", "lpips", "images")  # of results, those in a card
+SCORES = ("fid", "sfid", "is", "kid", "rfid", "rsfid", "psnr", "l1", "lpips", "images")  # of results, those in a card
 PIPELINE = ("pipeline.py", "model_index.json")
 PATHS = ("run_dir", "resume", "init_from", "path", "heldout_path", "perceptual_trunk")
 

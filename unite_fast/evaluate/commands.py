@@ -16,7 +16,7 @@ from unite_fast.base.errors import UserError, idle
 from unite_fast.checkpoint import guide
 from unite_fast.evaluate.context import Context, short
 from unite_fast.evaluation import guidance_search, reconstruction, statistics
-from unite_fast.evaluation.features import SPATIAL, Extractor
+from unite_fast.evaluation.features import WORDS, Extractor
 from unite_fast.evaluation.fid import Statistics
 from unite_fast.evaluation.generation import Options, Settings, score
 from unite_fast.evaluation.results import compare, timeless
@@ -74,7 +74,8 @@ class Scorer:
             for one in filter(None, (self.context.model, guiding)):
                 sampling.compile_blocks(one)
             self.compiled = True
-        with progress.bar(total=settings.count, unit="image", desc="FID", disable=not ranks.is_main) as shown:
+        name = WORDS[self.extractor.distance]
+        with progress.bar(total=settings.count, unit="image", desc=name, disable=not ranks.is_main) as shown:
             options = Options(path, shown.update, replays=self.replays)
             weights = json.dumps(self.weights())
             extractor, reference = self.extractor, self.reference
@@ -90,10 +91,7 @@ def fid_command(context: Context) -> None:
     if earlier is not None:
         compare(protocol, earlier, context.trained)
     path = context.out(protocol, short(settings))
-    result, name = scorer.score(settings, path), "fid"
-    if scorer.extractor.layers[0] == SPATIAL:
-        name = "sfid"
-        result = {name if k == "fid" else k: v for k, v in result.items()}
+    result, name = scorer.extractor.named(scorer.score(settings, path)), scorer.extractor.distance
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
         if earlier is not None:
@@ -123,15 +121,18 @@ def table_command(context: Context) -> None:
         if found := context.ranks.decide(functools.partial(list, same)):
             rows.append(found[0])
             continue
-        rows.append({"name": name, "protocol": protocol, "result": scorer.score(settings, path)})
+        rows.append(
+            {"name": name, "protocol": protocol, "result": scorer.extractor.named(scorer.score(settings, path))}
+        )
         context.save(gathered, {"rows": rows}, finished=False)
     if context.ranks.is_main:
-        print(f"{'protocol':26}{'NFE':>6}{'passes':>8}{'FID':>10}{'IS':>9}{'images/s':>10}")
+        distance = scorer.extractor.distance
+        print(f"{'protocol':26}{'NFE':>6}{'passes':>8}{WORDS[distance]:>10}{'IS':>9}{'images/s':>10}")
         for row in rows:
             r = row["result"]
             rate = f"{r['images_per_second']:.1f}" if "images_per_second" in r else "-"
             nfe = f"{r['evaluations']:>6.4g}{r['passes']:>8.4g}"
-            print(f"{row['name']:26}{nfe}{r['fid']:>10.3f}{r['is']:>9.3f}{rate:>10}")
+            print(f"{row['name']:26}{nfe}{r[distance]:>10.3f}{r['is']:>9.3f}{rate:>10}")
     context.save(path, {"rows": rows})
     if context.ranks.is_main:
         gathered.unlink(missing_ok=True)
@@ -150,8 +151,9 @@ def parse_grid(text: str) -> tuple[float, float, float]:
 
 def search_command(context: Context) -> None:
     scorer, start = Scorer(context), context.settings()
-    protocol = scorer.protocol(start)
-    path = context.out(protocol, f"from_{short(start)}")
+    protocol, grid = scorer.protocol(start), context.arguments.grid
+    how = {"grid": parse_grid(grid)} if grid else {}
+    path = context.out(protocol | how, f"grid_{grid.replace(',', '_')}" if grid else f"from_{short(start)}")
     identity = files.digest(
         [scorer.weights(), scorer.extractor.identity(), scorer.about["sha256"], protocol["kid_subset"]]
     )
@@ -162,14 +164,14 @@ def search_command(context: Context) -> None:
         context.ranks,
         environment=protocol["environment"],
     )
-    grid = context.arguments.grid
     best = guidance_search.grid(scored, start, *parse_grid(grid)) if grid else guidance_search.search(scored, start)
     if context.arguments.sweep:
         best = guidance_search.sweep(scored, best, orders=scorer.guide is None)
     if context.ranks.is_main:
-        print(guidance_search.table(scored.rows))
+        print(guidance_search.table(scored.rows, WORDS[scorer.extractor.distance]))
     found = scorer.protocol(best) | {"environment": scored.row(best)["environment"]}
-    context.save(path, {"best": found, "rows": scored.rows})
+    rows = [row | {"result": scorer.extractor.named(row["result"])} for row in scored.rows]
+    context.save(path, {"best": found} | how | {"rows": rows})
 
 
 def open_lpips(context: Context, kernels: str) -> lpips.Perceptual | None:
@@ -208,9 +210,11 @@ def rfid_command(context: Context) -> None:
         extractor = statistics.open_extractor(a, config.data, config.model, context.ranks.device)
     source = data.open_source(config.data, config.model, "heldout")
     with progress.bar(total=len(source), unit="image", desc=a.command, disable=not context.ranks.is_main) as shown:
-        result = reconstruction.score(
+        result: dict[str, Any] = reconstruction.score(
             context.model, settings, source, config.data, extractor, context.ranks, perceptual, report=shown.update
         )
+    if extractor is not None:
+        result = extractor.named(result)
     said = statistics.described(config.data.source, config.model.image_size, "heldout", source, context.ranks.device)
     if context.ranks.is_main:
         print("  ".join(f"{k} {v:.6g}" for k, v in result.items()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ LAYERS = ("2048", "logits_unbiased")
 SHALLOW = ("64", "192", "768", "2048")
 # Of sFID (Nash et al. 2021, arXiv 2103.03841): the first 7 channels of Mixed_6d's 1x1 branch, 17 x 17 places.
 SPATIAL, SPATIAL_CHANNELS, SPATIAL_SIDE = "spatial", 7, 17
+# What results call a Fréchet distance of samples, r in front: of reconstructions; and how it is written.
+WORDS = {"fid": "FID", "sfid": "sFID", "rfid": "rFID", "rsfid": "rsFID"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class Extractor:
     layers: tuple[str, str]
     sizes: tuple[int, int]  # (F, L)
     compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def distance(self) -> str:
+        """Which of WORDS its Fréchet distance of samples is."""
+        return "sfid" if self.layers[0] == SPATIAL else "fid"
+
+    def named(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """A result whose distances are called "fid" and "rfid", under the names that they have in WORDS."""
+        names = {"fid": self.distance, "rfid": f"r{self.distance}"}
+        return {names.get(key, key): value for key, value in result.items()}
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "sha256": self.sha256, "layers": list(self.layers)}

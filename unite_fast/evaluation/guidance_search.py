@@ -113,10 +113,10 @@ def sweep(fid: Callable[[Settings], float], best: Settings, orders: bool = True)
     return min(options, key=fid)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The scores as text, the best marked."""
+def table(rows: list[dict[str, Any]], distance: str = "FID") -> str:
+    """The scores as text, the best marked. distance: what "fid" is called."""
     lowest = min(row["result"]["fid"] for row in rows)
-    lines = [f"{'w':>6}  {'interval':14}{'order':12}{'FID':>10}{'IS':>9}"]
+    lines = [f"{'w':>6}  {'interval':14}{'order':12}{distance:>10}{'IS':>9}"]
     for row in rows:
         s, r = row["settings"], row["result"]
         interval = f"[{s['cfg_interval'][0]:g}, {s['cfg_interval'][1]:g}]"

@@ -7,14 +7,15 @@ import html
 from pathlib import Path
 from typing import Any
 
-from unite_fast.evaluation.features import INCEPTION
+from unite_fast.evaluation.features import INCEPTION, SPATIAL
+from unite_fast.evaluation.features import WORDS as DISTANCES
 from unite_fast.evaluation.results import while_training
 from unite_fast.report.charts import curve
 from unite_fast.report.parts import folded, read_json, readable
 
 # What the published code and papers report; the other columns of a result are folded.
 MAIN = (
-    "fid", "sfid", "is", "kid", "precision", "recall", "rfid", "psnr", "l1", "lpips", "images", "cfg_scale",
+    "fid", "sfid", "is", "kid", "precision", "recall", "rfid", "rsfid", "psnr", "l1", "lpips", "images", "cfg_scale",
     "evaluations",
 )  # fmt: skip
 WORDS = {"is": "IS", "kid": "KID", "psnr": "PSNR, dB", "l1": "L1", "lpips": "LPIPS", "evaluations": "NFE"}
@@ -40,12 +41,12 @@ MONITORED = (
 
 
 def distance(protocol: Any) -> str:
-    """What a Fréchet distance is called: FID with the published Inception weights alone."""
+    """What a Fréchet distance is called: FID and sFID with the published Inception weights alone."""
     extractor = protocol.get("extractor") if isinstance(protocol, dict) else None
     if not isinstance(extractor, dict):
         return "Fréchet distance"
     if extractor.get("sha256") == INCEPTION:
-        return "FID"
+        return DISTANCES["sfid" if SPATIAL in extractor.get("layers", [])[:1] else "fid"]
     other = ", other weights" if "inception" in str(extractor.get("name", "")).lower() else ""
     return f"Fréchet distance ({extractor.get('name', 'another network')}{other})"
 
@@ -53,8 +54,8 @@ def distance(protocol: Any) -> str:
 def heading(column: str, protocol: Any) -> str:
     if isinstance(protocol, dict) and "classifier" in protocol:
         return OF_A_CLASSIFIER.get(column, column)
-    if column in ("fid", "rfid"):
-        return ("r" if column == "rfid" else "") + distance(protocol)
+    if column in DISTANCES:
+        return ("r" if column.startswith("r") else "") + distance(protocol)
     return WORDS.get(column, column.replace("_", " "))
 
 
@@ -114,7 +115,7 @@ def guidance_plot(content: dict[str, Any]) -> str:
     """The distance over the guidance scale, of a search's rows that share the first one's interval and order."""
     rows = [row for row in content.get("rows", []) if "settings" in row]
     same = [r for r in rows if all(r["settings"][k] == rows[0]["settings"][k] for k in ("cfg_interval", "cfg_order"))]
-    points = sorted((row["settings"]["cfg_scale"], row["result"]["fid"]) for row in same)
+    points = sorted((row["settings"]["cfg_scale"], row["result"].get("sfid", row["result"].get("fid"))) for row in same)
     if len(points) < 2:
         return ""
     title = f"{distance(protocol_of(content))} over the guidance scale"
