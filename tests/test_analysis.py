@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import atoms_support
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from support import TINY, command, command_of
+from test_alignment import drawn, features
 from torch import Tensor
 
 from unite_fast import analyse, checkpoint, data, report
@@ -25,89 +27,11 @@ from unite_fast.flow import interpolate
 from unite_fast.modality.images import psnr
 from unite_fast.model.unite import UNITE, build
 from unite_fast.parallel.distributed import Ranks
+from unite_fast.run import assemble
 from unite_kernels import philox
 from unite_kernels.adaln import adaln
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def features(n: int, d: int) -> tuple[Tensor, Tensor]:
-    x = drawn(n, d) + 3
-    return x, 0.5 * x @ drawn(d, d, seed=1) + drawn(n, d, seed=2) - 1
-
-
-# --- alignment -------------------------------------------------------------------------------------------------------
-
-
-def kernels_hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """Biased HSIC of two kernels (Gretton et al. 2005), up to its factor."""
-    h = torch.eye(len(k), dtype=k.dtype) - 1 / len(k)
-    return float(torch.trace(k @ h @ l @ h))
-
-
-def kernels_unbiased(k: Tensor, l: Tensor) -> float:  # noqa: E741
-    """Song et al. 2012, equation 5, from the kernels."""
-    n = len(k)
-    k, l = k - k.diag().diag(), l - l.diag().diag()  # noqa: E741
-    one = torch.ones(n, dtype=k.dtype)
-    middle = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-    return float(torch.trace(k @ l) + middle - 2 / (n - 2) * one @ k @ l @ one) / (n * (n - 3))
-
-
-@pytest.mark.parametrize("cut", [[31], [1, 13, 17]])
-def test_cka_of_sums_is_that_of_kernels(cut):
-    x, y = features(31, 6)
-    sums = alignment.PairSums(6, torch.device("cpu"))
-    for a, b in zip(x.split(cut), y.split(cut), strict=True):
-        sums.add(a, b)
-    k, l = x @ x.T, y @ y.T  # noqa: E741
-    for name, hsic in (("cka", kernels_hsic), ("debiased", kernels_unbiased)):
-        expected = hsic(k, l) / math.sqrt(hsic(k, k) * hsic(l, l))
-        assert sums.cka()[name] == pytest.approx(expected, rel=1e-10), name
-
-
-def test_cka_of_few_examples_and_of_the_same():
-    x, y = features(3, 2)
-    sums = alignment.PairSums(2, torch.device("cpu"))
-    sums.add(x, y)
-    assert math.isnan(sums.cka()["debiased"])
-    own = alignment.PairSums(2, torch.device("cpu"))
-    own.add(y, y @ torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64))  # turned and scaled
-    assert own.cka()["cka"] == pytest.approx(1)
-
-
-def test_debiased_cka_of_independent_features_is_near_zero():
-    sums = alignment.PairSums(40, torch.device("cpu"))
-    sums.add(drawn(60, 40), drawn(60, 40, seed=5))
-    assert sums.cka()["cka"] > 0.3
-    assert abs(sums.cka()["debiased"]) < 0.05
-
-
-def test_cknna_is_the_sum_over_mutual_neighbours():
-    """With scikit-learn's neighbours, pair by pair."""
-    from sklearn.neighbors import NearestNeighbors
-
-    x, y = (v / v.norm(dim=1, keepdim=True) for v in features(23, 5))
-    near = [
-        NearestNeighbors(n_neighbors=4, metric="cosine", algorithm="brute").fit(v.numpy()).kneighbors()[1].tolist()
-        for v in (x, y)
-    ]
-
-    def align(p: Tensor, q: Tensor, of_p: list, of_q: list) -> float:
-        k, l = p @ p.T, q @ q.T  # noqa: E741
-        return sum(
-            float((k[i, j] - k[i].mean()) * (l[i, j] - l[i].mean()))
-            for i in range(23)
-            for j in set(of_p[i]) & set(of_q[i])
-        )
-
-    expected = align(x, y, *near) / math.sqrt(align(x, x, near[0], near[0]) * align(y, y, near[1], near[1]))
-    for block in (7, 100):
-        assert alignment.cknna(x, y, 4, block) == pytest.approx(expected, rel=1e-10)
 
 
 # --- a trained run ---------------------------------------------------------------------------------------------------
@@ -345,6 +269,22 @@ def test_entropy_is_that_of_the_histogram():
     assert entropy.bits(torch.zeros(7), 1e-3) == 0
 
 
+def test_the_start_is_that_of_training(run, monkeypatch):
+    """The weights that a run's seed gives it before its first step, bit for bit; with init_from they are not known."""
+    asked = []
+    monkeypatch.setattr(entropy, "of_model", lambda model, start: asked.append(start))
+    model, config = checkpoint.load_model(run)
+    first = assemble.fresh_state(config := replace(config, seed=5), ONE).model
+    for of in (config, replace(config, init_from=str(run))):
+        subject = analyse.Subject("a", checkpoint.locate(run), model, of)
+        analyse.of_weights(SimpleNamespace(subjects=[subject]))  # pyright: ignore[reportArgumentType]
+    found, none = asked
+    assert none is None
+    ours, expected = dict(found.named_parameters()), dict(first.named_parameters())
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
 def test_every_weight_has_a_group(opened):
     model, _ = opened
     found = entropy.of_model(model, None)["trained"]
@@ -376,11 +316,32 @@ def test_the_command_compares_and_the_report_shows(run):
     assert all(0 < v <= 1 for row in found["cka_registers"] for v in row)
     start = json.loads((run / "analysis" / "entropy.json").read_text())["models"]["shared"]["start"]
     assert start["encoder"]["normalisation"]["mb"][0] < start["encoder"]["functional"]["mb"][0]
+    assert "CKNNA" not in said.stdout
     page = report.page(run)
     assert "<h2>Analyses</h2>" in page
     assert "protocol of alignment" in page
     again = command_of(analyse.main, run, "--only", "entropy")
     assert again.returncode == 0, again.stderr
+
+
+def test_what_few_samples_do_not_say_is_null(run, tmp_path, monkeypatch):
+    """JSON that every reader takes; a line says what is missing, and of what was left out, why."""
+    monkeypatch.setattr(analyse.data, "open_heldout", lambda *a: (data.open_source(*a, "heldout"), "train"))
+    said = command_of(analyse.main, run, "--count", 3, "--neighbours", 7, "--out", tmp_path)
+    assert said.returncode == 0, said.stderr
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = {path.stem: json.loads(path.read_text(), parse_constant=refuse) for path in tmp_path.glob("*.json")}
+    like = found["alignment"]["models"]["shared"]
+    assert like["debiased_mean"] == [[None] * 3] * 3
+    assert all(isinstance(value, float) for row in like["cka_mean"] for value in row)
+    assert "alignment: 9 numbers are not defined for these samples; null in alignment.json" in said.stdout
+    assert "no CKNNA, which needs more samples than --neighbours 7; 3 are compared" in said.stdout
+    assert "no probes: the probes need labelled held-out images; name some with --data" in said.stdout
+    assert "probes" not in found
+    assert (tmp_path / "alignment.png").stat().st_size > 2000
 
 
 def test_losses_of_held_out_samples_while_training(run):

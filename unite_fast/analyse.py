@@ -26,7 +26,7 @@ import torch
 
 from unite_fast import checkpoint, data
 from unite_fast.analysis import alignment, dynamics, entropy, plots, probe, trajectory
-from unite_fast.analysis.walk import NOISE_STREAM, TILE, chosen, denoised, significant, tokenized, walk
+from unite_fast.analysis.walk import NOISE_STREAM, TILE, chosen, denoised, significant, tokenized, undefined, walk
 from unite_fast.base import command, files, outputs, progress, provenance
 from unite_fast.base.errors import UserError, idle
 from unite_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, choices
@@ -195,6 +195,11 @@ def write(context: Context, out: Path, name: str, found: Found) -> None:
         if plots.available():
             plots.DRAWN[name](out / f"{name}.png", found)
     print(f"{name}: {said(name, found)}")
+    if missing := undefined(found):
+        print(f"{name}: {missing} numbers are not defined for these samples; null in {name}.json")
+    if name == "alignment" and not all("cknna" in of for of in found.values()):
+        kept = next(iter(found.values()))["examples"]["cknna"]
+        print(f"alignment: no CKNNA, which needs more samples than --neighbours {a.neighbours}; {kept} are compared")
 
 
 def said(name: str, found: Found) -> str:
@@ -297,17 +302,19 @@ def open_samples(
     return reading, *data.open_heldout(reading, model)
 
 
-def settle(a: argparse.Namespace, subjects: list[Subject], split: str) -> None:
-    """Leaves out what these models do not have. Raises UserError where it was asked for by name."""
+def settle(a: argparse.Namespace, subjects: list[Subject], split: str) -> list[str]:
+    """Leaves out what these models do not have, and says so. Raises UserError where it was asked for by name."""
     missing = {}
     if split == "train" or "probes" not in subjects[0].model.modality.analyses:
         missing["probes"] = "the probes need labelled held-out images; name some with --data"
     if not any(s.run is not None for s in subjects):
         missing["dynamics"] = "none of the models lies in a run folder with metrics"
-    for name, why in missing.items():
-        if name in a.only and a.asked:
+    left_out = {name: why for name, why in missing.items() if name in a.only}
+    for name, why in left_out.items():
+        if a.asked:
             raise UserError(f"--only {name}: {why}")
-    a.only = [name for name in a.only if name not in missing]
+    a.only = [name for name in a.only if name not in left_out]
+    return [f"no {name}: {why}" for name, why in left_out.items()]
 
 
 def check_out(a: argparse.Namespace, subjects: list[Subject]) -> Path:
@@ -335,7 +342,7 @@ def main(argv: list[str]) -> None:
         precision.setup(ranks.device)
         subjects = load(a, ranks.device)
         reading, source, split = open_samples(a, subjects[0].config.data, subjects[0].config.model)
-        settle(a, subjects, split)
+        left_out = settle(a, subjects, split)
         out = ranks.decide(lambda: check_out(a, subjects))
         context = Context(a, subjects, ranks, reading, source, split)
         for name, found in of_samples(context, [n for n in ("alignment", "trajectory") if n in a.only]).items():
@@ -348,6 +355,7 @@ def main(argv: list[str]) -> None:
                 for number, subject in enumerate(subjects):
                     picture(context, subject, out / f"trajectory_{number + 1}.png")
         if ranks.is_main:
+            print("".join(f"{line}\n" for line in left_out), end="")
             print(f"in {out}" + ("" if plots.available() else "; plots need matplotlib, pip install matplotlib"))
     finally:
         distributed.stop()

@@ -1,7 +1,8 @@
 """How alike the tokenizing and the denoising pass are, layer by layer (arXiv 2603.22283, Figure 6 left and middle).
 
 CKA comes from sums over samples of features and of their products, so that no kernel of all pairs is ever made; CKNNA
-compares pairs, of features that are kept.
+compares pairs, of features that are kept. The sums are of features less a shift near their mean: what varies little
+around a large mean would be lost in fourth powers.
 
 Shape letters: n examples, D features, B samples of a tile, K registers, k neighbours.
 """
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.analysis.walk import Denoised, Kept, Tile
+from unite_fast.analysis.walk import ROUNDING, Denoised, Kept, Tile
+from unite_fast.parallel.distributed import Ranks
 
 TIMES = (0.1, 0.5, 0.9)
 NEIGHBOURS = 10
@@ -28,82 +30,116 @@ DEFINITION = {
     "debiased": "the same with the unbiased estimate of HSIC (Song et al. 2012, equation 5) in all three places",
     "registers": "an example is a register of a sample (n = samples times registers)",
     "mean": "an example is a sample, the mean over its registers",
-    "cknna": "Huh et al. 2024 (arXiv 2405.07987, appendix A): inner products of unit features, centred by rows, over "
-    "pairs that are among each other's k nearest neighbours in both, relative to each with itself; mean over registers",
+    "cknna": "Huh et al. 2024 (arXiv 2405.07987, appendix A, equations 16 to 18), of unit features: the sum over pairs "
+    "(i, j), of which j is among the k nearest neighbours of i in both sets, of the product of their inner products, "
+    "each less its mean over j; divided by the root of the product of such sums of each set with itself. An example is "
+    "a sample, the mean over its registers",
     "cosine": "mean over samples and registers of the cosine between the two activations of one register",
 }
 
 
 class PairSums:
-    """Sums over examples x, y (D,) each, from which CKA follows in both its forms. float64."""
+    """Sums over examples x, y (D,) each, from which CKA follows in both its forms. float64.
+
+    They are of examples less ``shifts``, which the first of them decide; CKA does not change with it.
+    """
 
     def __init__(self, d: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.count = zeros(1)
-        self.x, self.y = zeros(d), zeros(d)
+        self.shifts = {"x": zeros(d), "y": zeros(d)}
+        self.first = {"x": zeros(d), "y": zeros(d)}
+        self.squares = {"x": zeros(1), "y": zeros(1)}  # of |x|^2
         self.products = {"xx": zeros(d, d), "xy": zeros(d, d), "yy": zeros(d, d)}
-        self.squares = zeros(2)  # of |x|^2, |y|^2
-        self.fourth = {"xx": zeros(1), "xy": zeros(1), "yy": zeros(1)}  # of |x|^4, |x|^2 |y|^2, |y|^4
+        self.fourth = {"xx": zeros(1), "xy": zeros(1), "yy": zeros(1)}  # of |x|^2 |y|^2
         self.weighted = {name: zeros(d) for name in ("xx", "xy", "yx", "yy")}  # xy: of x |y|^2
+        self.begun = False
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x, y (n, D)."""
-        x, y = x.double(), y.double()
-        a, b = x.square().sum(1), y.square().sum(1)
-        of = {"x": (x, a), "y": (y, b)}
+        both = {"x": x.double(), "y": y.double()}
+        if not self.begun and len(x):
+            self.begun, self.shifts = True, {name: v.mean(0) for name, v in both.items()}
+        of = {name: v - self.shifts[name] for name, v in both.items()}
+        squares = {name: v.square().sum(1) for name, v in of.items()}
         self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.squares += torch.stack([a.sum(), b.sum()])
+        for name, v in of.items():
+            self.first[name] += v.sum(0)
+            self.squares[name] += squares[name].sum()
         for pair in self.products:
-            (left, s), (right, r) = of[pair[0]], of[pair[1]]
-            self.products[pair].addmm_(left.T, right)
-            self.fourth[pair] += s @ r
+            self.products[pair].addmm_(of[pair[0]].T, of[pair[1]])
+            self.fourth[pair] += squares[pair[0]] @ squares[pair[1]]
         for pair in self.weighted:
-            self.weighted[pair] += of[pair[1]][1] @ of[pair[0]][0]
+            self.weighted[pair] += squares[pair[1]] @ of[pair[0]]
 
     def tensors(self) -> list[Tensor]:
-        groups = (self.products, self.fourth, self.weighted)
-        return [self.count, self.x, self.y, self.squares, *(t for group in groups for t in group.values())]
+        groups = (self.first, self.squares, self.products, self.fourth, self.weighted)
+        return [self.count, *(t for group in groups for t in group.values())]
 
-    def _centred(self, pair: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Of features less their means: X'Y, the sums of |x|^2 and of |y|^2, and that of |x|^2 |y|^2."""
-        n, sums = self.count, {"x": self.x, "y": self.y}
-        means = [sums[name] / n for name in pair]
-        lengths = [mean @ mean for mean in means]
-        squares = [self.squares["xy".index(name)] for name in pair]
-        product = self.products[pair]
-        # |x - m|^2 = |x|^2 - 2 x'm + |m|^2, multiplied out
-        of_x, of_y = self.weighted[pair] @ means[0], self.weighted[pair[::-1]] @ means[1]
-        both = self.fourth[pair].sum() - 2 * (of_x + of_y) + 4 * means[0] @ product @ means[1]
-        both = both + lengths[1] * squares[0] + lengths[0] * squares[1] - 3 * n.sum() * lengths[0] * lengths[1]
-        own = [square - n.sum() * length for square, length in zip(squares, lengths, strict=True)]
-        return product - n * torch.outer(*means), own, both
+    def moved(self, shifts: dict[str, Tensor]) -> PairSums:
+        """The same examples less other shifts: (x - old) = (x - new) less what lies between, multiplied out."""
+        n, found = self.count, PairSums(len(self.first["x"]), self.count.device)
+        by = {name: self.shifts[name] - shifts[name] for name in shifts}
+        length = {name: d @ d for name, d in by.items()}
+        found.count, found.shifts, found.begun = n, shifts, True
+        for a, d in by.items():
+            found.first[a] = self.first[a] + n * d
+            found.squares[a] = self.squares[a] + 2 * d @ self.first[a] + n * length[a]
+        for pair in self.products:
+            a, b = pair
+            product, sums = self.products[pair], self.first
+            found.products[pair] = product + torch.outer(sums[a], by[b]) + torch.outer(by[a], found.first[b])
+            with_a, with_b = self.weighted[b + a] @ by[b], self.weighted[pair] @ by[a]
+            found.fourth[pair] = (
+                self.fourth[pair] + 2 * (with_a + with_b) + 4 * by[a] @ product @ by[b]
+                + length[b] * (self.squares[a] + 2 * by[a] @ sums[a]) + length[a] * found.squares[b]
+            )  # fmt: skip
+        for pair in self.weighted:
+            a, b = pair
+            product = self.products[pair] if pair in self.products else self.products[b + a].T
+            found.weighted[pair] = (
+                self.weighted[pair] + 2 * product @ by[b] + length[b] * self.first[a] + by[a] * found.squares[b]
+            )
+        return found
 
-    def biased(self, pair: str) -> float:
-        """|X'Y|^2 of centred features."""
-        return float(self._centred(pair)[0].square().sum())
+    def centred(self) -> PairSums:
+        """Of features less their means."""
+        return self.moved({name: shift + self.first[name] / self.count for name, shift in self.shifts.items()})
 
-    def unbiased(self, pair: str) -> float:
+    def _biased(self, pair: str) -> float:
+        """|X'Y|^2; of centred features, as the next."""
+        return float(self.products[pair].square().sum())
+
+    def _unbiased(self, pair: str) -> float:
         """n (n - 3) times the unbiased estimate of HSIC with linear kernels K = XX', L = YY' of zero diagonals.
 
         tr(KL) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'KL1) / (n - 2). It does not change when the features are
         centred, where X'1 = 0, so the three are |X'Y|^2 less the sum of |x|^2 |y|^2, the sums of |x|^2 and |y|^2, and
         that of |x|^2 |y|^2.
         """
-        n = float(self.count)
-        product, own, both = self._centred(pair)
-        return float(product.square().sum() - both + own[0] * own[1] / ((n - 1) * (n - 2)) - 2 * both / (n - 2))
+        n, both, (x, y) = float(self.count), float(self.fourth[pair]), (float(self.squares[name]) for name in pair)
+        return self._biased(pair) - both + x * y / ((n - 1) * (n - 2)) - 2 * both / (n - 2)
+
+    def _constant(self, centred: PairSums) -> bool:
+        """Whether a set varies by rounding alone."""
+        for name, shift in self.shifts.items():
+            whole = self.squares[name] + 2 * shift @ self.first[name] + self.count * (shift @ shift)
+            if float(centred.squares[name]) <= ROUNDING * float(whole):
+                return True
+        return False
 
     def cka(self) -> dict[str, float]:
-        """{"cka", "debiased"}; the second is nan below 4 examples, or where a set alone has no positive estimate."""
-        forms = {"cka": self.biased, "debiased": self.unbiased}
-        found = {}
-        for name, hsic in forms.items():
+        """{"cka", "debiased"}; nan without examples and where a set is constant, the second also below 4 examples, or
+        where a set alone has no positive estimate."""
+        found, centred = {"cka": math.nan, "debiased": math.nan}, self.centred()
+        if float(self.count) == 0 or self._constant(centred):
+            return found
+        for name, hsic in (("cka", centred._biased), ("debiased", centred._unbiased)):
             own = hsic("xx") * hsic("yy") if name == "cka" or float(self.count) > 3 else 0.0
-            found[name] = hsic("xy") / math.sqrt(own) if own > 0 else math.nan
+            if own > 0:
+                found[name] = hsic("xy") / math.sqrt(own)
         return found
 
 
@@ -176,9 +212,15 @@ class Alignment:
             row = torch.stack([cosine.sum(), torch.ones_like(cosine).sum()])
             self.cosines[self.times.index(denoised.t), i] += row
 
-    def tensors(self) -> list[Tensor]:
-        sums = [t for forms in self.sums.values() for form in forms.values() for t in form.tensors()]
-        return [self.cosines, *sums, *self.tokenizing, *self.denoising.values()]
+    def reduce(self, ranks: Ranks) -> None:
+        """The shifts become those of rank 0, which has the first tile."""
+        for forms in self.sums.values():
+            for form, sums in forms.items():
+                shifts = {name: shift * float(ranks.is_main) for name, shift in sums.shifts.items()}
+                ranks.sum_(list(shifts.values()))
+                forms[form] = sums.moved(shifts)
+                ranks.sum_(forms[form].tensors())
+        ranks.sum_([self.cosines, *self.tokenizing, *self.denoising.values()])
 
     def result(self) -> dict[str, Any]:
         """{"times", "examples", and by measure a list per time of a number per block}."""

@@ -39,7 +39,7 @@ def _legend(axes: Any) -> None:
 
 
 def alignment(path: Path, models: Results) -> None:
-    """A column per time; measures over blocks, a line per model."""
+    """A row per time, a column per measure, whose panels have one range; over blocks, a line per model."""
     measures = {
         "debiased_registers": "CKA of registers, debiased",
         "debiased_mean": "CKA of samples, debiased",
@@ -55,8 +55,11 @@ def alignment(path: Path, models: Results) -> None:
                     values = found[measure][found["times"].index(t)]
                     axes.plot(range(1, len(values) + 1), values, marker=".", label=name)
             axes.set_title(f"{title}, t = {t:g}", fontsize="small")
-            axes.set_ylim(top=1.02)
             axes.set_xlabel("block", fontsize="small")
+    for column in zip(*grid, strict=True):
+        low = min(axes.get_ylim()[0] for axes in column)
+        for axes in column:
+            axes.set_ylim(low, 1.02)
     _legend(grid[0][0])
     figure.suptitle("Tokenizing against denoising activations, by layer")
     _save(figure, path)

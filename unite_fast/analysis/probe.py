@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.analysis.walk import Denoised, Kept, Tile
+from unite_fast.parallel.distributed import Ranks
 
 RIDGE = 1e-3  # times the number of samples: added to the covariance of standardised features
 NEIGHBOURS = 10
@@ -92,8 +93,8 @@ class Training:
 
     def add(self, tile: Tile, denoised: Denoised) -> None: ...
 
-    def tensors(self) -> list[Tensor]:
-        return [self.labels, *self.tables.values(), *(t for sums in self.sums.values() for t in sums.tensors())]
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.labels, *self.tables.values(), *(t for sums in self.sums.values() for t in sums.tensors())])
 
     def result(self) -> dict[str, Any]:
         return {"samples": int(self.sums["mean"].counts.sum()), "neighbours_of": len(self.kept)}
@@ -137,8 +138,8 @@ class HeldOut:
 
     def add(self, tile: Tile, denoised: Denoised) -> None: ...
 
-    def tensors(self) -> list[Tensor]:
-        return [self.right, self.counts]
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.right, self.counts])
 
     def result(self) -> dict[str, Any]:
         """{"held_out", "chance", "linear": {"flat", "mean"}, "knn": ...}, shares."""

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from unite_fast.analysis.walk import Denoised, Tile
+from unite_fast.analysis.walk import ROUNDING, Denoised, Tile
 from unite_fast.flow import EPS
 from unite_fast.modality.images import psnr
 from unite_fast.model.unite import UNITE
+from unite_fast.parallel.distributed import Ranks
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LIVE = 0.5
 SMALL = 0.01  # of the largest eigenvalue: what is below is not in use
-ROUNDING = 1e-12  # of the latents' squares: less than that they vary by the rounding of float32 alone
 DEFINITION = {
     "cosine": "mean over samples and registers of the cosine between clean latents z and their prediction from "
     "z_t = t z + (1 - t) eps, without a class",
@@ -95,8 +95,8 @@ class Trajectory:
         decibels = self._psnr(tile, denoised.prediction).double()
         self.sums[self.times.index(denoised.t)] += torch.stack([cosine, *counts, decibels, errors.sum()])
 
-    def tensors(self) -> list[Tensor]:
-        return [self.sums, self.clean, self.moments, self.products, self.there, self.directions]
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.sums, self.clean, self.moments, self.products, self.there, self.directions])
 
     def _constant(self) -> tuple[Tensor, float]:
         """Of the mean over samples as a prediction: its squared errors, nan where there are none, and its cosine."""

@@ -8,6 +8,7 @@ Shape letters: B samples of a tile, K registers, C latent dim, D width of the en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from unite_fast.sampling.reconstruct import tokens
 from unite_kernels import philox
 
 TILE = 32
+ROUNDING = 1e-12  # of features' squares: less than that they vary by the rounding of float32 alone
 NOISE_STREAM = 1 << 19  # of the noise that latents are corrupted with; the same at all times
 
 
@@ -78,8 +80,8 @@ class Analysis(Protocol):
 
     def add(self, tile: Tile, denoised: Denoised) -> None: ...
 
-    def tensors(self) -> list[Tensor]:
-        """Sums that the processes add up before ``result``, float64."""
+    def reduce(self, ranks: Ranks) -> None:
+        """Adds up what the processes have, before ``result``."""
         ...
 
     def result(self) -> dict[str, Any]: ...
@@ -200,13 +202,26 @@ def walk(
 
     while any(ranks.gather(ranks.together(next_tile))):
         pass
-    ranks.sum_([tensor for analysis in analyses for tensor in analysis.tensors()])
+    for analysis in analyses:
+        analysis.reduce(ranks)
 
 
 def significant(value: Any, digits: int = 6) -> Any:
-    """Numbers within nested plain values, rounded to as many digits as no order of additions changes."""
+    """Numbers within nested plain values, rounded to as many digits as no order of additions changes.
+
+    JSON has no word for what is not finite: it becomes None.
+    """
     if isinstance(value, dict):
         return {k: significant(v, digits) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [significant(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def undefined(value: Any) -> int:
+    """How many numbers within nested plain values are not finite."""
+    if isinstance(value, dict | list | tuple):
+        return sum(undefined(v) for v in (value.values() if isinstance(value, dict) else value))
+    return int(isinstance(value, float) and not math.isfinite(value))
