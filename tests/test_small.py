@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -10,10 +12,12 @@ import pytest
 import torch
 from support import command_of, tiny_run
 
-from unite_fast import data
+from unite_fast import checkpoint, data, sampling
 from unite_fast.base.errors import UserError
 from unite_fast.config import DataConfig, ModelConfig
 from unite_fast.evaluation import small
+from unite_fast.modality.images import to_float
+from unite_fast.sampling.reconstruct import reconstruct
 
 MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=10)
 DIGITS = DataConfig(source="digits", flip=False)
@@ -65,6 +69,33 @@ def test_the_classifier_is_kept_and_read(tmp_path):
         small.classifier(path, DIGITS, ModelConfig(image_size=8, patch_size=2, channels=3, num_classes=10))
 
 
+@torch.no_grad()
+def check_in_the_classifiers_eyes(found: dict, run: Path, judge: small.Classifier) -> None:
+    """feature_distance and recognised, image by image."""
+    model, config = checkpoint.load_model(run)
+    held = data.open_source(DIGITS, MODEL, "heldout")
+    images = torch.stack([to_float(held.load(i)) for i in range(60)])
+    labels = [int(held.labels[i]) for i in range(60)]
+    made = reconstruct(model, images, torch.arange(60), config.objective.tokenizer_t_max)
+    real, back = judge.features(images).double(), judge.features(made).double()
+
+    def mean_distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        return sum(float(((a - b) ** 2).sum()) for a, b in pairs) / len(pairs)
+
+    scale = mean_distance([(real[i], real[i - 1]) for i in range(60)])
+    of_class = [[i for i in range(60) if labels[i] == c] for c in range(10)]
+    alike = [(real[i], real[j]) for places in of_class for i, j in itertools.pairwise(places)]
+    pairs = {"result": list(zip(real, back, strict=True)), "real": alike}
+    how = dataclasses.replace(config.sample, cfg_scale=1.0)
+    samples = sampling.sample(model, torch.arange(60) % 10, how, seeds=range(60))
+    right = [int(judge(samples[i : i + 1]).argmax()) == i % 10 for i in range(60)]
+    rightly = [int(judge(images[i : i + 1]).argmax()) == labels[i] for i in range(60)]
+    for name, of in pairs.items():
+        assert found[name]["feature_distance"] == pytest.approx(mean_distance(of) / scale, rel=1e-4), name
+    assert found["result"]["recognised"] == pytest.approx(sum(right) / 60)
+    assert found["real"]["recognised"] == pytest.approx(sum(rightly) / 60)
+
+
 def test_a_run_is_scored_beside_real_images(tmp_path):
     run = tiny_run(tmp_path, "train.max_steps=3") / "run"
     words = (run, "--classifier", tmp_path / "c.safetensors", "--count", 60)
@@ -73,6 +104,7 @@ def test_a_run_is_scored_beside_real_images(tmp_path):
     assert {"psnr", "feature_distance", "recognised", "kid", "nearest"} <= found["result"].keys()
     assert 0 < found["real"]["nearest"] < found["result"]["nearest"]
     assert (found["held_out"], found["samples"]) == (60, 60)
+    check_in_the_classifiers_eyes(found, run, small.classifier(tmp_path / "c.safetensors", DIGITS, MODEL))
     assert found["real"]["kid"] < found["result"]["kid"]
     assert found["real"]["recognised"] > found["result"]["recognised"]
     assert 0 < found["real"]["feature_distance"] < 1
