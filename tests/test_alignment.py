@@ -169,7 +169,7 @@ def test_each_time_and_block_has_its_own_row():
             for form, pair in (("registers", (x[there], y[there])), ("mean", means)):
                 for name, value in direct(*pair).items():
                     assert result[f"{name}_{form}"][row][block] == pytest.approx(value, rel=1e-9), (name, form, t)
-            assert result["cknna"][row][block] == pytest.approx(alignment.cknna(*means, 5), rel=1e-9)
+            assert result["cknna"][row][block] == pytest.approx(alignment.cknna(means[0], means[1], 5), rel=1e-9)
             dots = [float(a @ b / a.norm() / b.norm()) for a, b in zip(x[there], y[there], strict=True)]
             assert result["cosine"][row][block] == pytest.approx(sum(dots) / len(dots), rel=1e-9)
 

@@ -70,8 +70,8 @@ def test_the_classifier_is_kept_and_read(tmp_path):
 
 
 @torch.no_grad()
-def check_in_the_classifiers_eyes(found: dict, run: Path, judge: small.Classifier) -> None:
-    """feature_distance and recognised, image by image."""
+def check_in_the_classifiers_eyes(found: dict, run: Path, judge: small.Classifier, monkeypatch) -> None:
+    """feature_distance and recognised, image by image; then with real digits of class seed mod 10 for samples."""
     model, config = checkpoint.load_model(run)
     held = data.open_source(DIGITS, MODEL, "heldout")
     images = torch.stack([to_float(held.load(i)) for i in range(60)])
@@ -94,9 +94,14 @@ def check_in_the_classifiers_eyes(found: dict, run: Path, judge: small.Classifie
         assert found[name]["feature_distance"] == pytest.approx(mean_distance(of) / scale, rel=1e-4), name
     assert found["result"]["recognised"] == pytest.approx(sum(right) / 60)
     assert found["real"]["recognised"] == pytest.approx(sum(rightly) / 60)
+    stand_in = [of_class[seed % 10][seed // 10 % len(of_class[seed % 10])] for seed in range(60)]
+    monkeypatch.setattr(small.sampling, "sample", lambda *a, seeds, **k: images[[stand_in[s] for s in seeds.tolist()]])
+    of_real = small.measure(model, DIGITS, how, judge, config.objective.tokenizer_t_max, 60)["result"]
+    assert of_real["recognised"] == pytest.approx(sum(rightly[place] for place in stand_in) / 60)
+    assert of_real["recognised"] > 0.6
 
 
-def test_a_run_is_scored_beside_real_images(tmp_path):
+def test_a_run_is_scored_beside_real_images(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, "train.max_steps=3") / "run"
     words = (run, "--classifier", tmp_path / "c.safetensors", "--count", 60)
     assert command_of(small.main, *words).returncode == 0
@@ -104,7 +109,7 @@ def test_a_run_is_scored_beside_real_images(tmp_path):
     assert {"psnr", "feature_distance", "recognised", "kid", "nearest"} <= found["result"].keys()
     assert 0 < found["real"]["nearest"] < found["result"]["nearest"]
     assert (found["held_out"], found["samples"]) == (60, 60)
-    check_in_the_classifiers_eyes(found, run, small.classifier(tmp_path / "c.safetensors", DIGITS, MODEL))
+    check_in_the_classifiers_eyes(found, run, small.classifier(tmp_path / "c.safetensors", DIGITS, MODEL), monkeypatch)
     assert found["real"]["kid"] < found["result"]["kid"]
     assert found["real"]["recognised"] > found["result"]["recognised"]
     assert 0 < found["real"]["feature_distance"] < 1

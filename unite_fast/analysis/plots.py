@@ -139,8 +139,9 @@ def dynamics(path: Path, models: Results) -> None:
     """A panel for each curve, those of scores behind those of losses."""
     each = list(dict.fromkeys(name for found in models.values() for name in found["curves"]))
     names = sorted(each, key=lambda name: any(name in found.get("scored", {}) for found in models.values()))
-    columns = min(3, len(names))
-    figure, grid = _figure(columns, -(-len(names) // columns))
+    many = len(names) > 9
+    columns = min(5 if many else 3, len(names))
+    figure, grid = _figure(columns, -(-len(names) // columns), *((3.0, 2.4) if many else ()))
     flat = list(grid.flat)
     for axes, curve in zip(flat, names, strict=False):
         for name, found in models.items():
