@@ -93,6 +93,14 @@ def test_runs_by_seeds_once_and_their_table(place, called):
     assert "plain" not in alone.stdout
 
 
+def test_a_part_begins_beside_another(place, called):
+    for name in ("plain", "other"):
+        said = command_of(sweep.main, place / "sweep.yaml", "--only", name)
+        assert said.returncode == 0, said.stderr
+        (place / "runs" / "table.json").unlink()  # as long as the first part is at work
+    assert {Path(words[-1]).parent.name for words in called[1::2]} == {"plain", "other"}
+
+
 def test_a_result_of_an_earlier_checkpoint_is_made_again(tmp_path):
     run = sweep.Run("a", 0, tmp_path, tmp_path / "tiny.yaml", [])
     newest = tmp_path / "checkpoints" / "step-0000002"

@@ -338,11 +338,11 @@ def main(argv: list[str]) -> None:
     sweep = read(a.file, a.overrides)
     if a.collect and a.slurm:
         raise UserError("--collect and --slurm: give one of them")
+    names = {TABLE, *sweep.runs}
     if a.only:
         if unknown := [name for name in a.only.split(",") if name not in sweep.runs]:
             raise UserError(f"--only {unknown[0]}: {a.file} has {', '.join(sweep.runs)}")
         sweep = sweep._replace(runs={name: sweep.runs[name] for name in a.only.split(",")})
-    names = {TABLE, *sweep.runs}
     outputs.check_folder(sweep.out, "out", [a.file], lambda path: any((path / name).exists() for name in names))
     runs = listed(sweep)
     if not a.collect:
