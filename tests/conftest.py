@@ -26,11 +26,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take a minute or about that, the longest first: begun last, one of them would have a process to itself
-# while the other has nothing left to do.
+# Files that take a quarter of a minute or more, the longest first: begun last, one of them would have a process to
+# itself while the other has nothing left to do.
 LONG = (
-    "test_cuda_traced", "test_distributed", "test_composition", "test_resume", "test_monitor", "test_stops",
-    "test_efficiency", "test_gpu_check", "test_security", "test_examples",
+    "test_distributed", "test_composition", "test_resume", "test_monitor", "test_stops", "test_cuda_traced",
+    "test_efficiency", "test_gpu_check", "test_graph", "test_security", "test_images", "test_compile",
+    "test_sampling", "test_examples", "test_training", "test_traffic", "test_flops", "test_atoms", "test_scores",
 )  # fmt: skip
 
 
