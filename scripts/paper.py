@@ -165,10 +165,15 @@ def longer(found: dict[str, Any], test: list[Any]) -> list[Any]:
     return [column, run + LONG, relation, other + LONG if other in names else other]
 
 
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def spread(values: list[float]) -> str:
     """Mean and range; how many, where they are not three."""
-    mean, few = sum(values) / len(values), f", n = {len(values)}" * (len(values) != 3)
-    return f"{mean:.3g} ({min(values):.3g} to {max(values):.3g}{few})" if len(values) > 1 else f"{mean:.3g}"
+    mean, few = short(sum(values) / len(values)), f", n = {len(values)}" * (len(values) != 3)
+    return f"{mean} ({short(min(values))} to {short(max(values))}{few})" if len(values) > 1 else mean
 
 
 def summed(verdicts: list[str]) -> str:
@@ -228,7 +233,7 @@ def every_run(columns: dict[str, dict[str, str]], found: dict[str, Any], real: d
     """Means and ranges of all runs in two tables, the first beside real images; what their columns are."""
     lines = []
     for part, about in columns.items():
-        rows = {"real images": [f"{real[key]:.3g}" if (key := REAL.get(name)) in real else "" for name in about]}
+        rows = {"real images": [short(real[key]) if (key := REAL.get(name)) in real else "" for name in about]}
         for run, cells in found.items():
             rows[f"`{run}`"] = [spread(list(cells[c]["values"].values())) if c in cells else "-" for c in about]
         if part != "quality":
@@ -246,6 +251,7 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     said = {key: about.get(key, "none") for key in ("machine", "commit", "seeds")}
     lines += ["## Claims, at small scale", "", texts["small"].format(**said)]
     lines += [*(f"- {note}" for note in content["notes"]), "", *claims(content["claims"], found)]
+    lines += ["What it comes to:", "", *(f"- {one}" for one in content["reading"]), ""]
     if found:
         lines += every_run(content["columns"], found, results.get("real", {}))
         for name in FIGURES:
@@ -300,6 +306,8 @@ FIGURES = {
     "entropy": "Section 4: bits of the weights; seed 0",
     "probes": "Section 7: classes read out of latents; seed 0",
     "dynamics": "Figure 4: curves; seed 0",
+    "scores": "Figure 4 as the paper has it, losses beside scores that were taken while training, with noise on the "
+    "decoder's input and without: the digits (`configs/claims/digits_states.yaml`, seed 0)",
 }
 
 
