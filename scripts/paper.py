@@ -311,30 +311,6 @@ FIGURES = {
 }
 
 
-SWEEP = """# Every training of configs/paper that is on images, each once, scored and looked into, for
-# python -m unite_fast sweep; scripts/paper.py wrote it. The decoder's fine-tuning needs table2_base finished.
-#
-#   python -m unite_fast sweep configs/paper/paper.yaml data.path=imagenet/train data.heldout_path=imagenet/val \\
-#       objective.perceptual_trunk=vgg16-397923af.pth evaluation.reference=imagenet256.npz \\
-#       evaluation.inception=weights-inception-2015-12-05-6726825d.pth
-out: runs/paper
-then:
-  - {command: [evaluate, fid, --checkpoint, "{run}", --out, "{run}/scores/fid.json"], makes: scores/fid.json}
-  - {command: [evaluate, rfid, --checkpoint, "{run}", --out, "{run}/scores/rfid.json"], makes: scores/rfid.json}
-  - {command: [analyse, "{run}", --count, "50000"], makes: analysis/dynamics.json}
-table:
-  FID: [scores/fid.json, result, fid]
-  IS: [scores/fid.json, result, is]
-  rFID: [scores/rfid.json, result, rfid]
-  PSNR: [scores/rfid.json, result, psnr]
-  "CKA last, t 0.5": [analysis/alignment.json, models, "*", debiased_registers, "1", "-1"]
-  "cosine, t 0.1": [analysis/trajectory.json, models, "*", cosine, "1"]
-  "norms, MB": [analysis/entropy.json, models, "*", trained, encoder, normalisation, mb, "1"]
-  linear probe: [analysis/probes.json, models, "*", linear, flat]
-runs:
-"""
-
-
 def sweep_text(content: dict[str, Any]) -> str:
     """configs/paper/paper.yaml: every training on images as one sweep."""
     lines = [
@@ -342,7 +318,7 @@ def sweep_text(content: dict[str, Any]) -> str:
         for name, first in first_of(content).items()
         if name == first and content["configs"][name]["base"] != "mp20" and "more" not in content["configs"][name]
     ]
-    return SWEEP + "\n".join([*lines, ""])
+    return content["texts"]["sweep"] + "\n".join([*lines, ""])
 
 
 def made() -> dict[Path, str]:
