@@ -81,7 +81,7 @@ def config_text(name: str, row: dict[str, Any]) -> str:
             f"#       --config {words}",
             "#",
             f"# {per_sample:,.0f} GFLOP per {thing}, {total:.2g} FLOPs in all.",
-            f"# PREDICTION, not measured: {row.get('hours', hours):,.3g} H200 hours{'' if 'hours' in row else AT}.",
+            f"# PREDICTION, not measured: {short(row.get('hours', hours))} H200 hours{'' if 'hours' in row else AT}.",
             "# Written by scripts/paper.py from docs/paper_rows.yaml.",
             body,
         ]
@@ -222,11 +222,10 @@ def claims(content: list[dict[str, Any]], found: dict[str, Any]) -> list[str]:
 
 
 def small_scale(found: dict[str, Any], run: str) -> str:
-    """What a row's small run reached, the longest that there is."""
-    name = run + LONG if run + LONG in found else run
-    cells = found.get(name, {})
+    """What a row's small run reached after 375 steps, which all of them have."""
+    cells = found.get(run, {})
     scores = [f"{column} {spread(list(cells[column]['values'].values()))}" for column in SCORES if column in cells]
-    return f"`{name}`: {'; '.join(scores)}" if scores else ABSENT
+    return f"`{run}`: {'; '.join(scores)}" if scores else ABSENT
 
 
 def every_run(columns: dict[str, dict[str, str]], found: dict[str, Any], real: dict[str, float]) -> list[str]:
@@ -271,7 +270,7 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     same = first_of(content)
     for name, row in content["configs"].items():
         _, total, hours = plan(config_of(name, row))
-        takes = f"{total:.2g}, {row.get('hours', hours):,.3g}"
+        takes = f"{total:.2g}, {short(row.get('hours', hours))}"
         if same[name] != name:
             takes = f"the training of {content['configs'][same[name]]['where']}"
         how = f"`--config configs/paper/{name}.yaml`"
@@ -296,18 +295,18 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 PICTURES = (
-    "Figure 7 at small scale, seed 0 of the four variants: held-out images, their reconstructions, and what is decoded "
-    "of the predictions from latents noised to t; mean PSNR of the eight on the left"
+    "Figure 7 at small scale, seed 0 of the four variants after 1,500 steps: held-out images, reconstructions, and "
+    "what is decoded of the predictions from latents noised to t; mean PSNR of the eight on the left"
 )
 VARIANTS = ("shared", "separate", "shared_no_stop", "separate_no_stop")
 FIGURES = {
-    "alignment": "Figure 6, left and middle, at small scale: how alike the two passes are, by layer; seed 0",
-    "trajectory": "Figures 6, right, and 7: predictions over t; seed 0",
-    "entropy": "Section 4: bits of the weights; seed 0",
-    "probes": "Section 7: classes read out of latents; seed 0",
-    "dynamics": "Figure 4: curves; seed 0",
-    "scores": "Figure 4 as the paper has it, losses beside scores that were taken while training, with noise on the "
-    "decoder's input and without: the digits (`configs/claims/digits_states.yaml`, seed 0)",
+    "alignment": "Figure 6, left and middle, at small scale: how alike the passes are, by layer; 1,500 steps, seed 0",
+    "trajectory": "Figures 6, right, and 7: predictions over t; 1,500 steps, seed 0",
+    "entropy": "Section 4: bits of the weights; 1,500 steps, seed 0",
+    "probes": "Section 7: classes read out of latents; 1,500 steps, seed 0",
+    "dynamics": "Figure 4: curves; 1,500 steps, seed 0",
+    "scores": "Losses beside scores of reconstructions that were taken while training (Figure 4 has FID of samples): "
+    "the digits (`configs/claims/digits_states.yaml`), seed 0 of `as_it_is` (with noise) and `no_noise` (without)",
 }
 
 
