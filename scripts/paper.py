@@ -107,8 +107,6 @@ def config_of(name: str, row: dict[str, Any]) -> Config:
 # --- what the small runs say ---
 
 SCORES = ("KID", "PSNR")  # of the full-scale table's rows
-
-
 HELD, FAILED, OPEN, FEW, ABSENT = "held", "did not hold", "not decidable", ", fewer than 3 seeds", "not run"
 REAL = {"feature distance": "feature_distance", "recognised": "recognised", "KID": "kid", "KID lite0": "kid_lite0"}
 LONG = "_long"  # behind the name of a variant: the same, four times as long
@@ -194,16 +192,16 @@ def claims(content: list[dict[str, Any]], found: dict[str, Any]) -> list[str]:
         for test in tests_of(claim):
             column, run, relation, other = test
             longest = longer(found, test)
-            short, long = decide(found, test), decide(found, longest)
-            outcomes.append((short[0], long[0]))
+            early, late = decide(found, test), decide(found, longest)
+            outcomes.append((early[0], late[0]))
             if longest != test:
                 pairs.append(outcomes[-1])
-            said = ["", ""] if longest == test else [long[1], long[0]]
+            said = ["", ""] if longest == test else [late[1], late[0]]
             beside = f"`{other}`" if other in found else other
-            rows.append([f"{column}: `{run}` {relation} {beside}", short[1], short[0], *said])
-        verdict = summed([long for _, long in outcomes])
+            rows.append([f"{column}: `{run}` {relation} {beside}", early[1], early[0], *said])
+        verdict = summed([late for _, late in outcomes])
         verdicts.append(verdict)
-        last += [long for _, long in outcomes]
+        last += [late for _, late in outcomes]
         table += [[f"**{claim['says']}**", "", "", "", f"**{verdict}**"], *rows]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
     same, turned = sum(a == b for a, b in pairs), sum({a, b} == {HELD, FAILED} for a, b in pairs)
@@ -232,11 +230,11 @@ def every_run(columns: dict[str, dict[str, str]], found: dict[str, Any], real: d
     """Means and ranges of all runs in two tables, the first beside real images; what their columns are."""
     lines = []
     for part, about in columns.items():
-        rows = {"real images": [short(real[key]) if (key := REAL.get(name)) in real else "" for name in about]}
+        rows = {}
+        if part == "quality":
+            rows["real images"] = [short(real[key]) if (key := REAL.get(name)) in real else "" for name in about]
         for run, cells in found.items():
             rows[f"`{run}`"] = [spread(list(cells[c]["values"].values())) if c in cells else "-" for c in about]
-        if part != "quality":
-            del rows["real images"]
         lines += [f"| {part} | {' | '.join(about)} |", f"|---|{'---|' * len(about)}"]
         lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
         lines += ["", *(f"- {name}: {says}." for name, says in about.items()), ""]

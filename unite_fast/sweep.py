@@ -232,12 +232,16 @@ def number(run: Run, column: Sequence[str]) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def astray(sweep: Sweep) -> list[str]:
-    """Columns that have no number in a run that has finished, though their file is there: where each should lead."""
+def astray(sweep: Sweep, rows: dict[str, Any]) -> list[str]:
+    """Columns that have no number in a run that has finished, though their file is there: where each should lead.
+
+    rows: of ``collect``.
+    """
     found: dict[str, str] = {}
     for run in listed(sweep):
         for column, where in sweep.table.items() if finished(run) else ():
-            if where and column not in found and (run.folder / where[0]).is_file() and number(run, where) is None:
+            known = rows.get(run.name, {}).get(column, {"values": {}})["values"]
+            if where and column not in found and str(run.seed) not in known and (run.folder / where[0]).is_file():
                 found[column] = f"{column} ({' '.join(where[1:])} in {run.folder / where[0]})"
     return list(found.values())
 
@@ -278,7 +282,8 @@ def markdown(rows: dict[str, Any], columns: Sequence[str]) -> str:
 
 def write_table(sweep: Sweep) -> str:
     """Where it lies, and its text."""
-    rows, lost = collect(sweep), astray(sweep)
+    rows = collect(sweep)
+    lost = astray(sweep, rows)
     warning = f"no number in: {', '.join(lost)}; look at the keys of table\n" if lost else ""
     if not rows:
         return f"{warning}no run has a number for the table yet"

@@ -61,6 +61,15 @@ def read_text(path: Path, errors: str = "strict") -> str:
     return read(path).decode(errors=errors)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; an empty one where it holds none, or cannot be read."""
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
 def json_objects(text: str) -> list[dict[str, Any]]:
     """The JSON objects of lines; a line that holds none, as one that was cut short, is left out."""
     found = []

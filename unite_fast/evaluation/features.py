@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ SPATIAL, SPATIAL_CHANNELS, SPATIAL_SIDE = "spatial", 7, 17
 WORDS = {"fid": "FID", "sfid": "sFID", "rfid": "rFID", "rsfid": "rsFID"}
 
 
+def distance(layers: Sequence[str]) -> str:
+    """Which of WORDS a Fréchet distance of samples in the first of these layers is."""
+    return "sfid" if layers[0] == SPATIAL else "fid"
+
+
 @dataclass(frozen=True)
 class Extractor:
     """``compute`` maps uint8 images (B, Q, S, S) to float32 features (B, F) and logits (B, L); the rest names it."""
@@ -47,7 +52,7 @@ class Extractor:
     @property
     def distance(self) -> str:
         """Which of WORDS its Fréchet distance of samples is."""
-        return "sfid" if self.layers[0] == SPATIAL else "fid"
+        return distance(self.layers)
 
     def named(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """A result whose distances are called "fid" and "rfid", under the names that they have in WORDS."""

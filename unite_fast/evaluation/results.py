@@ -45,13 +45,8 @@ def _command_of(content: dict[str, Any]) -> str:
 
 def while_training(run: Path) -> list[dict[str, Any]]:
     """The scores that a run took while it trained, in the order of steps; files that hold none are left out."""
-    found = []
-    for path in sorted((run / WHILE_TRAINING).glob("step_*.json")):
-        try:
-            found.append(json.loads(files.read_text(path)))
-        except (OSError, ValueError, RecursionError):
-            continue
-    return [content for content in found if isinstance(content, dict) and isinstance(content.get("result"), dict)]
+    found = [files.read_json(path) for path in sorted((run / WHILE_TRAINING).glob("step_*.json"))]
+    return [content for content in found if isinstance(content.get("result"), dict)]
 
 
 def timeless(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from unite_fast.base.errors import UserError
 from unite_fast.evaluation.atoms import viewer
 from unite_fast.report import scores
 from unite_fast.report.charts import curve
-from unite_fast.report.parts import folded, picture, read_json, read_lines, readable
+from unite_fast.report.parts import folded, picture, read_lines, readable
 from unite_fast.run.stats import read_metrics
 
 # Columns of a row. One that is not here is a term of the loss.
@@ -84,7 +84,7 @@ def analyses(folder: Path) -> str:
     """The pictures of RUN/analysis, what their numbers mean beneath; empty where there are none."""
     parts = []
     for path in sorted((folder / "analysis").glob("*.json")):
-        content = read_json(path)
+        content = files.read_json(path)
         shown = [p for p in (path.with_suffix(".png"), *sorted(path.parent.glob(f"{path.stem}_*.png"))) if p.is_file()]
         pictures = "".join(picture(p, p.stem.replace("_", " ")) for p in shown)
         parts.append(f"<div>{pictures}{folded(f'protocol of {path.stem}', content.get('protocol'))}</div>")
@@ -95,7 +95,7 @@ def structures(folder: Path) -> str:
     """Molecules and crystals of the newest score that shows some, to be turned by the mouse."""
     newest_first = sorted((folder / "scores").glob("atoms_*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
-        content = read_json(path)
+        content = files.read_json(path)
         if isinstance(content, dict) and isinstance(content.get("shown"), dict):
             words = "<p class='about'>Drag to turn. Reconstructions, in orange, lie over the real ones.</p>"
             return f"<h2>Structures</h2>{words}{viewer.section(content['shown'])}"
@@ -128,7 +128,7 @@ def duration(rows: list[dict[str, float]]) -> str:
 
 def facts(folder: Path, rows: list[dict[str, float]]) -> list[tuple[str, str]]:
     """What stands on top: what the run is, how far it came, how good it is, how to go on with it."""
-    status, said = (read_json(folder / name) for name in ("status.json", "provenance.json"))
+    status, said = (files.read_json(folder / name) for name in ("status.json", "provenance.json"))
     steps = [row["step"] for row in rows]
     reached = f"{status.get('state', 'unknown')} at step {status.get('step', steps[-1] if steps else 0):,}"
     if rows and "images_seen" in rows[-1]:

@@ -14,15 +14,6 @@ from unite_fast.base import files
 BROAD = 700  # pixels of a picture's width, beyond which it is not shown beside another
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where the file holds none."""
-    try:
-        found = json.loads(files.read_text(path))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of lines; others are left out."""
     try:

@@ -7,11 +7,12 @@ import html
 from pathlib import Path
 from typing import Any
 
-from unite_fast.evaluation.features import INCEPTION, SPATIAL
-from unite_fast.evaluation.features import WORDS as DISTANCES
+from unite_fast.base import files
+from unite_fast.evaluation import features
+from unite_fast.evaluation.features import INCEPTION
 from unite_fast.evaluation.results import while_training
 from unite_fast.report.charts import curve
-from unite_fast.report.parts import folded, read_json, readable
+from unite_fast.report.parts import folded, readable
 
 # What the published code and papers report; the other columns of a result are folded.
 MAIN = (
@@ -46,7 +47,7 @@ def distance(protocol: Any) -> str:
     if not isinstance(extractor, dict):
         return "Fréchet distance"
     if extractor.get("sha256") == INCEPTION:
-        return DISTANCES["sfid" if SPATIAL in extractor.get("layers", [])[:1] else "fid"]
+        return features.WORDS[features.distance(extractor.get("layers") or [""])]
     other = ", other weights" if "inception" in str(extractor.get("name", "")).lower() else ""
     return f"Fréchet distance ({extractor.get('name', 'another network')}{other})"
 
@@ -54,7 +55,7 @@ def distance(protocol: Any) -> str:
 def heading(column: str, protocol: Any) -> str:
     if isinstance(protocol, dict) and "classifier" in protocol:
         return OF_A_CLASSIFIER.get(column, column)
-    if column in DISTANCES:
+    if column in features.WORDS:
         return ("r" if column.startswith("r") else "") + distance(protocol)
     return WORDS.get(column, column.replace("_", " "))
 
@@ -146,7 +147,7 @@ def training_scores(folder: Path) -> str:
 
 def score(path: Path) -> str:
     """Of one file; empty when it holds none."""
-    content = read_json(path)
+    content = files.read_json(path)
     found = score_table(path.stem, content)
     if not found:
         return ""
@@ -156,7 +157,7 @@ def score(path: Path) -> str:
 
 def digits(folder: Path) -> str:
     """What ``evaluation.digits`` measured of a run of the demo."""
-    figures = read_json(folder / "report" / "figures.json")
+    figures = files.read_json(folder / "report" / "figures.json")
     if "samples" not in figures:
         return ""
     real = figures["real"]
@@ -185,10 +186,10 @@ def scores(folder: Path) -> str:
 def held_out_psnr(folder: Path) -> str:
     """The newest one, in words; empty where none was measured."""
     newest = sorted((folder / "scores").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for content in [*map(read_json, reversed(newest)), *reversed(while_training(folder))]:
+    for content in [*map(files.read_json, reversed(newest)), *reversed(while_training(folder))]:
         result = content.get("result")
         if isinstance(result, dict) and isinstance(result.get("psnr"), float):
             step = f" at step {content['step']:,}" if "step" in content else ""
             return f"{result['psnr']:.1f} dB{step}"
-    pooled = read_json(folder / "report" / "figures.json").get("held_out_pooled_psnr")
+    pooled = files.read_json(folder / "report" / "figures.json").get("held_out_pooled_psnr")
     return f"{pooled:.1f} dB, pooled" if isinstance(pooled, float) else ""
