@@ -421,17 +421,68 @@ def test_worker_that_dies_between_batches_is_reported_at_the_next(root, whose):
     assert "unite_fast" not in getattr(signal.getsignal(signal.SIGCHLD), "__module__", "")
 
 
-def test_worker_that_dies_while_it_hands_an_image_over(root, monkeypatch):
-    """The connection breaks before SIGCHLD tells of the death, and the DataLoader raises what the socket says."""
+@pytest.fixture
+def dies_at_the_socket(monkeypatch):
+    """In place of the wait for a batch: the workers die, the connection breaks, and the DataLoader raises what it says.
+
+    SIGCHLD tells of the death, which it does once, only when the loader begins to stop its workers.
+    """
+    from torch.utils.data._utils import signal_handling
+
     from unite_fast.data import loader
 
+    tell, stop = signal_handling._error_if_any_worker_fails, loader._stop_workers
+    monkeypatch.setattr(signal_handling, "_error_if_any_worker_fails", lambda: None)
+
     def breaks(iterator):
-        (worker,) = iterator._workers
-        os.kill(worker.pid, signal.SIGKILL)
+        for worker in iterator._workers:
+            os.kill(worker.pid, signal.SIGKILL)
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr(loader._deaths, "wait", breaks)
+    def stops(iterator):
+        signal_handling._error_if_any_worker_fails = tell
+        signal.raise_signal(signal.SIGCHLD)
+        stop(iterator)
+
+    monkeypatch.setattr(loader, "_stop_workers", stops)
+    return breaks
+
+
+def test_worker_that_dies_while_it_hands_an_image_over(root, monkeypatch, dies_at_the_socket):
+    from unite_fast.data import loader
+
+    monkeypatch.setattr(loader._deaths, "wait", dies_at_the_socket)
     with pytest.raises(WorkerError, match=r"worker \(pid \d+\) died.*out of memory"):
+        list(all_images(open_source(config(root), MODEL), 4, workers=1))
+
+
+def test_a_dead_worker_is_no_news_for_another_stream(root, monkeypatch, dies_at_the_socket):
+    from unite_fast.data import loader
+
+    other = stream(open_source(config(root), MODEL), 0, global_batch=4, workers=1, timeout=60)
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader._deaths, "wait", dies_at_the_socket)
+        with pytest.raises(WorkerError):
+            list(all_images(open_source(config(root), MODEL), 4, workers=2))
+    list(itertools.islice(other, 9))
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("(pid 70) exited unexpectedly with exit code 3. Details", "70"),
+        ("(pid(s) 70, 71) exited unexpectedly", "70, 71"),
+    ],
+)
+def test_dead_workers_are_named_by_their_pids_alone(root, monkeypatch, said, named):
+    from unite_fast.data import loader
+
+    def tells(iterator):
+        raise RuntimeError(f"DataLoader worker {said}")
+
+    monkeypatch.setattr(loader._deaths, "wait", tells)
+    with pytest.raises(WorkerError, match=rf"worker \(pid {named}\) died"):
         list(all_images(open_source(config(root), MODEL), 4, workers=1))
 
 

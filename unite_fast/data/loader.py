@@ -13,7 +13,6 @@ have turned out unreadable: distinct ones, which each process counts here, and a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -129,6 +128,12 @@ def check_skipped(source: Source) -> None:
         )
 
 
+def _dead(error: Exception) -> list[int]:
+    """The pids that DataLoader's RuntimeError tells of; empty for another error."""
+    told = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    return [int(pid) for pid in told[1].split(",")] if told else []
+
+
 def _explain(
     error: Exception, source: Source, progress: Tensor, chunk: int, timeout: float, workers: Sequence[BaseProcess]
 ) -> WorkerError | None:
@@ -140,13 +145,10 @@ def _explain(
             f"data: no images for {timeout:g} s (data.timeout); a worker is still reading {path}; "
             "check that storage, or raise data.timeout"
         )
-    if text.startswith("DataLoader worker"):
-        died = [int(pid) for pid in re.findall(r"\d+", text)]
-    elif isinstance(error, (OSError, EOFError)):  # it died while it handed a tensor over: the connection broke first
+    died = _dead(error)
+    if isinstance(error, (OSError, EOFError)):  # it died while it handed a tensor over: the connection broke first
         ended = connection.wait([worker.sentinel for worker in workers], timeout=1)
         died = [worker.pid or 0 for worker in workers if worker.sentinel in ended]
-    else:
-        died = []
     if not died:
         return None
     reading = [source.name(int(index)) for pid, index in progress.tolist() if pid in died]
@@ -161,7 +163,8 @@ class _Deaths:
     """Keeps the news of a dead worker until a batch is asked for; one for all loaders of the process.
 
     DataLoader raises it from its SIGCHLD handler, wherever the training program happens to be: in the middle of a
-    step, or of writing a checkpoint. While a batch is waited for, it is raised at once.
+    step, of writing a checkpoint, or of stopping the dead worker's siblings. While a batch is waited for, it is raised
+    at once.
     """
 
     def __init__(self) -> None:
@@ -180,9 +183,11 @@ class _Deaths:
         self._loaders += 1
         return True
 
-    def unwatch(self) -> None:
-        """For a loader that ends."""
+    def unwatch(self, workers: Sequence[BaseProcess]) -> None:
+        """For a loader whose ``workers`` have ended: DataLoader tells no more of them, and what it told is no news."""
         self._loaders -= 1
+        if self._news is not None and {worker.pid for worker in workers} & set(_dead(self._news)):
+            self._news = None
         main = threading.current_thread() is threading.main_thread()
         if main and self._loaders == 0 and signal.getsignal(signal.SIGCHLD) == self._on_signal:
             signal.signal(signal.SIGCHLD, self._before)
@@ -193,13 +198,14 @@ class _Deaths:
                 self._before(number, frame)
         except RuntimeError as error:
             if self._waiting:
+                self._waiting = False
                 raise
             self._news = error
 
     def wait(self, iterator: Iterator[Chunk]) -> Chunk:
         """next(iterator). Raises RuntimeError for a worker that has died by now."""
-        self._waiting = True
         try:
+            self._waiting = True
             if self._news is not None:
                 error, self._news = self._news, None
                 raise error
@@ -215,8 +221,7 @@ def _stop_workers(iterator: object) -> None:
     """Ends the workers now. Left to the garbage collector, a dead worker's siblings would be reported once more."""
     stop = getattr(iterator, "_shutdown_workers", None)
     if stop is not None:
-        with contextlib.suppress(RuntimeError):  # DataLoader's SIGCHLD handler, naming a worker already reported
-            stop()
+        stop()
         for worker in getattr(iterator, "_workers", ()):
             if worker.is_alive():  # hung: it did not heed SIGTERM, and this process could not exit before it
                 worker.kill()
@@ -254,8 +259,11 @@ def load_batches(
             worker_init_fn=_StartWorker(progress) if workers else None,
             prefetch_factor=2 if workers else None,
         )
-        iterator = iter(loader)  # which warns once more
-    watched = workers > 0 and _deaths.watch()
+        try:
+            iterator = iter(loader)  # which warns once more
+            watched = workers > 0 and _deaths.watch()
+        except RuntimeError as error:  # a worker that died before all had started
+            raise _explain(error, source, progress, 0, timeout, ()) or error from None
     count = 0
 
     def next_chunk() -> Chunk | None:
@@ -288,6 +296,6 @@ def load_batches(
                 chunk = next_chunk() if filled < n else None
             yield batch_of_images(images, to_device(source.labels[used], device), to_device(request.positions, device))
     finally:
-        if watched:
-            _deaths.unwatch()
         _stop_workers(iterator)
+        if watched:  # until here: a death may be told of at any moment before DataLoader forgets its workers
+            _deaths.unwatch(getattr(iterator, "_workers", ()))
