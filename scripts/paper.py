@@ -13,7 +13,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -51,13 +51,19 @@ def values_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def plan(config: Config) -> tuple[float, float, float]:
-    """(GFLOP per sample, FLOPs of the run, hours of one H200), by the planner; the hours are a prediction."""
+class Plan(NamedTuple):
+    gflop: float  # per sample
+    flops: float  # of the whole run
+    hours: float  # of one H200; a prediction
+
+
+def plan(config: Config) -> Plan:
+    """What a run takes, by the planner."""
     frozen = config.optim.frozen
     flops = step_flops(config.model, config.objective, frozen)["total"]
     (projection,) = throughput.project(config.model, config.objective, MFU, frozen=frozen)
     samples = projection.samples * config.train.epochs
-    return flops / 1e9, flops * samples, projection.minutes(1) * config.train.epochs / 60
+    return Plan(flops / 1e9, flops * samples, projection.minutes(1) * config.train.epochs / 60)
 
 
 def command(name: str, row: dict[str, Any]) -> str:
@@ -66,11 +72,11 @@ def command(name: str, row: dict[str, Any]) -> str:
     return f"{program} --config configs/paper/{name}.yaml {paths} {row.get('more', '')}".rstrip()
 
 
-def config_text(name: str, row: dict[str, Any]) -> str:
+def config_text(name: str, row: dict[str, Any], takes: Plan) -> str:
     """A row's file, its header with the published figure and what the run takes."""
     values = values_of(name, row)
     body = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
-    per_sample, total, hours = plan(config_of(name, row))
+    hours = f"{short(row['hours'])} H200 hours" if "hours" in row else f"{short(takes.hours)} H200 hours{AT}"
     thing = "crystal" if row["base"] == "mp20" else "image"
     program, _, words = command(name, row).partition(" --config ")
     return "\n".join(
@@ -80,8 +86,8 @@ def config_text(name: str, row: dict[str, Any]) -> str:
             f"#   {program} \\",
             f"#       --config {words}",
             "#",
-            f"# {per_sample:,.0f} GFLOP per {thing}, {total:.2g} FLOPs in all.",
-            f"# PREDICTION, not measured: {short(row.get('hours', hours))} H200 hours{'' if 'hours' in row else AT}.",
+            f"# {takes.gflop:,.0f} GFLOP per {thing}, {takes.flops:.2g} FLOPs in all.",
+            f"# PREDICTION, not measured: {hours}.",
             "# Written by scripts/paper.py from docs/paper_rows.yaml.",
             body,
         ]
@@ -241,7 +247,7 @@ def every_run(columns: dict[str, dict[str, str]], found: dict[str, Any], real: d
     return [*lines, "![Every run, its seeds as dots](../benchmarks/results/claims/table.png)", ""]
 
 
-def page(content: dict[str, Any], results: dict[str, Any]) -> str:
+def page(content: dict[str, Any], results: dict[str, Any], plans: dict[str, Plan]) -> str:
     """docs/PAPER.md."""
     texts = content["texts"]
     found, about, lines = results.get("rows", {}), results.get("about", {}), [texts["prologue"]]
@@ -267,8 +273,7 @@ def page(content: dict[str, Any], results: dict[str, Any]) -> str:
     ]
     same = first_of(content)
     for name, row in content["configs"].items():
-        _, total, hours = plan(config_of(name, row))
-        takes = f"{total:.2g}, {short(row.get('hours', hours))}"
+        takes = f"{plans[name].flops:.2g}, {short(row.get('hours', plans[name].hours))}"
         if same[name] != name:
             takes = f"the training of {content['configs'][same[name]]['where']}"
         how = f"`--config configs/paper/{name}.yaml`"
@@ -322,8 +327,9 @@ def made() -> dict[Path, str]:
     """{file: text} of everything that is generated."""
     content = rows()
     results = json.loads((RESULTS / "claims.json").read_text()) if (RESULTS / "claims.json").is_file() else {}
-    found = {CONFIGS / f"{name}.yaml": config_text(name, row) for name, row in content["configs"].items()}
-    return found | {CONFIGS / "paper.yaml": sweep_text(content), PAGE: page(content, results)}
+    plans = {name: plan(config_of(name, row)) for name, row in content["configs"].items()}
+    found = {CONFIGS / f"{name}.yaml": config_text(name, row, plans[name]) for name, row in content["configs"].items()}
+    return found | {CONFIGS / "paper.yaml": sweep_text(content), PAGE: page(content, results, plans)}
 
 
 def take(table: Path) -> None:
