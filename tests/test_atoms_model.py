@@ -122,13 +122,18 @@ def test_a_batch_padded_to_its_largest_sample_is_the_same():
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
 def test_samples_are_what_they_are_alone(solver):
+    """To float32's rounding, which products of one row and of five differ in, by machine.
+
+    It is 4e-7 of a latent in each evaluation; three steps of these weights, whose latents are normalised over four
+    numbers, make up to 6e-5 Angstrom of it. Samples of other seeds are 1 to 3 Angstrom apart.
+    """
     settings = config()
     model = woken(settings).eval()
     seeds, labels = torch.arange(5), torch.tensor([0, 1, 0, 1, 1])
     how = dataclasses.replace(settings.sample, solver=solver, steps=3, cfg_scale=1.5)
     together = sampling.sample(model, labels, how, seeds=seeds)
     alone = [sampling.sample(model, labels[i : i + 1], how, seeds=seeds[i : i + 1]) for i in range(5)]
-    near = {"atol": 1e-5, "rtol": 1e-5} if solver == "heun" else {"atol": 2e-2, "rtol": 2e-2}  # steps of the batch
+    near = {"atol": 1e-4, "rtol": 1e-5} if solver == "heun" else {"atol": 2e-2, "rtol": 2e-2}  # steps of the batch
     for name, value in together.items():
         torch.testing.assert_close(torch.cat([one[name] for one in alone]), value, **near)
     sizes = model.modality.draw_sizes(model, seeds, labels)
