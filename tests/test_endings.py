@@ -78,7 +78,8 @@ def test_held_out_images_are_scored_while_training(tiny, tmp_path):
     found = json.loads((tmp_path / "run" / "scores" / "training" / "step_0000002_heldout.json").read_text())
     assert found["result"]["images"] == 300
     assert found["protocol"]["extractor"] is None
-    assert found["result"].keys() >= {"psnr", "l1", "flow", "flow_t0.3", "cosine"}
+    assert found["result"].keys() >= {"psnr", "l1", "flow", "flow_t0.3", "cosine", "cosine_mean"}
+    assert found["result"]["explained"] < 1
     assert "rfid" not in found["result"]
 
 

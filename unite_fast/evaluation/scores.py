@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -177,7 +178,9 @@ def _heldout(at: Moment, source: data.Source) -> dict[str, Any]:
     seen = losses.result()
     by_time = {f"flow_t{t:g}": loss for t, loss in zip(seen["times"], seen["velocity_loss"], strict=True)}
     flow = {"flow": fmean(by_time.values()), "x0": fmean(seen["x0_loss"]), "cosine": fmean(seen["cosine"])}
-    flow |= {"latent_std": seen["latent_std"]} | by_time
+    flow |= {"cosine_mean": seen["cosine_mean"], "latent_std": seen["latent_std"]} | by_time
+    if isfinite(explained := fmean(seen["explained"])):  # of latents that do not differ nothing can be
+        flow["explained"] = explained
     said = {"definition": DEFINITION, "samples": seen["samples"]}
     if "rfid" in at.model.modality.scores:
         found = _reconstructions(at, source, None)
@@ -192,7 +195,7 @@ SCORES = {  # in the order in which they are computed
     "search": Score("the guidance search", "fid_epoch", _open_images, _search, OF_IMAGES),
     "rfid": Score("the reconstruction score", "rfid_epoch", _open_images, _rfid, OF_IMAGES),
     "heldout": Score(
-        "the score of held-out samples", "heldout_epoch", _open_heldout, _heldout, (*OF_IMAGES, "flow", "cosine")
+        "the score of held-out samples", "heldout_epoch", _open_heldout, _heldout, (*OF_IMAGES, "flow", "explained")
     ),
     "atoms": Score("the score of samples and reconstructions", "atoms_epoch", _open_atoms, _atoms),
 }

@@ -37,6 +37,7 @@ MONITORED = (
     ("l1", "L1 of held-out images"),
     ("lpips", "LPIPS of held-out images"),
     ("flow", "flow loss of held-out samples at fixed times"),
+    ("explained", "share of their latents' variance that predictions explain"),
     ("cosine", "cosine of their predicted and clean latents"),
 )
 
