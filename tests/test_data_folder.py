@@ -10,8 +10,10 @@ import signal
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -466,6 +468,29 @@ def test_a_dead_worker_is_no_news_for_another_stream(root, monkeypatch, dies_at_
         with pytest.raises(WorkerError):
             list(all_images(open_source(config(root), MODEL), 4, workers=2))
     list(itertools.islice(other, 9))
+
+
+def test_a_death_is_told_to_the_loader_that_it_concerns():
+    from unite_fast.data import loader
+
+    def tells(number, frame):
+        raise RuntimeError("DataLoader worker (pid 70) is killed by signal: Killed.")
+
+    class Waits(Iterator):
+        def __init__(self, pid):
+            self._workers = [SimpleNamespace(pid=pid)]
+
+        def __next__(self):
+            deaths._on_signal(signal.SIGCHLD, None)
+            return torch.empty(0), torch.empty(0), []
+
+    deaths = loader._Deaths()
+    deaths._before = tells
+    deaths.wait(Waits(71))
+    deaths._before = None
+    with pytest.raises(RuntimeError, match="pid 70"):
+        deaths.wait(Waits(70))
+    deaths.wait(Waits(70))
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,9 @@ class _Deaths:
     """
 
     def __init__(self) -> None:
-        self._loaders, self._waiting = 0, False
-        self._news: RuntimeError | None = None
+        self._loaders = 0
+        self._waiting: set[int | None] = set()  # pids of the loader that is waited for
+        self._news: list[RuntimeError] = []
         self._before: Any = None
 
     def watch(self) -> bool:
@@ -178,16 +179,14 @@ class _Deaths:
             return False  # only the main thread handles signals, and DataLoader sets no handler either
         if self._loaders == 0 and signal.getsignal(signal.SIGCHLD) != self._on_signal:
             self._before = signal.signal(signal.SIGCHLD, self._on_signal)
-        if self._loaders == 0:
-            self._news = None
         self._loaders += 1
         return True
 
     def unwatch(self, workers: Sequence[BaseProcess]) -> None:
         """For a loader whose ``workers`` have ended: DataLoader tells no more of them, and what it told is no news."""
         self._loaders -= 1
-        if self._news is not None and {worker.pid for worker in workers} & set(_dead(self._news)):
-            self._news = None
+        ended = {worker.pid for worker in workers}
+        self._news = [error for error in self._news if not ended & set(_dead(error))]
         main = threading.current_thread() is threading.main_thread()
         if main and self._loaders == 0 and signal.getsignal(signal.SIGCHLD) == self._on_signal:
             signal.signal(signal.SIGCHLD, self._before)
@@ -197,21 +196,22 @@ class _Deaths:
             if callable(self._before):
                 self._before(number, frame)
         except RuntimeError as error:
-            if self._waiting:
-                self._waiting = False
+            if self._waiting & set(_dead(error)):
+                self._waiting = set()
                 raise
-            self._news = error
+            self._news.append(error)
 
     def wait(self, iterator: Iterator[Chunk]) -> Chunk:
-        """next(iterator). Raises RuntimeError for a worker that has died by now."""
+        """next(iterator). Raises RuntimeError for one of its workers that has died by now."""
         try:
-            self._waiting = True
-            if self._news is not None:
-                error, self._news = self._news, None
-                raise error
+            self._waiting = {worker.pid for worker in getattr(iterator, "_workers", ())}
+            for error in self._news:
+                if self._waiting & set(_dead(error)):
+                    self._news.remove(error)
+                    raise error
             return next(iterator)
         finally:
-            self._waiting = False
+            self._waiting = set()
 
 
 _deaths = _Deaths()
@@ -296,6 +296,8 @@ def load_batches(
                 chunk = next_chunk() if filled < n else None
             yield batch_of_images(images, to_device(source.labels[used], device), to_device(request.positions, device))
     finally:
-        _stop_workers(iterator)
-        if watched:  # until here: a death may be told of at any moment before DataLoader forgets its workers
-            _deaths.unwatch(getattr(iterator, "_workers", ()))
+        try:
+            _stop_workers(iterator)
+        finally:
+            if watched:  # until here: a death may be told of at any moment before DataLoader forgets its workers
+                _deaths.unwatch(getattr(iterator, "_workers", ()))
