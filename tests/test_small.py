@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import struct
@@ -14,13 +15,15 @@ from support import command_of, tiny_run
 
 from unite_fast import checkpoint, data, sampling
 from unite_fast.base.errors import UserError
-from unite_fast.config import DataConfig, ModelConfig
+from unite_fast.config import DataConfig, ModelConfig, SampleConfig
 from unite_fast.evaluation import small
 from unite_fast.modality.images import to_float
+from unite_fast.model.unite import build
 from unite_fast.sampling.reconstruct import reconstruct
 
 MODEL = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=10)
 DIGITS = DataConfig(source="digits", flip=False)
+HELD = functools.partial(data.open_source, DIGITS, MODEL, "heldout")
 
 
 def test_kernel_distance_is_the_direct_formula():
@@ -46,7 +49,7 @@ def fashion(root: Path) -> Path:
 
 def test_the_nearest_images_are_those_of_the_direct_formula():
     source = data.open_source(DIGITS, MODEL)
-    (every, _), (few, _) = small.some(source, len(source)), small.some(data.open_source(DIGITS, MODEL, "heldout"), 7)
+    (every, _), (few, _) = small.some(source, torch.arange(len(source))), small.some(HELD(), torch.arange(7))
     direct = (few[:, None] - every[None]).square().flatten(2).mean(2).sqrt()
     distances, places = small.nearest(few, source, 3)
     torch.testing.assert_close(distances, direct.min(1).values, rtol=1e-4, atol=1e-4)
@@ -58,7 +61,7 @@ def test_the_classifier_is_kept_and_read(tmp_path):
     path = tmp_path / "c.safetensors"
     first = small.classifier(path, DIGITS, MODEL)
     again = small.classifier(path, DIGITS, MODEL)
-    images, labels = small.some(data.open_source(DIGITS, MODEL, "heldout"), 300)
+    images, labels = small.some(HELD(), torch.arange(300))
     with torch.no_grad():
         assert torch.equal(first(images), again(images))
         assert (first(images).argmax(1) == labels).float().mean() > 0.6  # two epochs of 1,497 images
@@ -99,6 +102,22 @@ def check_in_the_classifiers_eyes(found: dict, run: Path, judge: small.Classifie
     of_real = small.measure(model, DIGITS, how, judge, config.objective.tokenizer_t_max, 60)["result"]
     assert of_real["recognised"] == pytest.approx(sum(rightly[place] for place in stand_in) / 60)
     assert of_real["recognised"] > 0.6
+
+
+def test_images_in_the_order_of_their_classes_are_drawn():
+    """As folders list them: the first images of the first classes would stand for all."""
+    source = HELD()
+    assert small.mixed(source).tolist() == list(range(len(source)))
+    source.labels = source.labels.sort().values
+    places = small.mixed(source)
+    assert places.sort().values.tolist() == list(range(len(source)))
+    assert len(set(source.labels[places[:60]].tolist())) == 10
+
+
+def test_too_few_held_out_images_are_refused(tmp_path):
+    found = DataConfig(source="idx", path=str(fashion(tmp_path)))
+    with pytest.raises(UserError, match="10 held-out images are too few to compare with; give at least 40"):
+        small.measure(build(MODEL), found, SampleConfig(), small.Classifier(1, 10), 0.9)
 
 
 def test_a_run_is_scored_beside_real_images(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.sampling.reconstruct import reconstruct
 
 BATCH = 250
+LEAST = 20  # samples, and held-out images, that scores are made of
 EPOCHS, RATE, SEED = 2, 2e-3, 0  # of the classifier
 IMAGES = "images"  # in the metadata of a classifier: a hash of those that it was fitted to
 
@@ -136,10 +137,17 @@ def every(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(part) for part in images.split(BATCH)])
 
 
-def some(source: Source, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """float images (N, Q, S, S) and labels (N,): ``count`` of a source from place ``first`` on."""
-    (found,) = data.all_images(source, count, indices=torch.arange(first, first + count))
+def some(source: Source, places: Tensor) -> tuple[Tensor, Tensor]:
+    """float images (N, Q, S, S) and labels (N,) at ``places`` (N,) of a source."""
+    (found,) = data.all_images(source, len(places), indices=places)
     return to_float(found.images), found.labels
+
+
+def mixed(source: Source) -> Tensor:
+    """Places of all of a source, such that the first ones have all classes: drawn, where it lies in their order."""
+    if bool((source.labels.diff() >= 0).all()):
+        return torch.randperm(len(source), generator=torch.Generator().manual_seed(SEED))
+    return torch.arange(len(source))
 
 
 def nearest(images: Tensor, source: Source, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -167,7 +175,10 @@ def measure(
     """{"model": scores, "real": the same of real images, ...} of ``count`` samples and held-out images."""
     held, train = (data.open_source(reading, model.config, split) for split in ("heldout", "train"))
     n = min(count, len(held) // 2)
-    (real, labels), (others, _) = some(held, n), some(held, n, n)
+    if n < LEAST:
+        raise UserError(f"{len(held)} held-out images are too few to compare with; give at least {2 * LEAST}")
+    taken = mixed(held)[: 2 * n]
+    (real, labels), (others, _) = some(held, taken[:n]), some(held, taken[n:])
     places = torch.arange(n).split(BATCH)
     made = torch.cat([reconstruct(model, x, p, t_max) for x, p in zip(real.split(BATCH), places, strict=True)])
     asked = torch.arange(count) % model.config.num_classes
@@ -218,16 +229,19 @@ def main(argv: list[str]) -> None:
     add("--out", type=Path, metavar="FILE", help="default: scores/small.json in the run")
     add("--debug", action="store_true", help="show tracebacks")
     a = parser.parse_args(argv)
-    if a.count < 20:
-        raise UserError(f"--count {a.count}: give at least 20")
+    if a.count < LEAST:
+        raise UserError(f"--count {a.count}: give at least {LEAST}")
     precision.setup(torch.device("cpu"))
     located = checkpoint.locate(a.run)
     model, config = checkpoint.load_model(located, a.weights)
     if "pixels" not in model.modality.analyses or data.open_heldout(config.data, config.model)[1] == "train":
         raise UserError(f"{a.run} has no held-out images to compare with; set data.heldout_path in its training")
-    if located.is_file() and a.out is None:
+    if not config.model.num_classes:
+        raise UserError(f"{a.run} has no classes, which these scores ask samples for; evaluate fid takes any model")
+    folder = checkpoint.run_of(located)
+    if folder is None and a.out is None:
         raise UserError(f"{a.run} lies in no run folder; say with --out FILE where the scores go")
-    out = a.out or located.parent.parent / "scores" / "small.json"
+    out = a.out or (folder or Path()) / "scores" / "small.json"
     outputs.check_file(out, "--out", checkpoint.reads(located), is_result_of("small"))
     judge = classifier(a.classifier, config.data, config.model)
     how = dataclasses.replace(config.sample, cfg_scale=1.0)
