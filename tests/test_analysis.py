@@ -20,6 +20,7 @@ from torch import Tensor
 from unite_fast import analyse, checkpoint, data, report
 from unite_fast.analysis import alignment, dynamics, entropy, probe, trajectory
 from unite_fast.analysis.walk import Denoised, chosen, denoised, recorded, significant, tokenized, walk
+from unite_fast.base.errors import UserError
 from unite_fast.config import yaml_text
 from unite_fast.data.atoms.source import AtomSource
 from unite_fast.evaluation import reconstruction
@@ -342,6 +343,20 @@ def test_what_few_samples_do_not_say_is_null(run, tmp_path, monkeypatch):
     assert "no probes: the probes need labelled held-out images; name some with --data" in said.stdout
     assert "probes" not in found
     assert (tmp_path / "alignment.png").stat().st_size > 2000
+
+
+def test_probes_without_training_images_are_refused_before_the_walk(run, monkeypatch):
+    there = data.open_source
+
+    def gone(reading, model, split):
+        if split == "train":
+            raise UserError("x/train is not there")
+        return there(reading, model, split)
+
+    monkeypatch.setattr(analyse.data, "open_source", gone)
+    said = command_of(analyse.main, run, "--only", "probes")
+    assert said.returncode == 2
+    assert "--only probes: the probes are fitted to the training images (x/train is not there)" in said.stderr
 
 
 def test_losses_of_held_out_samples_while_training(run):

@@ -302,11 +302,17 @@ def open_samples(
     return reading, *data.open_heldout(reading, model)
 
 
-def settle(a: argparse.Namespace, subjects: list[Subject], split: str) -> list[str]:
+def settle(a: argparse.Namespace, subjects: list[Subject], reading: DataConfig, split: str) -> list[str]:
     """Leaves out what these models do not have, and says so. Raises UserError where it was asked for by name."""
     missing = {}
-    if split == "train" or "probes" not in subjects[0].model.modality.analyses:
+    model = subjects[0].config.model
+    if split == "train" or "probes" not in subjects[0].model.modality.analyses or not model.num_classes:
         missing["probes"] = "the probes need labelled held-out images; name some with --data"
+    elif "probes" in a.only:
+        try:
+            data.open_source(reading, model, "train")
+        except UserError as error:
+            missing["probes"] = f"the probes are fitted to the training images ({error})"
     if not any(s.run is not None for s in subjects):
         missing["dynamics"] = "none of the models lies in a run folder with metrics"
     left_out = {name: why for name, why in missing.items() if name in a.only}
@@ -342,7 +348,7 @@ def main(argv: list[str]) -> None:
         precision.setup(ranks.device)
         subjects = load(a, ranks.device)
         reading, source, split = open_samples(a, subjects[0].config.data, subjects[0].config.model)
-        left_out = settle(a, subjects, split)
+        left_out = settle(a, subjects, reading, split)
         out = ranks.decide(lambda: check_out(a, subjects))
         context = Context(a, subjects, ranks, reading, source, split)
         for name, found in of_samples(context, [n for n in ("alignment", "trajectory") if n in a.only]).items():
@@ -353,7 +359,10 @@ def main(argv: list[str]) -> None:
         if "trajectory" in a.only and ranks.is_main and source is not None:
             with torch.no_grad():
                 for number, subject in enumerate(subjects):
-                    picture(context, subject, out / f"trajectory_{number + 1}.png")
+                    try:
+                        picture(context, subject, out / f"trajectory_{number + 1}.png")
+                    except UserError as error:
+                        left_out.append(f"no picture of {subject.name}: {error}")
         if ranks.is_main:
             print("".join(f"{line}\n" for line in left_out), end="")
             print(f"in {out}" + ("" if plots.available() else "; plots need matplotlib, pip install matplotlib"))
