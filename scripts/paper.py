@@ -139,6 +139,13 @@ def seeds_of(found: dict[str, Any], column: str, run: Any, beside: str) -> list[
     return list(cell["values"].values()) if cell else []
 
 
+def how_many(found: dict[str, Any], test: list[Any]) -> int:
+    """Seeds of a test: those of the side that has fewer."""
+    column, run, _, other = test
+    sides = [run, other] if isinstance(other, str) else [run]
+    return min(len(seeds_of(found, column, side, run)) for side in sides)
+
+
 def decide(found: dict[str, Any], test: list[Any]) -> tuple[str, str]:
     """(held, did not hold, not decidable or not run; the numbers) of a test of ``tests_of``.
 
@@ -150,23 +157,20 @@ def decide(found: dict[str, Any], test: list[Any]) -> tuple[str, str]:
     if not mine or not theirs:
         return ABSENT, ""
     said = f"{spread(mine)}; {spread(theirs)}" if isinstance(other, str) else spread(mine)
-    few = len(mine) < 3 or (len(theirs) < 3 and isinstance(other, str))
     below, above = max(mine) < min(theirs), min(mine) > max(theirs)
     if relation == "like":
         verdict = FAILED if below or above else OPEN
     else:
         held, failed = (below, above) if relation == "below" else (above, below)
         verdict = HELD if held else FAILED if failed else OPEN
-    return verdict + FEW * (few and verdict != OPEN), said  # more seeds do not part what overlaps
+    return verdict + FEW * (how_many(found, test) < 3 and verdict != OPEN), said  # more seeds do not part what overlaps
 
 
 def longer(found: dict[str, Any], test: list[Any]) -> list[Any]:
-    """The same test of the long runs; of the others where a variant has none."""
+    """The same test of the long runs; of the others where one side has none, or fewer seeds of them than decide."""
     column, run, relation, other = test
-    names = [name for name in (run, other) if name in found]
-    if any(name + LONG not in found for name in names):
-        return test
-    return [column, run + LONG, relation, other + LONG if other in names else other]
+    longest = [column, run + LONG, relation, other + LONG if other in found else other]
+    return longest if how_many(found, longest) >= max(1, min(3, how_many(found, test))) else test
 
 
 def short(value: float) -> str:
@@ -182,12 +186,12 @@ def spread(values: list[float]) -> str:
 
 def summed(verdicts: list[str]) -> str:
     """Of a claim with several tests."""
-    kinds = {v.removesuffix(FEW) for v in verdicts}
+    kinds, few = {v.removesuffix(FEW) for v in verdicts}, FEW * any(v.endswith(FEW) for v in verdicts)
     if len(kinds) == 1:
-        return max(verdicts, key=len)
+        return kinds.pop() + few
     if {HELD, FAILED} <= kinds:
-        return "mixed"
-    return next((f"{kind} in part" for kind in (HELD, FAILED) if kind in kinds), OPEN)
+        return "mixed" + few
+    return next((f"{kind} in part{few}" for kind in (HELD, FAILED) if kind in kinds), OPEN)
 
 
 def claims(content: list[dict[str, Any]], found: dict[str, Any]) -> list[str]:
@@ -200,14 +204,14 @@ def claims(content: list[dict[str, Any]], found: dict[str, Any]) -> list[str]:
             longest = longer(found, test)
             early, late = decide(found, test), decide(found, longest)
             outcomes.append((early[0], late[0]))
-            if longest != test:
-                pairs.append(outcomes[-1])
+            if longest != test and early[0] != ABSENT:
+                pairs.append([verdict.removesuffix(FEW) for verdict in outcomes[-1]])
             said = ["", ""] if longest == test else [late[1], late[0]]
             beside = f"`{other}`" if other in found else other
             rows.append([f"{column}: `{run}` {relation} {beside}", early[1], early[0], *said])
         verdict = summed([late for _, late in outcomes])
         verdicts.append(verdict)
-        last += [late for _, late in outcomes]
+        last += [late.removesuffix(FEW) for _, late in outcomes]
         table += [[f"**{claim['says']}**", "", "", "", f"**{verdict}**"], *rows]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
     same, turned = sum(a == b for a, b in pairs), sum({a, b} == {HELD, FAILED} for a, b in pairs)
@@ -336,7 +340,10 @@ def take(table: Path) -> None:
     """A finished sweep's table into the repository, with real images' scores, machine, commit, seeds and pictures."""
     out = table.parent
     content = json.loads(table.read_text())
-    scored = [json.loads(p.read_text())["real"] for p in sorted(out.glob("*/seed_*/scores/small.json"))]
+    known = files.read_json(RESULTS / "claims.json").get("rows", {})
+    if lost := [name for name in known if name not in content["rows"]]:
+        sys.exit(f"error: {table} has no {', '.join(lost)}, which the page has; train them, or collect the whole sweep")
+    scored = [json.loads(p.read_text())["real"] for p in sorted(out.glob("*/seed_*/sweep/small.json"))]
     real = max(scored, key=len, default={})  # where a pretrained network has looked as well
     runs = [json.loads(p.read_text()) for p in sorted(out.glob("*/seed_*/provenance.json"))]
     about = {
@@ -362,7 +369,7 @@ def take(table: Path) -> None:
 def analysed(out: Path, variant: str) -> Path:
     """Where the analyses of seed 0 lie, of the long run where there is one."""
     long = out / f"{variant}{LONG}"
-    return (long if long.is_dir() else out / variant) / "seed_0" / "analysis"
+    return (long if long.is_dir() else out / variant) / "seed_0" / "sweep"
 
 
 def side_by_side(out: Path, name: str) -> None:

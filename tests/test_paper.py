@@ -86,6 +86,7 @@ def test_verdicts_against_a_number_and_of_several_tests(paper):
     assert paper.summed(["held", "not decidable", "did not hold"]) == "mixed"
     assert paper.summed(["not decidable", "not run"]) == "not decidable"
     assert paper.summed(["not run"]) == "not run"
+    assert paper.summed(["held, fewer than 3 seeds", "not decidable"]) == "held in part, fewer than 3 seeds"
 
 
 def test_a_set_of_scores_decides_together(paper):
@@ -107,11 +108,29 @@ def test_long_runs_decide_where_both_sides_have_one(paper):
     assert "Of 2 comparisons made at both lengths 0 came out the same, 2 turned to the opposite, 0 were" in said
 
 
+def test_long_runs_decide_nothing_before_they_have_three_seeds(paper):
+    found = table(a=[1, 2, 3], b=[4, 5, 6], a_long=[9], b_long=[4, 5, 6], few=[1], few_long=[1])
+    tests = [["x", "a", "below", "b"], ["x", "few", "below", "b"], ["x", "none", "below", "b"]]
+    said = "\n".join(paper.claims([{"says": "one", "tests": tests}], found))
+    assert "| x: `a` below `b` | 2 (1 to 3); 5 (4 to 6) | held |  |  |" in said
+    assert "| 1; 5 (4 to 6) | held, fewer than 3 seeds | 1; 5 (4 to 6) | held, fewer than 3 seeds |" in said
+    assert "Of 1 comparisons made at both lengths 1 came out the same, 0 turned to the opposite, 0 were" in said
+    assert "1 held in part, fewer than 3 seeds" in said
+
+
+def test_a_part_of_a_sweep_does_not_replace_the_whole(paper, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    (tmp_path / "claims.json").write_text('{"rows": {"shared": {}, "separate": {}}}')
+    (tmp_path / "table.json").write_text('{"rows": {"shared": {}}}')
+    with pytest.raises(SystemExit, match="has no separate, which the page has"):
+        paper.take(tmp_path / "table.json")
+
+
 def test_a_finished_sweep_is_taken_in(paper, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(paper, "RESULTS", tmp_path / "results")
     run = tmp_path / "runs" / "shared" / "seed_0"
-    (run / "scores").mkdir(parents=True)
-    (run / "scores" / "small.json").write_text('{"real": {"kid": 0.1}}')
+    (run / "sweep").mkdir(parents=True)
+    (run / "sweep" / "small.json").write_text('{"real": {"kid": 0.1}}')
     (run / "provenance.json").write_text('{"device": "x", "torch": "2", "threads": 1, "commit": "abc"}')
     (tmp_path / "runs" / "table.json").write_text('{"rows": {"shared": {"KID": {"values": {"0": 2.0}}}}}')
     (tmp_path / "runs" / "table.md").write_text("| a |\n")

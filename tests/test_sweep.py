@@ -50,6 +50,9 @@ def leave(words: list[str], state: str = "finished") -> None:
     (folder / "status.json").write_text(json.dumps({"state": state}))
 
 
+leave_as_it_is = leave
+
+
 @pytest.fixture
 def called(monkeypatch) -> list[list[str]]:
     """The commands that a sweep starts, which do at once what they would; those with "fails" in them fail."""
@@ -91,6 +94,16 @@ def test_runs_by_seeds_once_and_their_table(place, called):
     alone = command_of(sweep.main, place / "sweep.yaml", "--collect", "--only", "other")
     assert "| other | 2 |" in alone.stdout
     assert "plain" not in alone.stdout
+    assert json.loads((place / "runs" / "table.json").read_text())["rows"].keys() == {"plain", "other"}
+
+
+def test_what_has_stopped_before_its_end_is_not_scored(place, called, monkeypatch):
+    """train.max_minutes, or a signal, ends a run with code 0."""
+    monkeypatch.setattr(sys.modules[__name__], "leave", lambda words: leave_as_it_is(words, "time_limit"))
+    said = command_of(sweep.main, place / "sweep.yaml")
+    assert said.returncode == 1
+    assert "plain/seed_0 has stopped before its end; the same command goes on" in said.stderr
+    assert len(called) == 1
 
 
 def test_a_part_begins_beside_another(place, called):

@@ -10,9 +10,11 @@
       separate: [model.separate_denoiser=true]
       other: {config: other.yaml, overrides: []}
     then:                                     commands on each finished run, whose folder is {run}; each makes a file
-      - {command: [small, "{run}"], makes: scores/small.json}
+      - {command: [small, "{run}", --out, "{run}/sweep/small.json"], makes: sweep/small.json}
     table:                                    of each run: a file below its folder, and the keys that lead to a number;
-      PSNR: [scores/small.json, result, psnr]        "*" stands for the one entry there is
+      PSNR: [sweep/small.json, result, psnr]         "*" stands for the one entry there is
+
+What those commands make lies best in a folder of the sweep's own: a later look at the run by hand then leaves it alone.
 
 A run lies in OUT/NAME/seed_N. What is finished is left alone, what was interrupted goes on: start the same command
 again. The table is OUT/table.json and table.md, with a picture. On a cluster --slurm FILE writes a job array instead,
@@ -209,6 +211,8 @@ def train(run: Run, then: Sequence[Then]) -> None:
     log = run.folder.with_name(f"{run.folder.name}.log")
     if not finished(run):
         _call([sys.executable, "-m", "unite_fast", "train", *run.words()], log)
+        if not finished(run):  # it was asked to stop, or train.max_minutes did
+            raise RunError(f"{run.folder} has stopped before its end; the same command goes on. Its output: {log}")
     for step in then:
         if not is_made(run, run.folder / step.makes):
             words = [word.replace(FOLDER, str(run.folder)) for word in step.command]
@@ -280,17 +284,17 @@ def markdown(rows: dict[str, Any], columns: Sequence[str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def write_table(sweep: Sweep) -> str:
-    """Where it lies, and its text."""
+def write_table(sweep: Sweep, names: Sequence[str]) -> str:
+    """The table of the whole sweep into its folder. Where it lies, and the text of the runs ``names`` of it."""
     rows = collect(sweep)
     lost = astray(sweep, rows)
     warning = f"no number in: {', '.join(lost)}; look at the keys of table\n" if lost else ""
     if not rows:
         return f"{warning}no run has a number for the table yet"
-    text = markdown(rows, list(sweep.table))
+    text = markdown({name: row for name, row in rows.items() if name in names}, list(sweep.table))
     with files.refusals(str(sweep.out)):
         files.write_json(sweep.out / TABLE, {"rows": rows, "columns": sweep.table})
-        files.write(sweep.out / "table.md", text)
+        files.write(sweep.out / "table.md", markdown(rows, list(sweep.table)))
         if plots.available():
             plots.sweep(sweep.out / "table.png", rows, list(sweep.table))
     return f"{text}{warning}in {sweep.out}: {TABLE}, table.md"
@@ -334,7 +338,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="the sweep, in YAML")
-    add("--only", metavar="A,B,...", help="these runs alone")
+    add("--only", metavar="A,B,...", help="train, or show, these runs alone; the table's files hold all")
     add("--collect", action="store_true", help="train nothing; make the table of what there is")
     add("--slurm", type=Path, metavar="FILE", help="train nothing; write a job array for sbatch")
     add("--debug", action="store_true", help="show tracebacks")
@@ -343,13 +347,12 @@ def main(argv: list[str]) -> None:
     sweep = read(a.file, a.overrides)
     if a.collect and a.slurm:
         raise UserError("--collect and --slurm: give one of them")
-    names = {TABLE, *sweep.runs}
-    if a.only:
-        if unknown := [name for name in a.only.split(",") if name not in sweep.runs]:
-            raise UserError(f"--only {unknown[0]}: {a.file} has {', '.join(sweep.runs)}")
-        sweep = sweep._replace(runs={name: sweep.runs[name] for name in a.only.split(",")})
-    outputs.check_folder(sweep.out, "out", [a.file], lambda path: any((path / name).exists() for name in names))
-    runs = listed(sweep)
+    names = a.only.split(",") if a.only else list(sweep.runs)
+    if unknown := [name for name in names if name not in sweep.runs]:
+        raise UserError(f"--only {unknown[0]}: {a.file} has {', '.join(sweep.runs)}")
+    ours = {TABLE, *sweep.runs}
+    outputs.check_folder(sweep.out, "out", [a.file], lambda path: any((path / name).exists() for name in ours))
+    runs = [run for run in listed(sweep) if run.name in names]
     if not a.collect:
         for run in runs:
             check(run)
@@ -362,7 +365,7 @@ def main(argv: list[str]) -> None:
     for k, run in enumerate([] if a.collect else runs):
         print(f"{k + 1} of {len(runs)}: {run.folder}", flush=True)
         train(run, sweep.then)
-    print(write_table(sweep))
+    print(write_table(sweep, names))
 
 
 if __name__ == "__main__":
