@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -50,9 +51,6 @@ def leave(words: list[str], state: str = "finished") -> None:
     (folder / "status.json").write_text(json.dumps({"state": state}))
 
 
-leave_as_it_is = leave
-
-
 @pytest.fixture
 def called(monkeypatch) -> list[list[str]]:
     """The commands that a sweep starts, which do at once what they would; those with "fails" in them fail."""
@@ -99,7 +97,7 @@ def test_runs_by_seeds_once_and_their_table(place, called):
 
 def test_what_has_stopped_before_its_end_is_not_scored(place, called, monkeypatch):
     """train.max_minutes, or a signal, ends a run with code 0."""
-    monkeypatch.setattr(sys.modules[__name__], "leave", lambda words: leave_as_it_is(words, "time_limit"))
+    monkeypatch.setattr(sys.modules[__name__], "leave", functools.partial(leave, state="time_limit"))
     said = command_of(sweep.main, place / "sweep.yaml")
     assert said.returncode == 1
     assert "plain/seed_0 has stopped before its end; the same command goes on" in said.stderr

@@ -68,6 +68,7 @@ class Context(NamedTuple):
     reading: DataConfig
     source: Source | None  # None where no analysis needs samples
     split: str
+    training: Source | None  # None without probes
 
     def protocol(self, definition: dict[str, str], **more: Any) -> dict[str, Any]:
         """What the numbers depend on."""
@@ -123,8 +124,9 @@ def of_samples(context: Context, wanted: list[str]) -> dict[str, Found]:
 
 def of_probes(context: Context) -> Found:
     found: Found = {}
-    training = data.open_source(context.reading, context.subjects[0].config.model, "train")
+    training = context.training
     assert context.source is not None
+    assert training is not None, "opened where there are probes"
     for subject in context.subjects:
         places, device = chosen(training, context.arguments.count), context.ranks.device
         classes, shape = subject.config.model.num_classes, subject.model.latent_shape
@@ -302,15 +304,20 @@ def open_samples(
     return reading, *data.open_heldout(reading, model)
 
 
-def settle(a: argparse.Namespace, subjects: list[Subject], reading: DataConfig, split: str) -> list[str]:
-    """Leaves out what these models do not have, and says so. Raises UserError where it was asked for by name."""
-    missing = {}
+def settle(
+    a: argparse.Namespace, subjects: list[Subject], reading: DataConfig, split: str
+) -> tuple[list[str], Source | None]:
+    """(what these models do not have, which is left out, and why; the training images of the probes).
+
+    Raises UserError where something that they do not have was asked for by name.
+    """
+    missing, training = {}, None
     model = subjects[0].config.model
     if split == "train" or "probes" not in subjects[0].model.modality.analyses or not model.num_classes:
         missing["probes"] = "the probes need labelled held-out images; name some with --data"
     elif "probes" in a.only:
         try:
-            data.open_source(reading, model, "train")
+            training = data.open_source(reading, model, "train")
         except UserError as error:
             missing["probes"] = f"the probes are fitted to the training images ({error})"
     if not any(s.run is not None for s in subjects):
@@ -320,7 +327,7 @@ def settle(a: argparse.Namespace, subjects: list[Subject], reading: DataConfig, 
         if a.asked:
             raise UserError(f"--only {name}: {why}")
     a.only = [name for name in a.only if name not in left_out]
-    return [f"no {name}: {why}" for name, why in left_out.items()]
+    return [f"no {name}: {why}" for name, why in left_out.items()], training
 
 
 def check_out(a: argparse.Namespace, subjects: list[Subject]) -> Path:
@@ -348,9 +355,9 @@ def main(argv: list[str]) -> None:
         precision.setup(ranks.device)
         subjects = load(a, ranks.device)
         reading, source, split = open_samples(a, subjects[0].config.data, subjects[0].config.model)
-        left_out = settle(a, subjects, reading, split)
+        left_out, training = settle(a, subjects, reading, split)
         out = ranks.decide(lambda: check_out(a, subjects))
-        context = Context(a, subjects, ranks, reading, source, split)
+        context = Context(a, subjects, ranks, reading, source, split, training)
         for name, found in of_samples(context, [n for n in ("alignment", "trajectory") if n in a.only]).items():
             write(context, out, name, found)
         for name, function in (("entropy", of_weights), ("probes", of_probes), ("dynamics", of_metrics)):

@@ -134,12 +134,16 @@ def _dead(error: Exception) -> list[int]:
     return [int(pid) for pid in told[1].split(",")] if told else []
 
 
+def _workers(iterator: object) -> Sequence[BaseProcess]:
+    """A DataLoader's iterator's; none where it reads in this process."""
+    return getattr(iterator, "_workers", ())
+
+
 def _explain(
     error: Exception, source: Source, progress: Tensor, chunk: int, timeout: float, workers: Sequence[BaseProcess]
 ) -> WorkerError | None:
     """The WorkerError for a DataLoader failure, or None when the error is something else."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    if text.startswith("DataLoader timed out"):
+    if str(error).startswith("DataLoader timed out"):
         path = source.name(int(progress[chunk % len(progress), 1]))
         return WorkerError(
             f"data: no images for {timeout:g} s (data.timeout); a worker is still reading {path}; "
@@ -204,7 +208,7 @@ class _Deaths:
     def wait(self, iterator: Iterator[Chunk]) -> Chunk:
         """next(iterator). Raises RuntimeError for one of its workers that has died by now."""
         try:
-            self._waiting = {worker.pid for worker in getattr(iterator, "_workers", ())}
+            self._waiting = {worker.pid for worker in _workers(iterator)}
             for error in self._news:
                 if self._waiting & set(_dead(error)):
                     self._news.remove(error)
@@ -222,7 +226,7 @@ def _stop_workers(iterator: object) -> None:
     stop = getattr(iterator, "_shutdown_workers", None)
     if stop is not None:
         stop()
-        for worker in getattr(iterator, "_workers", ()):
+        for worker in _workers(iterator):
             if worker.is_alive():  # hung: it did not heed SIGTERM, and this process could not exit before it
                 worker.kill()
 
@@ -273,7 +277,7 @@ def load_batches(
         except StopIteration:
             return None
         except (RuntimeError, OSError, EOFError) as error:
-            explained = _explain(error, source, progress, count, timeout, getattr(iterator, "_workers", ()))
+            explained = _explain(error, source, progress, count, timeout, _workers(iterator))
             if explained is None:
                 raise
             raise explained from None
@@ -300,4 +304,4 @@ def load_batches(
             _stop_workers(iterator)
         finally:
             if watched:  # until here: a death may be told of at any moment before DataLoader forgets its workers
-                _deaths.unwatch(getattr(iterator, "_workers", ()))
+                _deaths.unwatch(_workers(iterator))
